@@ -1,0 +1,85 @@
+"""Argument checks shared by the operations. Every error is one line: the argument, what was wanted, what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Size2 = int | tuple[int, int]
+
+
+def pair(name: str, size: object) -> tuple[int, int]:
+    """Height and width from an int or a pair of ints, both positive."""
+    # A traced size is a SymInt, which is no int but compares and divides like one.
+    ints = (int, torch.SymInt)
+    height, width = (size, size) if isinstance(size, ints) else _two(name, size)
+    for value in (height, width):
+        if isinstance(value, bool) or not isinstance(value, ints):
+            raise TypeError(f"{name}: wanted an int or a pair of ints, got {size!r}")
+    if height < 1 or width < 1:
+        raise ValueError(f"{name}: wanted positive sizes, got {size!r}")
+    return height, width
+
+
+def _two(name: str, size: object) -> tuple:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise TypeError(f"{name}: wanted an int or a pair of ints, got {size!r}")
+    return tuple(size)
+
+
+def tensor(name: str, x: object, shape: str) -> Tensor:
+    """``x`` as a tensor whose rank is that of ``shape``, a text like "(B, H, W, C)"."""
+    rank = shape.count(",") + 1
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted a tensor {shape}, got {type(x).__name__}")
+    if x.dim() != rank:
+        raise ValueError(f"{name}: wanted {rank} dimensions {shape}, got shape {tuple(x.shape)}")
+    return x
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating-point dtype, got {x.dtype}")
+
+
+def shape(name: str, x: Tensor, wanted: tuple, meaning: str = "") -> None:
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"{name}: wanted shape {wanted}{meaning and ' ' + meaning}, got {tuple(x.shape)}")
+
+
+def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` on the device and of the dtype of ``other``; under autocast dtypes may differ, since it casts them."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
+    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
+
+
+def choice(name: str, value: object, wanted: tuple[str, ...]) -> None:
+    if value not in wanted:
+        raise ValueError(f"{name}: wanted one of {', '.join(map(repr, wanted))}, got {value!r}")
+
+
+def divides(name: str, divisor: tuple[int, int], size: tuple[int, int], what: str) -> None:
+    if size[0] % divisor[0] or size[1] % divisor[1]:
+        raise ValueError(f"{name}: wanted {divisor} to divide the {what} {tuple(size)}, got a remainder")
+
+
+def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block sizes of ``x`` ``(B, T, N, C)``, both agreeing with its T and N."""
+    T, N = x.shape[1], x.shape[2]
+    gh, gw = pair("grid_size", grid_size)
+    if gh * gw != T:
+        raise ValueError(f"grid_size: wanted height * width = T = {T} blocks, got ({gh}, {gw})")
+    if block_size is None:
+        edge = math.isqrt(N)
+        if edge * edge != N:
+            raise ValueError(f"block_size: wanted height and width, since N = {N} is no square, got None")
+        return (gh, gw), (edge, edge)
+    bh, bw = pair("block_size", block_size)
+    if bh * bw != N:
+        raise ValueError(f"block_size: wanted height * width = N = {N} tokens, got ({bh}, {bw})")
+    return (gh, gw), (bh, bw)

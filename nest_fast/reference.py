@@ -1,0 +1,111 @@
+"""What every fast path must compute, in plain PyTorch.
+
+Any device, any dtype, differentiable to any order; no argument checks (``nest_fast.ops`` has them) and no tuning.
+Shapes: ``(B, T, N, C)`` is batch, image blocks, tokens per block, channels; ``(B, H, W, C)`` is an image.
+
+Source: Zhang et al., "Nested Hierarchical Transformer", AAAI 2022 (arXiv 2105.12723), and the authors' code
+(github.com/google-research/nested-transformer, ``libml/attn_utils.py`` and ``libml/self_attention.py``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["block_aggregate", "block_attention", "blockify", "patchify", "unblockify"]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def blockify(x: Tensor, block_size: int | tuple[int, int]) -> Tensor:
+    """Cut an image into blocks: ``(B, H, W, C)`` → ``(B, T, N, C)``, blocks and tokens in row-major order."""
+    B, H, W, C = x.shape
+    bh, bw = _pair(block_size)
+    x = x.reshape(B, H // bh, bh, W // bw, bw, C)
+    return x.transpose(2, 3).reshape(B, (H // bh) * (W // bw), bh * bw, C)
+
+
+def unblockify(x: Tensor, grid_size: int | tuple[int, int], block_size: int | tuple[int, int] | None = None) -> Tensor:
+    """Put blocks back together: ``(B, T, N, C)`` → ``(B, H, W, C)``. Without ``block_size`` the blocks are square."""
+    B, _, N, C = x.shape
+    gh, gw = _pair(grid_size)
+    bh, bw = _pair(math.isqrt(N) if block_size is None else block_size)
+    return x.reshape(B, gh, gw, bh, bw, C).transpose(2, 3).reshape(B, gh * bh, gw * bw, C)
+
+
+def patchify(x: Tensor, patch_size: int | tuple[int, int], block_size: int | tuple[int, int]) -> Tensor:
+    """Cut an image into patches, already in block order: ``(B, C, H, W)`` → ``(B, T, N, C * ph * pw)``.
+
+    A patch is flattened channel first, as a convolution weight ``(out, C, ph, pw)`` is, so the patch embedding of
+    ``weight`` is ``linear(patchify(x, ...), weight.flatten(1))``. ``block_size`` counts patches.
+    """
+    B, C, H, W = x.shape
+    ph, pw = _pair(patch_size)
+    bh, bw = _pair(block_size)
+    gh, gw = H // (bh * ph), W // (bw * pw)
+    x = x.reshape(B, C, gh, bh, ph, gw, bw, pw).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return x.reshape(B, gh * gw, bh * bw, C * ph * pw)
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head.
+
+    ``q`` is ``(B, T, N, heads, head_dim)``; ``k`` and ``v`` are the same or have one head. ``bias`` is
+    ``(heads, N, N)``; ``mask`` is ``(groups, N, N)``, block ``t`` taking ``mask[t % groups]``, either added (floating
+    point) or kept where true (bool). Returns ``(B, T, N, heads, head_dim)``.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, T, heads, N, head_dim)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        groups = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)  # (T, 1, N, N)
+        scores = scores.masked_fill(~groups, -math.inf) if mask.dtype == torch.bool else scores + groups
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return (weights @ v).transpose(2, 3)
+
+
+def block_aggregate(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    grid_size: int | tuple[int, int],
+    block_size: int | tuple[int, int] | None = None,
+    eps: float = 1e-6,
+    padding: str = "symmetric",
+    pos_embed: Tensor | None = None,
+) -> Tensor:
+    """``blockify(max_pool(layer_norm(conv3x3(unblockify(x))))) + pos_embed``: four blocks become one.
+
+    ``x`` is ``(B, T, N, C)`` on a grid of ``grid_size`` blocks, ``conv_weight`` ``(C', C, 3, 3)``, ``pos_embed``
+    ``(1, T/4, N, C')``; returns ``(B, T/4, N, C')``. The pool is 3x3 with stride 2; ``padding`` is "symmetric" (one
+    pixel on every side, PyTorch's way) or "same" (one pixel right and below, the authors' way). Padding never wins
+    the maximum.
+    """
+    block_size = math.isqrt(x.shape[2]) if block_size is None else block_size
+    # An NHWC image seen as NCHW is channels_last memory: nothing below makes a layout copy.
+    image = unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
+    y = F.conv2d(image, conv_weight, conv_bias, padding=1).permute(0, 2, 3, 1)
+    y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
+    # At even height and width ceil_mode without padding is exactly one -inf pixel right and below.
+    y = F.max_pool2d(y, 3, 2, ceil_mode=True) if padding == "same" else F.max_pool2d(y, 3, 2, padding=1)
+    out = blockify(y.permute(0, 2, 3, 1), block_size)
+    return out if pos_embed is None else out + pos_embed
