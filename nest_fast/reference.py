@@ -87,25 +87,28 @@ def block_aggregate(
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
-    grid_size: int | tuple[int, int],
+    grid_size: int | tuple[int, int] | None = None,
     block_size: int | tuple[int, int] | None = None,
     eps: float = 1e-6,
     padding: str = "symmetric",
     pos_embed: Tensor | None = None,
 ) -> Tensor:
-    """``blockify(max_pool(layer_norm(conv3x3(unblockify(x))))) + pos_embed``: four blocks become one.
+    """``max_pool(layer_norm(conv3x3(x))) + pos_embed``, on blocks or on an image: four blocks become one.
 
-    ``x`` is ``(B, T, N, C)`` on a grid of ``grid_size`` blocks, ``conv_weight`` ``(C', C, 3, 3)``, ``pos_embed``
-    ``(1, T/4, N, C')``; returns ``(B, T/4, N, C')``. The pool is 3x3 with stride 2; ``padding`` is "symmetric" (one
-    pixel on every side, PyTorch's way) or "same" (one pixel right and below, the authors' way). Padding never wins
-    the maximum.
+    With ``grid_size``, ``x`` is ``(B, T, N, C)`` on that grid of blocks, ``pos_embed`` ``(1, T/4, N, C')`` and the
+    result ``(B, T/4, N, C')``; without, ``x`` is ``(B, H, W, C)`` and the result ``(B, H/2, W/2, C')``.
+    ``conv_weight`` is ``(C', C, 3, 3)``. The pool is 3x3 with stride 2; ``padding`` is "symmetric" (one pixel on
+    every side, PyTorch's way) or "same" (one pixel right and below, the authors' way). Padding never wins the maximum.
     """
-    block_size = math.isqrt(x.shape[2]) if block_size is None else block_size
-    # An NHWC image seen as NCHW is channels_last memory: nothing below makes a layout copy.
-    image = unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
-    y = F.conv2d(image, conv_weight, conv_bias, padding=1).permute(0, 2, 3, 1)
+    if grid_size is not None:
+        block_size = math.isqrt(x.shape[2]) if block_size is None else block_size
+        x = unblockify(x, grid_size, block_size)
+    # An NHWC image seen as NCHW is channels_last memory: nothing here makes a layout copy.
+    y = F.conv2d(x.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1).permute(0, 2, 3, 1)
     y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
     # At even height and width ceil_mode without padding is exactly one -inf pixel right and below.
     y = F.max_pool2d(y, 3, 2, ceil_mode=True) if padding == "same" else F.max_pool2d(y, 3, 2, padding=1)
-    out = blockify(y.permute(0, 2, 3, 1), block_size)
+    out = y.permute(0, 2, 3, 1)
+    if grid_size is not None:
+        out = blockify(out, block_size)
     return out if pos_embed is None else out + pos_embed

@@ -52,8 +52,7 @@ def shape(name: str, x: Tensor, wanted: tuple, meaning: str = "") -> None:
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """``x`` on the device and of the dtype of ``other``; under autocast dtypes may differ, since it casts them."""
-    if x.device != other.device:
-        raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
+    device(name, x, other_name, other)
     if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
 
@@ -83,3 +82,16 @@ def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, i
     if bh * bw != N:
         raise ValueError(f"block_size: wanted height * width = N = {N} tokens, got ({bh}, {bw})")
     return (gh, gw), (bh, bw)
+
+
+def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

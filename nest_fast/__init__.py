@@ -1,0 +1,42 @@
+"""nest_fast: fast layers for NesT (nested hierarchical transformers), drop-in for timm's, checked against a reference.
+
+Importing needs no GPU, no triton, no compiler and no timm.
+"""
+
+from nest_fast import reference, weights
+from nest_fast.integrations import accelerate, restore
+from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
+from nest_fast.nest import (
+    NesT,
+    nest_base,
+    nest_base_s16_32,
+    nest_small,
+    nest_small_s16_32,
+    nest_tiny,
+    nest_tiny_s16_32,
+)
+from nest_fast.ops import block_aggregate, block_attention, blockify, patchify, unblockify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockAggregation",
+    "BlockAttention",
+    "NesT",
+    "TransformerLayer",
+    "accelerate",
+    "block_aggregate",
+    "block_attention",
+    "blockify",
+    "nest_base",
+    "nest_base_s16_32",
+    "nest_small",
+    "nest_small_s16_32",
+    "nest_tiny",
+    "nest_tiny_s16_32",
+    "patchify",
+    "reference",
+    "restore",
+    "unblockify",
+    "weights",
+]

@@ -1,0 +1,310 @@
+"""The layers of NesT as modules. All of them work on ``(B, T, N, C)``: batch, image blocks, tokens per block, channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nest_fast.ops import _checks, block_aggregate, block_attention, patchify
+from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
+from nest_fast.ops.block_attention import IMPLS as ATTENTION_IMPLS
+from nest_fast.weights import head_minor_to_major
+
+__all__ = ["BlockAggregation", "BlockAttention", "DropPath", "Mlp", "PatchEmbed", "TransformerLayer", "layer_norm"]
+
+
+def layer_norm(dim: int, device=None, dtype=None) -> nn.LayerNorm:
+    """The LayerNorm of NesT: eps 1e-6, as the authors and timm have it."""
+    return nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether someone listens to these modules, so that they have to be called rather than computed around."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
+
+
+def attend(
+    x: Tensor,
+    qkv: nn.Module,
+    proj: nn.Module,
+    *,
+    num_heads: int,
+    head_dim: int,
+    scale: float,
+    multi_query: bool = False,
+    head_minor: bool = False,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Packed projection, attention inside blocks, output projection: ``(B, T, N, C)`` → ``(B, T, N, C)``."""
+    kv_heads = 1 if multi_query else num_heads
+    packed = qkv(x).unflatten(-1, (num_heads + 2 * kv_heads, head_dim))
+    q, k, v = packed.split((num_heads, kv_heads, kv_heads), dim=3)
+    out = block_attention(q, k, v, scale=scale, dropout_p=dropout_p, impl=impl)
+    if not head_minor:
+        return proj(out.flatten(-2))
+    if type(proj) is not nn.Linear or has_hooks(proj):  # a LoRA, a parametrization, a listener: give it timm's order
+        return proj(out.transpose(-1, -2).flatten(-2))
+    # Reordering the weight's C x C columns once is far less than reordering every token.
+    return F.linear(out.flatten(-2), head_minor_to_major(proj.weight, num_heads), proj.bias)
+
+
+class BlockAttention(nn.Module):
+    """Multi-head self-attention inside image blocks; a drop-in for timm's ``nest.Attention``.
+
+    Args:
+        dim: channels C of input and output.
+        num_heads: heads; has to divide ``dim``.
+        qkv_bias: whether the packed projection has a bias.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+        multi_query: one key and value head for all query heads (the authors' 32 px models).
+        head_minor: the input of ``proj`` is ordered (head_dim, heads), as timm's NesT weights expect; otherwise
+            (heads, head_dim), as everywhere else.
+        impl: see :func:`nest_fast.block_attention`.
+
+    Shape: ``(B, T, N, dim)`` → ``(B, T, N, dim)``. Parameters: ``qkv`` (q, k, v in this order) and ``proj``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+        *,
+        multi_query: bool = False,
+        head_minor: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: wanted a divisor of dim = {dim}, got {num_heads}")
+        _checks.choice("impl", impl, ATTENTION_IMPLS)
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.multi_query = multi_query
+        self.head_minor = head_minor
+        self.impl = impl
+        kv_dim = self.head_dim if multi_query else dim
+        self.qkv = nn.Linear(dim, dim + 2 * kv_dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _checks.tensor("x", x, "(B, T, N, C)")
+        y = attend(
+            x,
+            self.qkv,
+            self.proj,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            multi_query=self.multi_query,
+            head_minor=self.head_minor,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            impl=self.impl,
+        )
+        return self.proj_drop(y)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, multi_query={self.multi_query}, head_minor={self.head_minor}"
+
+
+class BlockAggregation(nn.Module):
+    """conv 3x3 → LayerNorm → max-pool 3x3 with stride 2; a drop-in for timm's ``nest.ConvPool``.
+
+    Args:
+        in_channels, out_channels: C and C'.
+        padding: of the max-pool, "symmetric" (timm) or "same" (the authors, timm's ``_jx`` models).
+        eps: of the LayerNorm.
+        impl: see :func:`nest_fast.block_aggregate`.
+
+    Shape: with ``grid_size`` given to ``forward``, blocks ``(B, T, N, C)`` → ``(B, T/4, N, C')``, ``pos_embed``
+    ``(1, T/4, N, C')`` added; without, as timm has it, an image ``(B, C, H, W)`` → ``(B, C', H/2, W/2)``, computed and
+    returned in channels-last memory. Parameters: ``conv`` and ``norm``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        padding: str = "symmetric",
+        norm_layer: Callable[..., nn.Module] = layer_norm,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        _checks.choice("padding", padding, ("symmetric", "same"))
+        _checks.choice("impl", impl, AGGREGATE_IMPLS)
+        self.padding = padding
+        self.impl = impl
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
+        norm = norm_layer(out_channels, device=device, dtype=dtype)
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            raise TypeError(f"norm_layer: wanted one that builds an affine torch.nn.LayerNorm, got {norm}")
+        self.norm = norm
+
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: int | tuple[int, int] | None = None,
+        block_size: int | tuple[int, int] | None = None,
+        pos_embed: Tensor | None = None,
+    ) -> Tensor:
+        return aggregate(
+            x, self.conv, self.norm, self.padding, grid_size, block_size, pos_embed=pos_embed, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding!r}"
+
+
+def aggregate(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.LayerNorm,
+    padding: str,
+    grid_size: int | tuple[int, int] | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``block_aggregate`` with the parameters of ``conv`` and ``norm``; an image comes and goes as ``(B, C, H, W)``."""
+    _checks.tensor("x", x, "(B, C, H, W)" if grid_size is None else "(B, T, N, C)")
+    out = block_aggregate(
+        x.permute(0, 2, 3, 1) if grid_size is None else x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        grid_size=grid_size,
+        block_size=block_size,
+        eps=norm.eps,
+        padding=padding,
+        pos_embed=pos_embed,
+        impl=impl,
+    )
+    return out.permute(0, 3, 1, 2) if grid_size is None else out
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops a whole sample's branch with probability ``p``, scaling the others up.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"p: wanted a probability in [0, 1), got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keep = 1.0 - self.p
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3f}"
+
+
+class Mlp(nn.Module):
+    """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, act_layer: Callable[[], nn.Module], drop: float = 0.0, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm transformer layer inside image blocks: attention and MLP, each with a residual and stochastic depth.
+
+    Shape: ``(B, T, N, dim)`` → ``(B, T, N, dim)``. The arguments are timm's; ``multi_query``, ``head_minor`` and
+    ``impl`` are those of :class:`BlockAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = layer_norm,
+        device=None,
+        dtype=None,
+        *,
+        multi_query: bool = False,
+        head_minor: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = BlockAttention(
+            dim,
+            num_heads,
+            qkv_bias,
+            attn_drop,
+            proj_drop,
+            multi_query=multi_query,
+            head_minor=head_minor,
+            impl=impl,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Image to embedded patches, already in block order, by one matmul: ``(B, C, H, W)`` → ``(B, T, N, dim)``.
+
+    ``proj`` holds the weight ``(dim, C, p, p)`` and bias of the patch convolution that this computes.
+    """
+
+    def __init__(
+        self, patch_size: int, block_size: tuple[int, int], in_chans: int, dim: int, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = patchify(x, self.proj.stride, self.block_size)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def extra_repr(self) -> str:
+        return f"block_size={self.block_size}"

@@ -1,0 +1,7 @@
+"""The operations. Each is one public function: checks, one choice of who computes it, and its registration."""
+
+from nest_fast.ops.block_aggregate import block_aggregate
+from nest_fast.ops.block_attention import block_attention
+from nest_fast.ops.blockify import blockify, patchify, unblockify
+
+__all__ = ["block_aggregate", "block_attention", "blockify", "patchify", "unblockify"]

@@ -1,0 +1,208 @@
+"""NesT as a model: sizes, arguments, training, torch features, and what it says about bad input."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nest_fast
+from nest_fast.testing import relative_error
+
+SMALL = {"img_size": 32, "embed_dims": (32, 64), "num_heads": (2, 4), "depths": (1, 2), "num_levels": 2}
+
+
+def small(**kwargs):
+    torch.manual_seed(1)
+    return nest_fast.NesT(**{**SMALL, "num_classes": 5, "drop_path_rate": 0.0, **kwargs}).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("nest_tiny", 17_057_608),
+        ("nest_small", 38_351_176),
+        ("nest_base", 67_723_368),
+        ("nest_tiny_s16_32", 6_006_730),
+    ],
+)
+def test_parameter_counts(name, parameters):
+    model = getattr(nest_fast, name)(device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_default_rates_are_the_authors():
+    rates = {}
+    for name in ("nest_tiny", "nest_small", "nest_base", "nest_tiny_s16_32"):
+        layers = [m for m in getattr(nest_fast, name)(device="meta").modules() if isinstance(m, nest_fast.TransformerLayer)]
+        rates[name] = (layers[0].drop_path1.p, layers[-1].drop_path2.p)
+    assert rates == {
+        "nest_tiny": (0.0, pytest.approx(0.2)),
+        "nest_small": (0.0, pytest.approx(0.3)),
+        "nest_base": (0.0, pytest.approx(0.5)),
+        "nest_tiny_s16_32": (0.0, pytest.approx(0.1)),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": "same", "gelu": "tanh", "multi_query": True}])
+def test_a_rectangle_is_computed_block_by_block(options):
+    """At 64 x 32 px blocks are 8 x 4 tokens; the model is the reference's operations put together by hand."""
+    model = small(img_size=(64, 32), **options).double()
+    x = torch.randn(2, 3, 64, 32, dtype=torch.float64)
+    ref, gelu = nest_fast.reference, "tanh" if options else "none"
+    y = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=4)
+    y = ref.blockify(y.permute(0, 2, 3, 1), (8, 4))
+    for i, level in enumerate(model.levels):
+        if i > 0:
+            conv, norm = level.pool.conv, level.pool.norm
+            y = ref.block_aggregate(
+                y, conv.weight, conv.bias, norm.weight, norm.bias,
+                grid_size=2, block_size=(8, 4), padding=options.get("padding", "symmetric"),
+            )  # fmt: skip
+        y = y + level.pos_embed
+        for layer in level.transformer_encoder:
+            attn, heads = layer.attn, layer.attn.num_heads
+            kv_heads = 1 if options else heads
+            packed = attn.qkv(layer.norm1(y)).unflatten(-1, (heads + 2 * kv_heads, -1))
+            out = ref.block_attention(*packed.split((heads, kv_heads, kv_heads), 3))
+            y = y + attn.proj(out.transpose(-1, -2).flatten(-2))
+            y = y + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer.norm2(y)), approximate=gelu))
+    logits = model.head(model.norm(y).mean((1, 2)))
+    torch.testing.assert_close(model(x), logits)
+
+
+def test_every_impl_computes_the_same():
+    x = torch.randn(2, 3, 32, 32)
+    golden = small(impl="reference").double()(x.double())
+    for impl in ("auto", "sdpa", "reference"):
+        assert relative_error(small(impl=impl)(x), golden) < 1e-5, impl
+
+
+def test_trains_with_checkpointing_and_stochastic_depth():
+    x, target = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    grads = []
+    for checkpointing in (False, True):
+        model = small(drop_path_rate=0.5).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        F.cross_entropy(model(x), target).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    model = small(drop_path_rate=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    drop = nest_fast.modules.DropPath(0.25).train()
+    out = drop(torch.ones(4000, 2, 3, 4))
+    per_sample = out.flatten(1)
+    assert torch.equal(per_sample.amax(1), per_sample.amin(1))
+    torch.testing.assert_close(per_sample[:, 0].unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert drop.eval()(out) is out
+
+
+def test_compiles_in_one_graph_and_exports_with_a_dynamic_batch():
+    model = small()
+    batches = [torch.randn(b, 3, 32, 32) for b in (2, 3, 4, 5, 7)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for x in batches:
+            assert relative_error(compiled(x), model(x)) < 1e-5
+    assert counter.frame_count <= 2
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (batches[0],), dynamic_shapes=({0: batch},)).module()
+    assert relative_error(exported(batches[3]), model(batches[3])) < 1e-5
+
+
+def test_copies_and_pickles():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    wanted = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
+
+
+def test_autocast_and_low_precision():
+    model, x = small(), torch.randn(4, 3, 32, 32)
+    golden = model.double()(x.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, golden) < 0.02
+    low = small(dtype=torch.bfloat16)
+    low.load_state_dict(model.state_dict())
+    assert relative_error(low(x.bfloat16()), golden) < 0.02
+
+
+def test_device_and_dtype_arguments_and_the_empty_batch():
+    model = small(dtype=torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {p.device.type for p in small(device="meta").parameters()} == {"meta"}
+    assert model(torch.randn(0, 3, 32, 32, dtype=torch.float64)).shape == (0, 5)
+
+
+def test_position_embeddings_do_not_decay():
+    model = small()
+    names = dict(model.named_parameters())
+    assert model.no_weight_decay() == {"levels.0.pos_embed", "levels.1.pos_embed"}
+    assert model.no_weight_decay() <= names.keys()
+
+
+def test_reset_classifier_and_pooled_features():
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(0)
+    features = model(x)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+    model.reset_classifier(9, "catavgmax")
+    assert model(x).shape == (2, 9)
+    assert model.num_classes == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"img_size": 30}, r"img_size: wanted multiples of patch_size \* 2 \*\* \(num_levels - 1\) = 8, got \(30, 30\)"),
+        ({"img_size": "32"}, r"img_size: wanted an int or a pair of ints, got '32'"),
+        ({"num_heads": (2, 3)}, r"num_heads: wanted a divisor of dim = 64, got 3"),
+        ({"depths": (1, 2, 3)}, r"depths: wanted one value for each of 2 levels, got \(1, 2, 3\)"),
+        ({"padding": "valid"}, r"padding: wanted one of 'symmetric', 'same', got 'valid'"),
+        ({"padding": "symmetric", "pad_type": "same"}, r"padding: wanted 'same' as pad_type says, got 'symmetric'"),
+        ({"gelu": "fast"}, r"gelu: wanted one of 'exact', 'tanh', got 'fast'"),
+        ({"act_layer": nn.ReLU, "gelu": "tanh"}, r"gelu: wanted 'exact', since act_layer is given, got 'tanh'"),
+        ({"norm_layer": nn.RMSNorm}, r"norm_layer: wanted one that builds an affine torch.nn.LayerNorm, got RMSNorm"),
+        ({"global_pool": "mean"}, r"global_pool: wanted one of 'avg', 'max', 'avgmax', 'catavgmax', '', got 'mean'"),
+        ({"weight_init": "jax"}, r"weight_init: wanted one of '', 'nlhb', got 'jax'"),
+        ({"impl": "cudnn"}, r"impl: wanted one of"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        small(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_images_and_indices():
+    model = small()
+    with pytest.raises(ValueError, match=r"x: wanted shape \(B, 3, 32, 32\) as in_chans and img_size say, got \(1, 3, 64, 32\)"):
+        model(torch.randn(1, 3, 64, 32))
+    with pytest.raises(ValueError, match=r"x: wanted 4 dimensions \(B, C, H, W\), got shape \(3, 32, 32\)"):
+        model(torch.randn(3, 32, 32))
+    with pytest.raises(ValueError, match=r"indices: wanted some of the 2 levels, got \[2\]"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), [2])
+    with pytest.raises(ValueError, match=r"output_fmt: wanted one of 'NCHW', got 'NHWC'"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")

@@ -1,0 +1,266 @@
+"""timm's six NesT variants: NesT from their weights and the accelerated model agree with timm, forward and backward."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import nest_fast
+from nest_fast.testing import import_timm, relative_error
+
+timm = import_timm()
+
+VARIANTS = ["nest_tiny", "nest_small", "nest_base", "nest_tiny_jx", "nest_small_jx", "nest_base_jx"]
+# A reduced model with the same code: 3 levels of one layer, blocks of 4 x 4.
+SMALL = {"img_size": 64, "embed_dims": (32, 64, 96), "num_heads": (1, 4, 3), "depths": 1, "num_classes": 7}
+
+
+def small_timm(**kwargs):
+    torch.manual_seed(1)
+    model = timm.models.nest.Nest(**{**SMALL, "drop_path_rate": 0.0, **kwargs}).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # what is initialised to ones and zeros would hide mistakes
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_agree_in_eval_and_in_training(variant):
+    """Full size, stochastic depth on in training: the same random numbers are drawn in the same order."""
+    theirs = timm.create_model(variant, drop_path_rate=0.2)
+    size = variant.split("_")[1]
+    ours = getattr(nest_fast, f"nest_{size}")(pad_type="same" if variant.endswith("jx") else "", drop_path_rate=0.2)
+    ours.load_state_dict(nest_fast.weights.from_timm(theirs.state_dict()))
+    fast = copy.deepcopy(theirs)
+    nest_fast.accelerate(fast)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        wanted = theirs.eval()(x)
+        assert relative_error(ours.eval()(x), wanted) < 1e-5
+        assert relative_error(fast.eval()(x), wanted) < 1e-5
+    # Gradients in float64: in float32 one rounding may flip the argmax of a max-pool (1 of 400,000 was seen to), after
+    # which even two right answers are 1e-3 apart.
+    logits, grads = {}, {}
+    for name, model in (("theirs", theirs), ("ours", ours), ("fast", fast)):
+        torch.manual_seed(0)
+        logits[name] = model.double().train()(x.double())
+        logits[name].square().mean().backward()
+        grads[name] = {key: p.grad for key, p in model.named_parameters()}
+    for name in ("ours", "fast"):
+        assert relative_error(logits[name], logits["theirs"]) < 1e-12
+        assert grads[name].keys() == grads["theirs"].keys()
+        for key, grad in grads["theirs"].items():
+            assert relative_error(grads[name][key], grad) < 1e-10, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_as_accurate_as_timms(dtype, image):
+    """Against float64 from the same rounded weights, at most twice timm's own error in the same dtype (L2)."""
+    theirs = small_timm().to(dtype)
+    fast = copy.deepcopy(theirs)
+    nest_fast.accelerate(fast)
+    golden = copy.deepcopy(theirs).double()
+    image = image.to(dtype)
+    for model in (theirs, fast, golden):
+        model(image.to(model.head.weight.dtype)).square().mean().backward()
+    flat = [torch.cat([p.grad.flatten().double() for p in m.parameters()]) for m in (theirs, fast, golden)]
+    assert relative_error(flat[1], flat[2]) <= 2 * relative_error(flat[0], flat[2])
+
+
+def test_state_dicts_are_interchangeable(image):
+    theirs = small_timm()
+    ours = nest_fast.NesT(**SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    assert relative_error(ours(image), theirs(image)) < 1e-5
+    nn.init.normal_(ours.norm.weight)
+    theirs.load_state_dict(nest_fast.weights.to_timm(ours.state_dict()))
+    assert relative_error(ours(image), theirs(image)) < 1e-5
+
+
+def test_from_timm_unwraps_and_refuses():
+    state = small_timm().state_dict()
+    for wrapped in ({"state_dict": state}, {"model": {f"module.{key}": value for key, value in state.items()}}):
+        got = nest_fast.weights.from_timm(wrapped)
+        assert got.keys() == state.keys()
+    with pytest.raises(ValueError, match=r"checkpoint: wanted the state dict of a timm Nest, got names such as \['a'\]"):
+        nest_fast.weights.from_timm({"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="multi-query"):
+        nest_fast.weights.to_timm(nest_fast.nest_tiny_s16_32().state_dict())
+
+
+def test_features_and_intermediates_are_timms(image):
+    theirs = small_timm()
+    ours = nest_fast.NesT(**SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    assert relative_error(ours.forward_features(image), theirs.forward_features(image)) < 1e-5
+    features = theirs.forward_features(image)
+    assert relative_error(ours.forward_head(features, True), theirs.forward_head(features, True)) < 1e-6
+    for kwargs in ({}, {"indices": 2, "norm": True}, {"indices": [0, 1], "stop_early": True}, {"indices": [-1]}):
+        got, wanted = ours.forward_intermediates(image, **kwargs), theirs.forward_intermediates(image, **kwargs)
+        assert relative_error(got[0], wanted[0]) < 1e-5
+        assert len(got[1]) == len(wanted[1])
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(got[1], wanted[1], strict=True))
+    assert ours.feature_info == theirs.feature_info
+
+
+def test_position_embeddings_are_resized_on_loading():
+    theirs, larger = small_timm(), nest_fast.NesT(**{**SMALL, "img_size": (128, 96)})
+    before = theirs.state_dict()
+    larger.load_state_dict(before)
+    square = nest_fast.NesT(**{**SMALL, "img_size": 128})
+    square.load_state_dict(before)
+    for i, level in enumerate(square.levels):
+        wanted = timm.models.nest.resize_pos_embed(before[f"levels.{i}.pos_embed"], level.pos_embed)
+        torch.testing.assert_close(level.pos_embed.data, wanted)
+    assert larger.eval()(torch.randn(1, 3, 128, 96)).isfinite().all()
+    assert before["levels.0.pos_embed"].shape == (1, 16, 16, 32)  # the dictionary given is left as it was
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
+def test_constructor_arguments_are_timms(pool, image):
+    arguments = {
+        "global_pool": pool,
+        "qkv_bias": False,
+        "mlp_ratio": 2.0,
+        "in_chans": 3,
+        "patch_size": 2,
+        "img_size": 32,
+        "num_classes": 0 if pool == "" else 5,
+        "act_layer": nn.ReLU,
+        "weight_init": "nlhb" if pool == "avg" else "",
+    }
+    theirs = small_timm(**arguments)
+    ours = nest_fast.NesT(**{**SMALL, **arguments}).eval()
+    if pool == "avg":
+        assert torch.equal(ours.head.bias, torch.full((5,), -torch.log(torch.tensor(5.0)).item()))
+    ours.load_state_dict(theirs.state_dict())
+    x = image[:, :, :32, :32]
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+    for model in (ours, theirs):
+        model.reset_classifier(3, "catavgmax")
+    assert ours.head.weight.shape == theirs.head.weight.shape
+    assert ours.head_hidden_size == theirs.head_hidden_size
+
+
+# --- accelerate -------------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_keeps_the_model_and_restores_it(image):
+    model = small_timm()
+    wanted = model(image)
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    classes = [type(m) for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    report = nest_fast.accelerate(model)
+    assert len(report.replaced) == 3 + 2 + 3 + 1  # attention, pools, levels, patch embedding
+    assert not report.kept
+    assert "levels.0.transformer_encoder.0.attn: Attention" in str(report)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert model.state_dict().keys() == state.keys()
+    assert relative_error(model(image), wanted) < 1e-5
+
+    again = nest_fast.accelerate(model)
+    assert not again.replaced
+    assert again.already.keys() == report.replaced.keys()
+
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert relative_error(clone(image), wanted) < 1e-5
+        assert isinstance(clone.levels[0].transformer_encoder[0].attn, timm.models.nest.Attention)
+        clone.levels[0].transformer_encoder[0].attn.proj.weight.data.zero_()  # its own weights, not the original's
+    assert relative_error(model(image), wanted) < 1e-5
+
+    assert nest_fast.restore(model) == len(report.replaced)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(image), wanted)
+
+
+def test_accelerate_sees_new_weights_at_once(image):
+    """Whatever way they change: nothing about a weight is remembered."""
+    model, plain = small_timm(), small_timm()
+    nest_fast.accelerate(model)
+    model(image)
+    for m in (model, plain):
+        for level in m.levels:
+            level.transformer_encoder[0].attn.proj.weight.data.mul_(-1.5)
+    assert relative_error(model(image), plain(image)) < 1e-5
+
+
+def test_accelerate_calls_hooks(image):
+    def listen(model):
+        calls = []
+        for name, module in model.named_modules():
+            if name.endswith(("attn", "attn.qkv", "attn.proj", "pool", "pool.conv", "patch_embed")) or name == "levels.1":
+                module.register_forward_hook(lambda _, args, out, n=name: calls.append((n, out.shape, out.sum().item())))
+        model(image)
+        return calls
+
+    wanted = listen(small_timm())
+    model = small_timm()
+    nest_fast.accelerate(model)
+    got = listen(model)
+    assert [call[:2] for call in got] == [call[:2] for call in wanted]
+    assert torch.allclose(torch.tensor([c[2] for c in got]), torch.tensor([c[2] for c in wanted]), rtol=1e-3, atol=1e-2)
+
+
+def test_accelerate_leaves_what_it_does_not_know(image):
+    class Mine(timm.models.nest.Attention):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = small_timm()
+    layers = [level.transformer_encoder[0] for level in model.levels]
+    layers[0].attn.__class__ = Mine
+    layers[1].attn.forward = lambda x: torch.zeros_like(x)
+    model.levels[1].pool.norm = nn.Identity()
+    wanted = model(image)
+    report = nest_fast.accelerate(model)
+    assert report.kept == {
+        "levels.0.transformer_encoder.0.attn": "Mine is a subclass of timm's class, and may compute something else",
+        "levels.1.transformer_encoder.0.attn": "its forward was patched on the instance",
+        "levels.1.pool": "its norm is not an affine LayerNorm: Identity()",
+    }
+    assert relative_error(model(image), wanted) < 1e-5
+
+
+def test_accelerate_inside_another_model_and_where_there_is_nothing():
+    wrapper = nn.Sequential(small_timm(), nn.Linear(7, 2))
+    assert all(name.startswith("0.") for name in nest_fast.accelerate(wrapper).replaced)
+    with pytest.raises(ValueError, match="model: wanted one with timm's NesT layers, got Linear with nothing to replace"):
+        nest_fast.accelerate(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
+        nest_fast.accelerate("nest_tiny")
+    # Other models of timm have a PatchEmbed too; it is not ours to touch.
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with pytest.raises(ValueError, match="got VisionTransformer with nothing to replace"):
+        nest_fast.accelerate(vit)
+
+
+def test_accelerated_model_checkpoints_saves_and_exports(image):
+    model = small_timm()
+    wanted = model(image)
+    nest_fast.accelerate(model)
+    model.set_grad_checkpointing()
+    model.train()
+    out = model(image)
+    out.sum().backward()
+    assert relative_error(out, wanted) < 1e-5
+    model.set_grad_checkpointing(False)
+    model.eval()
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = small_timm()
+    fresh.load_state_dict(torch.load(buffer))
+    assert torch.equal(fresh(image), wanted)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (image,), dynamic_shapes=({0: batch},)).module()
+    five = torch.randn(5, 3, 64, 64)
+    assert relative_error(exported(five), model(five)) < 1e-5
