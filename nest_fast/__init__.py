@@ -15,7 +15,7 @@ from nest_fast.nest import (
     nest_tiny,
     nest_tiny_s16_32,
 )
-from nest_fast.ops import block_aggregate, block_attention, blockify, patchify, unblockify
+from nest_fast.ops import block_aggregate, block_attention, blockify, linear, patchify, unblockify
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "block_aggregate",
     "block_attention",
     "blockify",
+    "linear",
     "nest_base",
     "nest_base_s16_32",
     "nest_small",

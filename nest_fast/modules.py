@@ -1,4 +1,4 @@
-"""The layers of NesT as modules. All of them work on ``(B, T, N, C)``: batch, image blocks, tokens per block, channels."""
+"""The layers of NesT as modules, on ``(B, T, N, C)``: batch, image blocks, tokens per block, channels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nest_fast.ops import _checks, block_aggregate, block_attention, patchify
+from nest_fast.ops import _checks, block_aggregate, block_attention, linear, patchify
 from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
 from nest_fast.ops.block_attention import IMPLS as ATTENTION_IMPLS
 from nest_fast.weights import head_minor_to_major
@@ -21,10 +21,25 @@ def layer_norm(dim: int, device=None, dtype=None) -> nn.LayerNorm:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether someone listens to these modules, so that they have to be called rather than computed around."""
+    """Whether someone listens to these modules or patched them, so that they have to be called."""
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+        for m in modules
     )
+
+
+def project(x: Tensor, module: nn.Module, *, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """``residual + activation(module(x))``, in one pass where ``module`` is a linear layer and nothing more."""
+    if type(module) is nn.Linear and not has_hooks(module):
+        return linear(x, module.weight, module.bias, activation=activation, residual=residual)
+    y = module(x)  # a LoRA, a parametrization, a listener
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else residual + y
 
 
 def attend(
@@ -33,24 +48,26 @@ def attend(
     proj: nn.Module,
     *,
     num_heads: int,
-    head_dim: int,
     scale: float,
     multi_query: bool = False,
     head_minor: bool = False,
     dropout_p: float = 0.0,
+    residual: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Packed projection, attention inside blocks, output projection: ``(B, T, N, C)`` → ``(B, T, N, C)``."""
+    """Packed projection, attention inside blocks, output projection, ``+ residual``: ``(B, T, N, C)`` → the same."""
     kv_heads = 1 if multi_query else num_heads
-    packed = qkv(x).unflatten(-1, (num_heads + 2 * kv_heads, head_dim))
+    packed = project(x, qkv).unflatten(-1, (num_heads + 2 * kv_heads, -1))
     q, k, v = packed.split((num_heads, kv_heads, kv_heads), dim=3)
     out = block_attention(q, k, v, scale=scale, dropout_p=dropout_p, impl=impl)
     if not head_minor:
-        return proj(out.flatten(-2))
-    if type(proj) is not nn.Linear or has_hooks(proj):  # a LoRA, a parametrization, a listener: give it timm's order
-        return proj(out.transpose(-1, -2).flatten(-2))
-    # Reordering the weight's C x C columns once is far less than reordering every token.
-    return F.linear(out.flatten(-2), head_minor_to_major(proj.weight, num_heads), proj.bias)
+        return project(out.flatten(-2), proj, residual=residual)
+    if type(proj) is not nn.Linear or has_hooks(proj):
+        return project(out.transpose(-1, -2).flatten(-2), proj, residual=residual)
+    # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
+    # remembered copy could not see a weight that changes through ``.data``.
+    weight = head_minor_to_major(proj.weight, num_heads)
+    return linear(out.flatten(-2), weight, proj.bias, residual=residual)
 
 
 class BlockAttention(nn.Module):
@@ -101,20 +118,23 @@ class BlockAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.attend(x))
+
+    def attend(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``forward`` without the output's dropout, ``+ residual`` in the projection's pass."""
         _checks.tensor("x", x, "(B, T, N, C)")
-        y = attend(
+        return attend(
             x,
             self.qkv,
             self.proj,
             num_heads=self.num_heads,
-            head_dim=self.head_dim,
             scale=self.scale,
             multi_query=self.multi_query,
             head_minor=self.head_minor,
             dropout_p=self.attn_drop.p if self.training else 0.0,
+            residual=residual,
             impl=self.impl,
         )
-        return self.proj_drop(y)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, multi_query={self.multi_query}, head_minor={self.head_minor}"
@@ -240,6 +260,34 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
+def gelu_of(act: nn.Module) -> str | None:
+    """The name of ``act`` as an activation of ``linear``, None if it is no GELU that may be computed around."""
+    if type(act) is not nn.GELU or has_hooks(act):
+        return None
+    return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+
+
+def fused_layer(x: Tensor, layer: nn.Module) -> Tensor | None:
+    """A pre-norm layer with biases, GELU and residual sums in the matmuls' passes; None where they cannot be.
+
+    They cannot where something acts or listens between them: a dropout or stochastic depth in training, a hook, another
+    activation than GELU. ``layer`` has ``norm1``, ``attn``, ``norm2`` and ``mlp`` as :class:`TransformerLayer` has.
+    """
+    attn, mlp = layer.attn, layer.mlp
+    activation = gelu_of(mlp.act)
+    between = (attn.proj_drop, layer.drop_path1, mlp.drop1, mlp.drop2, layer.drop_path2)
+    if activation is None or has_hooks(attn, mlp, *between):
+        return None
+    if layer.training and not all(_never_drops(module) for module in between):
+        return None
+    x = attn.attend(layer.norm1(x), residual=x)
+    return project(project(layer.norm2(x), mlp.fc1, activation=activation), mlp.fc2, residual=x)
+
+
+def _never_drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or getattr(module, "p", None) == 0.0
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm transformer layer inside image blocks: attention and MLP, each with a residual and stochastic depth.
 
@@ -285,6 +333,9 @@ class TransformerLayer(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = fused_layer(x, self)
+        if y is not None:
+            return y
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -304,7 +355,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = patchify(x, self.proj.stride, self.block_size)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}"

@@ -65,10 +65,8 @@ class NesTLevel(nn.Module):
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
         for layer in self.transformer_encoder:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            recompute = self.grad_checkpointing and self.training
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x
 
     def to_image(self, x: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ class NesT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, mode: str = "") -> None:
-        """Truncated normal weights of std 0.02, zero biases; mode "nlhb" sets the head bias to ``-log(num_classes)``."""
+        """Truncated normal weights of std 0.02, zero biases; "nlhb": a head bias of ``-log(num_classes)``."""
         _checks.choice("weight_init", mode, ("", "nlhb"))
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):

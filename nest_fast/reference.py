@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["block_aggregate", "block_attention", "blockify", "patchify", "unblockify"]
+__all__ = ["block_aggregate", "block_attention", "blockify", "linear", "patchify", "unblockify"]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -112,3 +112,21 @@ def block_aggregate(
     if grid_size is not None:
         out = blockify(out, block_size)
     return out if pos_embed is None else out + pos_embed
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + activation(x @ weight^T + bias)``: ``(…, in)`` → ``(…, out)``.
+
+    ``activation`` is "none", "gelu" (exact) or "gelu_tanh"; ``residual`` ``(…, out)`` or None.
+    """
+    y = F.linear(x, weight, bias)
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else residual + y

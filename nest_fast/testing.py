@@ -27,9 +27,7 @@ def relative_error(x: Tensor, golden: Tensor) -> float:
     return ((x - golden).norm() / golden.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def assert_as_accurate(
-    kernel: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "output"
-) -> None:
+def assert_as_accurate(kernel: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "output") -> None:
     """Assert ``e(kernel) <= factor * e(plain) + 2 * eps * max|golden|``, the second term in half precision only.
 
     Args:

@@ -63,13 +63,11 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = from_timm(state_dict)
     for key, value in found.items():
         if key.endswith(".attn.qkv.weight") and value.shape[0] != 3 * value.shape[1]:
-            raise ValueError(f"state_dict: wanted multi-head attention, which is all timm has, got multi-query in {key}")
+            raise ValueError(f"state_dict: wanted multi-head attention, all that timm has, got multi-query in {key}")
     return found
 
 
-def from_jax(
-    tree: Mapping[str, Any] | str | PathLike[str], depths: tuple[int, ...] | None = None
-) -> dict[str, Tensor]:
+def from_jax(tree: Mapping[str, Any] | str | PathLike[str], depths: tuple[int, ...] | None = None) -> dict[str, Tensor]:
     """The authors' parameters as a float32 state dict for :class:`nest_fast.NesT`.
 
     The model to load it into has ``padding="same"``, ``gelu="tanh"`` and, for their 32 px models, ``multi_query=True``.

@@ -36,9 +36,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 def case(request):
     with np.load(GOLDEN / f"{request.param}.npz") as arrays:
         golden = dict(arrays)
-    model = nest_fast.NesT(
-        **MODELS[request.param], num_classes=10, padding="same", gelu="tanh", drop_path_rate=0.0
-    )
+    model = nest_fast.NesT(**MODELS[request.param], num_classes=10, padding="same", gelu="tanh", drop_path_rate=0.0)
     model.load_state_dict(nest_fast.weights.from_jax(GOLDEN / f"{request.param}.npz"))
     image = torch.from_numpy(golden["image"].astype(np.float32)).permute(0, 3, 1, 2)
     return model, golden, image

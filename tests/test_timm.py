@@ -90,7 +90,7 @@ def test_from_timm_unwraps_and_refuses():
     for wrapped in ({"state_dict": state}, {"model": {f"module.{key}": value for key, value in state.items()}}):
         got = nest_fast.weights.from_timm(wrapped)
         assert got.keys() == state.keys()
-    with pytest.raises(ValueError, match=r"checkpoint: wanted the state dict of a timm Nest, got names such as \['a'\]"):
+    with pytest.raises(ValueError, match=r"wanted the state dict of a timm Nest, got names such as \['a'\]"):
         nest_fast.weights.from_timm({"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="multi-query"):
         nest_fast.weights.to_timm(nest_fast.nest_tiny_s16_32().state_dict())
@@ -160,7 +160,7 @@ def test_accelerate_keeps_the_model_and_restores_it(image):
     classes = [type(m) for m in model.modules()]
     state = copy.deepcopy(model.state_dict())
     report = nest_fast.accelerate(model)
-    assert len(report.replaced) == 3 + 2 + 3 + 1  # attention, pools, levels, patch embedding
+    assert len(report.replaced) == 3 + 3 + 2 + 3 + 1  # attention, layers, pools, levels, patch embedding
     assert not report.kept
     assert "levels.0.transformer_encoder.0.attn: Attention" in str(report)
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
@@ -196,9 +196,10 @@ def test_accelerate_sees_new_weights_at_once(image):
 def test_accelerate_calls_hooks(image):
     def listen(model):
         calls = []
+        heard = ("attn", "attn.qkv", "attn.proj", "pool", "pool.conv", "patch_embed", "levels.1")
         for name, module in model.named_modules():
-            if name.endswith(("attn", "attn.qkv", "attn.proj", "pool", "pool.conv", "patch_embed")) or name == "levels.1":
-                module.register_forward_hook(lambda _, args, out, n=name: calls.append((n, out.shape, out.sum().item())))
+            if name.endswith(heard):
+                module.register_forward_hook(lambda _, a, out, n=name: calls.append((n, out.shape, out.sum().item())))
         model(image)
         return calls
 
@@ -233,7 +234,7 @@ def test_accelerate_leaves_what_it_does_not_know(image):
 def test_accelerate_inside_another_model_and_where_there_is_nothing():
     wrapper = nn.Sequential(small_timm(), nn.Linear(7, 2))
     assert all(name.startswith("0.") for name in nest_fast.accelerate(wrapper).replaced)
-    with pytest.raises(ValueError, match="model: wanted one with timm's NesT layers, got Linear with nothing to replace"):
+    with pytest.raises(ValueError, match="wanted one with timm's NesT layers, got Linear with nothing to replace"):
         nest_fast.accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
         nest_fast.accelerate("nest_tiny")

@@ -17,7 +17,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from nest_fast.modules import aggregate, attend, has_hooks
+from nest_fast.modules import aggregate, attend, fused_layer, has_hooks
 from nest_fast.ops import blockify, unblockify
 
 __all__ = ["Report", "accelerate", "restore"]
@@ -25,19 +25,26 @@ __all__ = ["Report", "accelerate", "restore"]
 
 class Attention(timm_nest.Attention):
     def forward(self, x: Tensor) -> Tensor:
-        head_dim = x.shape[-1] // self.num_heads
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attend(
+        return self.proj_drop(self.attend(x))
+
+    def attend(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return attend(
             x,
             self.qkv,
             self.proj,
             num_heads=self.num_heads,
-            head_dim=head_dim,
             scale=self.scale,
             head_minor=True,
-            dropout_p=dropout_p,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            residual=residual,
         )
-        return self.proj_drop(y)
+
+
+class TransformerLayer(timm_nest.TransformerLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        known = type(self.attn) is Attention and type(self.mlp) is timm.layers.Mlp
+        y = fused_layer(x, self) if known and isinstance(self.mlp.norm, nn.Identity) else None
+        return super().forward(x) if y is None else y
 
 
 class ConvPool(timm_nest.ConvPool):
@@ -62,7 +69,8 @@ class PatchEmbed(timm.layers.PatchEmbed):
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
-_FAST: dict[type, type] = {fast.__base__: fast for fast in (Attention, ConvPool, NestLevel, PatchEmbed)}
+_KINDS = (timm_nest.Attention, timm_nest.TransformerLayer, timm_nest.ConvPool, timm_nest.NestLevel)
+_FAST: dict[type, type] = {fast.__base__: fast for fast in (Attention, TransformerLayer, ConvPool, NestLevel, PatchEmbed)}
 
 
 def _conv_pool_why_not(module: nn.Module) -> str | None:
@@ -129,7 +137,7 @@ def _nest_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of timm's NesTs inside ``model`` that have a fast form; a patch embedding only inside a ``Nest``."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (timm_nest.Attention, timm_nest.ConvPool, timm_nest.NestLevel)):
+        if isinstance(module, _KINDS):
             found[name] = module
         elif isinstance(module, timm_nest.Nest) and isinstance(module.patch_embed, timm.layers.PatchEmbed):
             found[f"{name}.patch_embed".lstrip(".")] = module.patch_embed

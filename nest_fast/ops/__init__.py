@@ -3,5 +3,6 @@
 from nest_fast.ops.block_aggregate import block_aggregate
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.blockify import blockify, patchify, unblockify
+from nest_fast.ops.linear import linear
 
-__all__ = ["block_aggregate", "block_attention", "blockify", "patchify", "unblockify"]
+__all__ = ["block_aggregate", "block_attention", "blockify", "linear", "patchify", "unblockify"]

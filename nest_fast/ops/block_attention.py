@@ -16,7 +16,8 @@ __all__ = ["block_attention"]
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("block_attention_cpp_isa() -> str")
+_LIB.define("block_attention_cpp_isa() -> str")  # which instructions it uses: "" for none it can use
+_LIB.define("block_attention_cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
 _LIB.define("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)")
 _LIB.define(
     "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
@@ -228,9 +229,7 @@ def _cpp_bwd(ctx, dout, _dlse):
     q, k, v, out, lse = ctx.saved_tensors
     heads = q.shape[3]
     # The statistics are those of the library's CPU flash attention, so its backward takes them.
-    dout4, q4, k4, v4, out4 = (
-        x.flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out)
-    )
+    dout4, q4, k4, v4, out4 = (x.flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out))
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout4, q4, k4, v4, out4, lse.flatten(0, 1), 0.0, False, scale=ctx.scale
     )
@@ -240,9 +239,7 @@ def _cpp_bwd(ctx, dout, _dlse):
     return dq, dk, dv, None
 
 
-torch.library.register_autograd(
-    "nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB
-)
+torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
 
 CPP_ISA = torch.ops.nest_fast.block_attention_cpp_isa() if _extension.cpu_error is None else ""
 

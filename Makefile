@@ -1,0 +1,81 @@
+# Two commands do everything, each on a fresh machine too:
+#
+#   make test     lint, types, CUDA sources, tests
+#   make bench    benchmarks; the table, JSON and HTML page land in $(RESULTS)
+#
+# They make a virtual environment in $(VENV). To use an interpreter that has the packages already:
+#
+#   make test PYTHON=python3 VENV=
+
+PYTHON  ?= python3
+VENV    ?= .venv
+RESULTS ?= results
+PYTEST  ?= -n 2
+
+ifeq ($(strip $(VENV)),)
+PY    := $(PYTHON)
+READY := build/ready
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: bench test lint cuda-check tests gpu-check install clean help
+.DEFAULT_GOAL := bench
+
+bench: $(READY)
+	$(call say,benchmarks on this machine$(comma) results in $(RESULTS)/)
+	@mkdir -p $(RESULTS)
+	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-json=$(RESULTS)/bench.json
+	@$(PY) benchmarks/report.py $(RESULTS)/bench.json --out $(RESULTS)
+
+test: lint cuda-check tests
+
+lint: $(READY)
+	$(call say,ruff and mypy)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+cuda-check: $(READY)
+	$(call say,the CUDA sources for every architecture)
+	$(PY) scripts/check_cuda.py
+
+# Two processes of one thread each: the interpreted Triton kernels use no more.
+tests: $(READY)
+	$(call say,tests)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
+
+gpu-check:
+	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash scripts/gpu_check.sh
+
+install: $(READY)
+
+# --no-build-isolation: the extension is built against the torch that is there.
+ifeq ($(strip $(VENV)),)
+$(READY): $(SOURCES)
+	$(call say,building the extension for $(PY) and its packages)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D) && touch $@
+else
+$(READY): $(SOURCES) constraints.txt
+	$(call say,packages into $(VENV)$(comma) the first time this takes minutes)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools ninja torch
+	$(call say,building the extension)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    --no-build-isolation --editable '.[timm,test,bench]'
+	@touch $@
+endif
+	@$(PY) -m nest_fast.info
+
+comma := ,
+
+clean:
+	rm -rf build dist *.egg-info .venv nest_fast/*.so $(RESULTS)
+
+help:
+	@sed -n '1,/^$$/p' Makefile

@@ -1,0 +1,101 @@
+"""A linear layer with what follows it in the same pass: bias, GELU, residual sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nest_fast import reference
+from nest_fast.ops import _checks
+
+__all__ = ["linear"]
+
+IMPLS = ("auto", "reference", "onednn")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+
+# oneDNN's names for the activation and its algorithm.
+_ONEDNN = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``residual + activation(x @ weight^T + bias)``.
+
+    Args:
+        x: ``(…, in)``, any floating-point dtype.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+        activation: "none", "gelu" (exact) or "gelu_tanh".
+        residual: ``(…, out)``, added last, or None; not together with an activation.
+        impl: "auto" takes the best this machine has for these tensors. "reference" is plain PyTorch, a pass over memory
+            for the bias (on a CPU), the activation and the sum each; "onednn" has all in the matmul's epilogue, on a CPU
+            and without gradients. Only "auto" may choose; while ``torch.compile`` traces it leaves fusing to the compiler.
+
+    Returns:
+        ``(…, out)``.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
+        RuntimeError: ``impl`` names one that cannot run here; the message says why.
+    """
+    _check(x, weight, bias, activation, residual, impl)
+    if impl == "reference":
+        use_onednn = False
+    elif impl == "auto":
+        use_onednn = not torch.compiler.is_compiling() and not _onednn_why_not(x, weight, bias, residual)
+    else:
+        reasons = _onednn_why_not(x, weight, bias, residual)
+        if reasons:
+            raise RuntimeError(f"impl: {impl!r} cannot run linear here: {'; '.join(reasons)}")
+        use_onednn = True
+    if not use_onednn:
+        return reference.linear(x, weight, bias, activation=activation, residual=residual)
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
+    name, algorithm = _ONEDNN[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, impl: str
+) -> None:
+    _checks.choice("impl", impl, IMPLS)
+    _checks.choice("activation", activation, ACTIVATIONS)
+    _checks.floating("x", x)
+    out_features, in_features = _checks.tensor("weight", weight, "(out, in)").shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: wanted shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
+    _checks.alike("weight", weight, "x", x)
+    if bias is not None:
+        _checks.shape("bias", bias, (out_features,), "(out,)")
+        _checks.alike("bias", bias, "x", x)
+    if residual is not None:
+        if activation != "none":
+            raise ValueError(f"activation: wanted 'none' with a residual, got {activation!r}")
+        _checks.shape("residual", residual, (*x.shape[:-1], out_features), "(…, out)")
+        _checks.alike("residual", residual, "x", x)
+
+
+def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[str]:
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device}, not on a CPU")
+    elif not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        reasons.append("this torch has no oneDNN, or it is switched off")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"dtype {x.dtype} is neither float32 nor bfloat16")
+    if torch.is_autocast_enabled(x.device.type):
+        reasons.append("autocast is on")
+    if x.numel() == 0:
+        reasons.append("x is empty")
+    tensors = (x, weight, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        reasons.append("gradients are wanted")
+    return reasons

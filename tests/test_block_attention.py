@@ -1,0 +1,272 @@
+"""block_attention as an operation: what each ``impl`` computes, how one is chosen, torch features, bad input."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import nest_fast
+from nest_fast import block_attention, reference
+from nest_fast.ops import _extension
+from nest_fast.ops.block_attention import CPP_ISA
+from nest_fast.testing import assert_as_accurate, gradients, relative_error
+
+IMPLS = ["sdpa"]
+if _extension.cpu_error is None and CPP_ISA:
+    IMPLS.append("cpp")
+if torch.cuda.is_available() or nest_fast.ops._triton.INTERPRETED:
+    IMPLS.append("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(B=2, T=4, N=16, heads=2, d=16, kv_heads=None, dtype=torch.float32):
+    """Views of one packed projection, as a model has them."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    packed = torch.randn(B, T, N, heads + 2 * kv_heads, d, dtype=dtype, device=DEVICE)
+    return packed.split((heads, kv_heads, kv_heads), dim=3)
+
+
+def skip_elsewhere(impl):
+    if impl == "cpp" and DEVICE != "cpu":
+        pytest.skip("the C++ kernel is for CPU tensors")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients(impl, kv_heads, dtype):
+    skip_elsewhere(impl)
+    q, k, v = inputs(N=20, heads=3, d=24, kv_heads=kv_heads, dtype=dtype)
+    dout = torch.randn_like(q)
+    golden = gradients(reference.block_attention, (x.double() for x in (q, k, v)), dout)
+    plain = gradients(lambda *a: block_attention(*a, impl="sdpa"), (q, k, v), dout)
+    ours = gradients(lambda *a: block_attention(*a, impl=impl), (q, k, v), dout)
+    factors = (1.5, *(3 if dtype == torch.float32 else 2,) * 3)
+    for what, got, other, want, factor in zip(("out", "dq", "dk", "dv"), ours, plain, golden, factors, strict=True):
+        assert_as_accurate(got, other, want, factor, f"{impl} {what}")
+    assert ours[0].is_contiguous()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    impl=st.sampled_from([i for i in IMPLS if i != "triton"]),
+    B=st.integers(0, 3),
+    T=st.integers(1, 4),
+    N=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    d=st.sampled_from([1, 3, 8, 16, 33]),
+    multi_query=st.booleans(),
+    layout=st.sampled_from(["packed", "contiguous", "transposed", "expanded", "sliced"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_and_layout(impl, B, T, N, heads, d, multi_query, layout, seed):
+    torch.manual_seed(seed)
+    q, k, v = inputs(B, T, N, heads, d, 1 if multi_query else heads)
+    make = {
+        "packed": lambda x: x,
+        "contiguous": torch.Tensor.contiguous,
+        "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "expanded": lambda x: x[:, :1].expand(-1, T, -1, -1, -1),
+        "sliced": lambda x: torch.cat((x, x), -1)[..., 1 : d + 1],
+    }[layout]
+    q, k, v = (make(x) for x in (q, k, v))
+    out = block_attention(q, k, v, impl=impl)
+    assert out.shape == q.shape
+    assert out.is_contiguous()
+    if B:
+        assert relative_error(out, reference.block_attention(*(x.double() for x in (q, k, v)))) < 1e-5
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "cpp"])
+@pytest.mark.parametrize("masked", [None, "float", "bool"])
+def test_bias_and_mask(impl, masked):
+    q, k, v = inputs()
+    bias = torch.randn(2, 16, 16, device=DEVICE, requires_grad=True)
+    mask = {None: None, "float": torch.randn(2, 16, 16), "bool": torch.rand(2, 16, 16) > 0.5}[masked]
+    if masked == "bool":
+        mask |= torch.eye(16, dtype=torch.bool)
+    mask = mask if mask is None else mask.to(DEVICE)
+    dout = torch.randn_like(q)
+
+    def run(call, *tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        out = call(*leaves[:3], bias=leaves[3], mask=mask if mask is None or masked == "bool" else mask.to(out_dtype))
+        return (out, *torch.autograd.grad(out, leaves, dout.to(out.dtype)))
+
+    out_dtype = torch.float64
+    golden = run(reference.block_attention, *(x.double() for x in (q, k, v, bias)))
+    out_dtype = torch.float32
+    ours = run(lambda *a, **kw: block_attention(*a, impl=impl, **kw), q, k, v, bias)
+    for got, want in zip(ours, golden, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scale_and_double_backward_message(impl):
+    skip_elsewhere(impl)
+    q, k, v = inputs()
+    out = block_attention(q, k, v, scale=0.5, impl=impl)
+    assert relative_error(out, reference.block_attention(q.double(), k.double(), v.double(), scale=0.5)) < 1e-5
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    q, k, v = inputs(B=64, T=16)
+    out = block_attention(q, k, torch.ones_like(v), dropout_p=0.5)
+    assert out.std() > 0.1
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_special_values_spread_as_in_softmax(impl):
+    """NaN in one block stays in that block; an infinite score takes all the weight or none."""
+    skip_elsewhere(impl)
+    q, k, v = (x.clone() for x in inputs())
+    q[0, 1, 3, 0, 0] = math.nan
+    out = block_attention(q, k, v, impl=impl)
+    wanted = reference.block_attention(q, k, v)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert out.isnan().any()
+    assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "sdpa"])
+def test_opcheck(impl):
+    skip_elsewhere(impl)
+    op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
+    for kv_heads in (2, 1):
+        q, k, v = (x.detach().requires_grad_() for x in inputs(kv_heads=kv_heads))
+        arguments = (q, k, v, 0.25) if impl == "cpp" else (q, k, v, None, None, 0.25)
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_in_one_graph(impl):
+    skip_elsewhere(impl)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: block_attention(*a, impl=impl), fullgraph=True, backend=counter)
+    for B in (2, 3, 4, 5, 7):
+        arguments = inputs(B=B)
+        assert relative_error(compiled(*arguments), block_attention(*arguments, impl="reference")) < 1e-5
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vmap_over_the_batch(impl):
+    skip_elsewhere(impl)
+    q, k, v = (torch.stack([x, x + 1]) for x in inputs())
+    out = torch.vmap(lambda a, b: block_attention(a, b, v[0], impl=impl))(q, k)
+    for i in range(2):
+        torch.testing.assert_close(out[i], block_attention(q[i], k[i], v[0], impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
+    skip_elsewhere(impl)
+    q, k, v = inputs()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = block_attention(q, k.bfloat16(), v, impl=impl)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, reference.block_attention(q.double(), k.double(), v.double())) < 0.02
+
+
+def test_auto_says_once_why_it_does_without_triton(monkeypatch):
+    """On CUDA what Triton cannot take goes to SDPA with one warning; here the device is only pretended."""
+    from nest_fast.ops import block_attention as _  # noqa: F401
+
+    module = __import__("sys").modules["nest_fast.ops.block_attention"]
+    monkeypatch.setattr(module, "_SAID", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            module._say_once("block_attention runs scaled_dot_product_attention, since for triton N = 400 is over 256")
+    assert len(caught) == 1
+    assert "N = 400" in str(caught[0].message)
+
+
+GOOD = (2, 4, 16, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 16, 32)}, r"q: wanted 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 4, 16, 32\)"),
+        ({"q": [1.0]}, r"q: wanted a tensor \(B, T, N, heads, head_dim\), got list"),
+        ({"q": torch.zeros(GOOD, dtype=torch.int64)}, r"q: wanted a floating-point dtype, got torch.int64"),
+        ({"k": torch.zeros(2, 4, 16, 3, 16)}, r"k: wanted shape \(2, 4, 16, 2 or 1, 16\) as q has, got \(2, 4, 16, 3, 16\)"),
+        ({"v": torch.zeros(2, 4, 16, 1, 16)}, r"v: wanted shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)"),
+        ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: wanted dtype torch.float32 as q has, got torch.float64"),
+        ({"v": torch.zeros(GOOD, device="meta")}, r"v: wanted device cpu as q has, got meta"),
+        ({"bias": torch.zeros(2, 16, 15)}, r"bias: wanted shape \(2, 16, 16\) \(heads, N, N\), got \(2, 16, 15\)"),
+        ({"mask": torch.zeros(3, 16, 16)}, r"mask: wanted a number of groups that divides T = 4, got 3"),
+        ({"mask": torch.zeros(2, 16, 16, dtype=torch.int8)}, r"mask: wanted a floating-point dtype, got torch.int8"),
+        ({"dropout_p": 1.5}, r"dropout_p: wanted a probability between 0 and 1, got 1.5"),
+        ({"impl": "flash"}, r"impl: wanted one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"q": torch.zeros(GOOD), "k": torch.zeros(GOOD), "v": torch.zeros(GOOD), **change}
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        block_attention(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_an_explicit_choice_never_falls_back():
+    q, k, v = (x.double() for x in inputs())
+    for impl, reason in (("cpp", "float64"), ("triton", "float64")):
+        with pytest.raises(RuntimeError, match=f"impl: '{impl}' cannot run block_attention here: .*{reason}"):
+            block_attention(q, k, v, impl=impl)
+    with pytest.raises(RuntimeError, match="impl: 'cpp' cannot run block_attention here: .*no bias or mask"):
+        block_attention(*inputs(), bias=torch.zeros(2, 16, 16, device=DEVICE), impl="cpp")
+    with pytest.raises(RuntimeError, match="impl: 'triton' cannot run block_attention here: .*N = 300 tokens are over 256"):
+        block_attention(*inputs(N=300), impl="triton")
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+def test_module_is_a_drop_in_for_timms_attention():
+    from nest_fast.testing import import_timm
+
+    theirs = import_timm().models.nest.Attention(48, 3, qkv_bias=True)
+    ours = nest_fast.BlockAttention(48, 3, qkv_bias=True, head_minor=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 9, 48)
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+    major = nest_fast.BlockAttention(48, 3, qkv_bias=True)
+    state = theirs.state_dict()
+    state["proj.weight"] = nest_fast.weights.head_minor_to_major(state["proj.weight"], 3)
+    major.load_state_dict(state)
+    assert relative_error(major(x), theirs(x)) < 1e-5
+    back = nest_fast.weights.head_major_to_minor(state["proj.weight"], 3)
+    assert torch.equal(back, theirs.proj.weight)
+
+
+def test_module_calls_a_projection_that_is_more_than_a_linear():
+    """A low-rank adapter in place of ``proj`` sees timm's order, in which it was trained."""
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x
+
+    module = nest_fast.BlockAttention(32, 4, head_minor=True)
+    x = torch.randn(1, 2, 4, 32)
+    qkv = module.qkv(x).unflatten(-1, (3, 4, 8))
+    minor = reference.block_attention(*qkv.unbind(3)).transpose(-1, -2).flatten(-2)
+    plain = module.proj(minor)
+    torch.testing.assert_close(module(x), plain)
+    module.proj.__class__ = Adapter
+    torch.testing.assert_close(module(x), plain + minor)
+
+
+def test_module_refuses_bad_arguments():
+    with pytest.raises(ValueError, match="num_heads: wanted a divisor of dim = 32, got 5"):
+        nest_fast.BlockAttention(32, 5)
+    with pytest.raises(ValueError, match=r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)"):
+        nest_fast.BlockAttention(32, 4)(torch.zeros(2, 4, 32))
+    with pytest.raises(ValueError, match="impl: wanted one of"):
+        nest_fast.BlockAttention(32, 4, impl="cuda")
