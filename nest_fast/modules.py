@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ class BlockAggregation(nn.Module):
 def aggregate(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: nn.LayerNorm,
+    norm: Any,
     padding: str,
     grid_size: int | tuple[int, int] | None = None,
     block_size: int | tuple[int, int] | None = None,
@@ -267,7 +268,7 @@ def gelu_of(act: nn.Module) -> str | None:
     return "gelu_tanh" if act.approximate == "tanh" else "gelu"
 
 
-def fused_layer(x: Tensor, layer: nn.Module) -> Tensor | None:
+def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
     """A pre-norm layer with biases, GELU and residual sums in the matmuls' passes; None where they cannot be.
 
     They cannot where something acts or listens between them: a dropout or stochastic depth in training, a hook, another
@@ -350,12 +351,13 @@ class PatchEmbed(nn.Module):
         self, patch_size: int, block_size: tuple[int, int], in_chans: int, dim: int, device=None, dtype=None
     ) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.block_size = block_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = patchify(x, self.proj.stride, self.block_size)
+        patches = patchify(x, self.patch_size, self.block_size)
         return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def extra_repr(self) -> str:
-        return f"block_size={self.block_size}"
+        return f"patch_size={self.patch_size}, block_size={self.block_size}"

@@ -168,7 +168,7 @@ class NesT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
         self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], **dd)
-        self.levels = nn.ModuleList()
+        self.levels: Any = nn.ModuleList()  # of NesTLevel
         for i in range(num_levels):
             pool = None
             if i > 0:

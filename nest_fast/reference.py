@@ -100,9 +100,9 @@ def block_aggregate(
     ``conv_weight`` is ``(C', C, 3, 3)``. The pool is 3x3 with stride 2; ``padding`` is "symmetric" (one pixel on
     every side, PyTorch's way) or "same" (one pixel right and below, the authors' way). Padding never wins the maximum.
     """
+    block = math.isqrt(x.shape[2]) if block_size is None else block_size
     if grid_size is not None:
-        block_size = math.isqrt(x.shape[2]) if block_size is None else block_size
-        x = unblockify(x, grid_size, block_size)
+        x = unblockify(x, grid_size, block)
     # An NHWC image seen as NCHW is channels_last memory: nothing here makes a layout copy.
     y = F.conv2d(x.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1).permute(0, 2, 3, 1)
     y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
@@ -110,7 +110,7 @@ def block_aggregate(
     y = F.max_pool2d(y, 3, 2, ceil_mode=True) if padding == "same" else F.max_pool2d(y, 3, 2, padding=1)
     out = y.permute(0, 2, 3, 1)
     if grid_size is not None:
-        out = blockify(out, block_size)
+        out = blockify(out, block)
     return out if pos_embed is None else out + pos_embed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm.layers
 import timm.models.nest as timm_nest
@@ -70,10 +71,12 @@ class PatchEmbed(timm.layers.PatchEmbed):
 
 
 _KINDS = (timm_nest.Attention, timm_nest.TransformerLayer, timm_nest.ConvPool, timm_nest.NestLevel)
-_FAST: dict[type, type] = {fast.__base__: fast for fast in (Attention, TransformerLayer, ConvPool, NestLevel, PatchEmbed)}
+_FAST: dict[type, type] = {
+    fast.__mro__[1]: fast for fast in (Attention, TransformerLayer, ConvPool, NestLevel, PatchEmbed)
+}
 
 
-def _conv_pool_why_not(module: nn.Module) -> str | None:
+def _conv_pool_why_not(module: Any) -> str | None:
     conv, norm, pool = module.conv, module.norm, module.pool
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     if type(conv) is not nn.Conv2d or geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or conv.padding_mode != "zeros":
@@ -85,7 +88,7 @@ def _conv_pool_why_not(module: nn.Module) -> str | None:
     return None
 
 
-_WHY_NOT: dict[type, Callable[[nn.Module], str | None]] = {timm_nest.ConvPool: _conv_pool_why_not}
+_WHY_NOT: dict[type, Callable[[Any], str | None]] = {timm_nest.ConvPool: _conv_pool_why_not}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     accelerated = [module for module in model.modules() if type(module) in _FAST.values()]
     for module in accelerated:
-        module.__class__ = type(module).__base__
+        module.__class__ = type(module).__mro__[1]
     return len(accelerated)
 
 

@@ -98,10 +98,10 @@ def _check_parameters(
     out_channels = _checks.tensor("conv_weight", conv_weight, "(C', C, 3, 3)").shape[0]
     _checks.shape("conv_weight", conv_weight, (out_channels, x.shape[3], 3, 3), "(C', C, 3, 3)")
     _checks.alike("conv_weight", conv_weight, "x", x)
-    vectors = {"conv_bias": conv_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    if conv_bias is not None:
+        vectors["conv_bias"] = conv_bias
     for name, value in vectors.items():
-        if value is None and name == "conv_bias":
-            continue
         _checks.tensor(name, value, "(C')")
         _checks.shape(name, value, (out_channels,), "(C',)")
         _checks.alike(name, value, "x", x)

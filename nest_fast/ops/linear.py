@@ -34,9 +34,9 @@ def linear(
         bias: ``(out,)`` or None.
         activation: "none", "gelu" (exact) or "gelu_tanh".
         residual: ``(…, out)``, added last, or None; not together with an activation.
-        impl: "auto" takes the best this machine has for these tensors. "reference" is plain PyTorch, a pass over memory
-            for the bias (on a CPU), the activation and the sum each; "onednn" has all in the matmul's epilogue, on a CPU
-            and without gradients. Only "auto" may choose; while ``torch.compile`` traces it leaves fusing to the compiler.
+        impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
+            fusing to the compiler. "reference" is plain PyTorch, with a pass over memory each for the bias (on a CPU),
+            the activation and the sum. "onednn" has all in the matmul's epilogue, on a CPU and without gradients.
 
     Returns:
         ``(…, out)``.
@@ -63,9 +63,7 @@ def linear(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, impl: str
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, impl: str) -> None:
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
     _checks.floating("x", x)
