@@ -45,7 +45,7 @@ def _cpu_extension() -> str:
         return f"not loaded: {_extension.cpu_error}"
     from nest_fast.ops.block_attention import CPP_ISA
 
-    return f"loaded, block_attention uses {CPP_ISA or 'nothing: no AVX-512 on this processor'}"
+    return f"loaded, block_attention uses {CPP_ISA or 'nothing: no AVX2 on this processor'}"
 
 
 def _cuda_extension() -> str:

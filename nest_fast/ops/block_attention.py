@@ -14,6 +14,7 @@ from nest_fast.ops import _checks, _extension, _triton
 __all__ = ["block_attention"]
 
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("block_attention_cpp_isa() -> str")  # which instructions it uses: "" for none it can use
@@ -123,13 +124,11 @@ def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p:
     if _extension.cpu_error is not None:
         reasons.append(_extension.cpu_error)
     elif not CPP_ISA:
-        reasons.append("this processor has no AVX-512")
+        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
     if q.device.type != "cpu":
         reasons.append(f"q is on {q.device}, not on a CPU")
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        reasons.append(f"dtype {q.dtype} is neither float32 nor bfloat16")
-    if q.shape[-1] > 128:
-        reasons.append(f"head_dim {q.shape[-1]} is over 128")
+    if q.dtype not in _KERNEL_DTYPES:
+        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
     if bias is not None or mask is not None:
         reasons.append("it takes no bias or mask")
     if dropout_p:
@@ -139,7 +138,7 @@ def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p:
 
 def _triton_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
     reasons = _triton.why_not(q)
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if q.dtype not in _KERNEL_DTYPES:
         reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
     if q.shape[2] > 256:
         reasons.append(f"N = {q.shape[2]} tokens are over 256")

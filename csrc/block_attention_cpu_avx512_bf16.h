@@ -1,0 +1,21 @@
+// What AVX512_BF16 adds to block_attention_cpu_avx512.h. No include guard: included after it, in one namespace.
+
+// As Floats is for floats: pairs of bf16, multiplied and summed by vdpbf16ps.
+struct PairsOfBFloat16 {
+  using Element = BFloat16;
+  static constexpr int kPerUnit = 2;
+  static constexpr uint32_t kSigns = 0x80008000;
+  // As in Floats, a degree lower: the error, 3e-6, is far below what bf16 resolves.
+  static constexpr float kExp2[] = {0x1.3a02ccp-7f, 0x1.c9fc46p-5f, 0x1.ec0378p-3f, 0x1.62e12cp-1f, 1};
+
+  static Vec dot(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+  static Vec along(const BFloat16* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Vec across(const BFloat16* p, int64_t stride) {
+    return _mm512_castsi512_ps(_mm512_or_si512(load_bits(p), _mm512_slli_epi32(load_bits(p + stride), 16)));
+  }
+  static Vec from_floats(const Vec (&x)[2]) {
+    return _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0])));
+  }
+};

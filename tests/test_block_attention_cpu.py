@@ -1,0 +1,208 @@
+"""The C++ kernel of block_attention, with every instruction set of this processor: accuracy, memory, special values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nest_fast import reference
+from nest_fast.ops import _extension, block_attention
+from nest_fast.testing import assert_as_accurate, gradients, relative_error
+
+if _extension.cpu_error is not None:
+    pytest.skip(_extension.cpu_error, allow_module_level=True)
+OPS = torch.ops.nest_fast
+BEST = OPS.block_attention_cpp_isa()
+if not BEST:
+    pytest.skip("this processor has neither AVX2 nor AVX-512", allow_module_level=True)
+
+ALL_ISAS = ("avx512_bf16", "avx512", "avx2")
+ISAS = ALL_ISAS[ALL_ISAS.index(BEST) :]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    OPS.block_attention_cpp_set_isa(request.param)
+    yield request.param
+    OPS.block_attention_cpp_set_isa(BEST)
+
+
+def packed(B, T, N, heads, d, dtype=torch.float32, kv_heads=None):
+    kv_heads = heads if kv_heads is None else kv_heads
+    return torch.randn(B, T, N, heads + 2 * kv_heads, d).to(dtype).split((heads, kv_heads, kv_heads), dim=3)
+
+
+def kernel(q, k, v, scale=None):
+    return OPS.block_attention_cpp_fwd(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+def plain(q, k, v, scale=None):
+    """4-D scaled_dot_product_attention, the measure of accuracy."""
+    return block_attention(q, k, v, scale=scale, impl="sdpa")
+
+
+def golden(q, k, v, scale=None):
+    return reference.block_attention(q.double(), k.double(), v.double(), scale=scale)
+
+
+# The NesT shapes (196; 16 for 32 px), windows (49, 64), one beyond what registers were sized for, odd sizes.
+@pytest.mark.parametrize(("N", "d"), [(196, 32), (16, 64), (49, 24), (64, 48), (256, 16), (197, 33), (17, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_is_as_accurate_as_sdpa(isa, dtype, N, d):
+    # So many numbers that the largest error does not hang on luck.
+    q, k, v = packed(2, 1 + 2**18 // (N * 3 * d), N, 3, d, dtype)
+    ours, theirs, exact = kernel(q, k, v), plain(q, k, v), golden(q, k, v)
+    assert_as_accurate(ours, theirs, exact, 1.5)
+    assert relative_error(ours, exact) <= 1.5 * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_with_the_saved_statistics(isa, dtype, kv_heads):
+    q, k, v = packed(4, 4, 49, 3, 32, dtype, kv_heads)
+    dout = torch.randn_like(q)
+    ours, theirs, exact = (
+        gradients(f, x, dout) for f, x in ((kernel, (q, k, v)), (plain, (q, k, v)), (golden, (q, k, v)))
+    )
+    for name, *each in zip(("dq", "dk", "dv"), ours[1:], theirs[1:], exact[1:], strict=True):
+        assert_as_accurate(*each, 3 if dtype == torch.float32 else 2, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.2, -0.7, 0.0, 8.0])
+def test_lse_and_any_scale(isa, dtype, scale):
+    q, k, v = packed(2, 2, 50, 2, 16, dtype)
+    out, lse = OPS.block_attention_cpp_fwd(q, k, v, scale)
+    scores = scale * q.double().transpose(2, 3) @ k.double().transpose(2, 3).transpose(-1, -2)
+    exact = scores.logsumexp(-1)
+    assert lse.dtype == torch.float32
+    # A few roundings of the largest intermediate; and 2^x in bf16 is good to 3e-6.
+    torch.testing.assert_close(lse.double(), exact, rtol=0, atol=4e-6 + 4e-7 * scores.abs().max().item())
+    assert_as_accurate(out, plain(q, k, v, scale), golden(q, k, v, scale), 1.5)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from(DTYPES),
+    B=st.integers(1, 2),
+    T=st.integers(1, 3),
+    N=st.one_of(st.integers(1, 70), st.integers(180, 300)),
+    heads=st.integers(1, 4),
+    d=st.integers(1, 128),
+    multi_query=st.booleans(),
+    layout=st.sampled_from(["packed", "contiguous", "head-major", "expanded", "sliced"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_and_layout(isa, dtype, B, T, N, heads, d, multi_query, layout, seed):
+    torch.manual_seed(seed)
+    inputs = packed(B, T, N, heads, d, dtype, 1 if multi_query else heads)
+    make = {
+        "packed": lambda x: x,
+        "contiguous": torch.Tensor.contiguous,
+        "head-major": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": lambda x: x[:, :1].expand(-1, T, -1, -1, -1),
+        "sliced": lambda x: torch.cat((x, x), -1)[..., 1 : d + 1],
+    }[layout]
+    q, k, v = (make(x) for x in inputs)
+    OPS.block_attention_cpp_set_isa(isa)
+    try:
+        out = kernel(q, k, v)
+    finally:
+        OPS.block_attention_cpp_set_isa(BEST)
+    exact = golden(q, k, v)
+    assert out.is_contiguous()
+    assert out.shape == q.shape
+    # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
+    allowed = 1.5 * relative_error(plain(q, k, v), exact) + torch.finfo(dtype).eps
+    assert relative_error(out, exact) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33)])
+def test_reads_nothing_around_the_inputs(isa, dtype, N, d):
+    """Inputs inside a tensor of NaN give what they give alone."""
+    alone = packed(2, 2, N, 2, d, dtype)
+    amid = []
+    for x in alone:
+        guard = torch.full([size + 2 for size in x.shape], math.nan, dtype=dtype)[1:-1, 1:-1, 1:-1, 1:-1, 1:-1]
+        amid.append(guard.copy_(x))
+    assert torch.equal(kernel(*amid), kernel(*alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["q", "k", "v"])
+def test_special_values_spread_as_in_softmax(isa, dtype, value, where):
+    inputs = [x.clone() for x in packed(1, 2, 20, 2, 8, dtype)]
+    inputs[where][0, 1, 7, 1, 3] = value
+    out, wanted = kernel(*inputs).double(), golden(*inputs)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert torch.equal(out.isinf(), wanted.isinf())
+    assert out.isfinite()[:, 0].all()
+
+
+def test_extreme_scores(isa):
+    """One key takes all the weight, or keys share it, however large the scores are."""
+    q = torch.full((1, 1, 3, 1, 4), 1e4)
+    k = q * torch.tensor([1.0, 1.0, -1.0]).view(3, 1, 1)
+    v = torch.tensor([1.0, 3.0, 100.0]).view(1, 1, 3, 1, 1).expand(q.shape).contiguous()
+    torch.testing.assert_close(kernel(q, k, v), torch.full_like(q, 2.0), rtol=0, atol=0)
+
+
+def test_bitwise_the_same_however_it_is_divided(isa):
+    """Run to run, for any number of threads, and with k and v of one head repeated."""
+    q, k, v = packed(3, 2, 61, 5, 16, torch.bfloat16, kv_heads=1)
+    threads = torch.get_num_threads()
+    wanted = kernel(q, k, v)
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            assert torch.equal(kernel(q, k, v), wanted)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(kernel(q, k.expand(q.shape), v.expand(q.shape).contiguous()), wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16, 2, 8), (2, 0, 16, 2, 8), (2, 4, 0, 2, 8), (2, 4, 16, 0, 8)])
+def test_empty(isa, shape):
+    q = torch.empty(shape)
+    out, lse = OPS.block_attention_cpp_fwd(q, q, q, 1.0)
+    assert out.shape == shape
+    assert lse.shape == (shape[0], shape[1], shape[3], shape[2])
+
+
+def test_long_sequences(isa):
+    q, k, v = packed(1, 1, 2500, 1, 40)
+    exact = golden(q, k, v)
+    assert relative_error(kernel(q, k, v), exact) <= 1.5 * relative_error(plain(q, k, v), exact)
+
+
+GOOD = (1, 2, 5, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(5, 3, 8)}, r"q: wanted 5 dimensions \(B, T, N, heads, head_dim\), got 3"),
+        ({"k": torch.zeros(GOOD).bfloat16()}, "k: wanted dtype Float as q has, got BFloat16"),
+        ({"v": torch.zeros(1, 2, 6, 3, 8)}, "v: wanted size 5 of dimension 2 as q has, got 6"),
+        ({"k": torch.zeros(1, 2, 5, 2, 8)}, "k: wanted 3 heads or 1, got 2"),
+        ({"q": torch.zeros(1, 2, 5, 8, 3).mT}, "q: wanted stride 1 of the last dimension, got 3"),
+        ({x: torch.zeros(GOOD).double() for x in "qkv"}, "q: wanted dtype Float, Half or BFloat16, got Double"),
+        ({x: torch.zeros(GOOD)[..., :0] for x in "qkv"}, "q: wanted a head_dim of at least 1, got 0"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {x: torch.zeros(GOOD) for x in "qkv"} | change
+    with pytest.raises(RuntimeError, match=message):
+        OPS.block_attention_cpp_fwd(*arguments.values(), 1.0)
+
+
+def test_isa_that_is_not_there():
+    with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
+        OPS.block_attention_cpp_set_isa("mmx")
+    assert OPS.block_attention_cpp_isa() == BEST
