@@ -20,6 +20,11 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
+SHELL := /bin/bash
+# pip builds silently; what the build left out, and why, are lines that start with our name.
+build = set -o pipefail; $(PY) -m pip install -v --disable-pip-version-check --no-build-isolation $(1) --editable $(2) \
+    > build.log 2>&1 || { cat build.log; exit 1; }; grep '^ *nest_fast:' build.log || true; rm build.log
+
 say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
@@ -58,7 +63,7 @@ install: $(READY)
 ifeq ($(strip $(VENV)),)
 $(READY): $(SOURCES)
 	$(call say,building the extension for $(PY) and its packages)
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(call build,--no-deps,.)
 	@mkdir -p $(@D) && touch $@
 else
 $(READY): $(SOURCES) constraints.txt
@@ -66,8 +71,7 @@ $(READY): $(SOURCES) constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools ninja torch
 	$(call say,building the extension)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    --no-build-isolation --editable '.[timm,test,bench]'
+	@$(call build,-c constraints.txt,'.[timm$(comma)test$(comma)bench]')
 	@touch $@
 endif
 	@$(PY) -m nest_fast.info

@@ -165,6 +165,15 @@ def test_vmap_over_the_batch(impl):
         torch.testing.assert_close(out[i], block_attention(q[i], k[i], v[0], impl=impl))
 
 
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "cpp"])
+def test_vmap_over_biases(impl):
+    q, k, v = inputs()
+    bias = torch.randn(3, 2, 16, 16, device=DEVICE)
+    out = torch.vmap(lambda b: block_attention(q, k, v, bias=b, impl=impl))(bias)
+    for i in range(3):
+        torch.testing.assert_close(out[i], block_attention(q, k, v, bias=bias[i], impl=impl))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
     skip_elsewhere(impl)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["block_attention"]
 
@@ -240,7 +241,24 @@ def _cpp_bwd(ctx, dout, _dlse):
 
 torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
 
-CPP_ISA = torch.ops.nest_fast.block_attention_cpp_isa() if _extension.cpu_error is None else ""
+
+def _cpp_vmap(info, in_dims, q, k, v, scale):
+    q, k, v = (fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims, strict=False))
+    out, lse = torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, scale)
+    return (unfold(out, info.batch_size), unfold(lse, info.batch_size)), (0, 0)
+
+
+torch.library.register_vmap("nest_fast::block_attention_cpp_fwd", _cpp_vmap, lib=_LIB)
+
+
+def _cpp_isa() -> str:
+    try:
+        return torch.ops.nest_fast.block_attention_cpp_isa()
+    except NotImplementedError:  # not built, or built before this operation was there
+        return ""
+
+
+CPP_ISA = _cpp_isa()
 
 
 # --- registration: the Triton kernels ---------------------------------------------------------------------------------
@@ -296,3 +314,19 @@ def _triton_autograd(ctx, dout, _dlse):
 torch.library.register_autograd(
     "nest_fast::block_attention_triton_fwd", _triton_autograd, setup_context=_triton_setup, lib=_LIB
 )
+
+
+def _triton_vmap(info, in_dims, q, k, v, bias, mask, scale):
+    size, op = info.batch_size, torch.ops.nest_fast.block_attention_triton_fwd
+    if in_dims[3] is None and in_dims[4] is None:
+        q, k, v = (fold(x, dim, size) for x, dim in zip((q, k, v), in_dims, strict=False))
+        out, lse = op(q, k, v, bias, mask, scale)
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
+    # A bias or mask of its own for each: the kernel knows one, so one call each.
+    tensors = zip((q, k, v, bias, mask), in_dims, strict=False)
+    slices = [[x] * size if dim is None else x.unbind(dim) for x, dim in tensors]
+    outs, lses = zip(*(op(*one, scale) for one in zip(*slices, strict=True)), strict=True)
+    return (torch.stack(outs), torch.stack(lses)), (0, 0)
+
+
+torch.library.register_vmap("nest_fast::block_attention_triton_fwd", _triton_vmap, lib=_LIB)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _extension
+from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["blockify", "patchify", "unblockify"]
 
@@ -32,8 +33,8 @@ def blockify(
             ``x.permute(0, 2, 3, 1)``, without a copy.
         block_size: height and width of a block in pixels, or one int for a square; has to divide H and W.
         pos_embed: ``(1, T, N, C)``, added in the same pass; then ``x`` is fp64, fp32, fp16 or bf16.
-        impl: "auto" takes the best this machine has for ``x``. "reference" is plain PyTorch, "cpp" the extension's CPU
-            kernel, "cuda" its CUDA kernel; these never fall back to another.
+        impl: "auto" takes the best this machine has for ``x``; that is "reference" too where it is as fast. "reference"
+            is plain PyTorch, "cpp" the extension's CPU kernel, "cuda" its CUDA kernel: these never fall back.
 
     Returns:
         ``(B, T, N, C)``: T blocks of N pixels, both in row-major order. Contiguous, but a view of ``x`` where nothing
@@ -50,7 +51,7 @@ def blockify(
     _checks.divides("block_size", (bh, bw), (H, W), "image")
     gh, gw = H // bh, W // bw
     x, pos_embed = _check_pos_embed(x, pos_embed, (1, gh * gw, bh * bw, C))
-    if _compiled("blockify", impl, x, plain=pos_embed is None) and gw > 1 and bh > 1:
+    if _compiled("blockify", impl, x, plain=pos_embed is None and x.stride(-1) == 1) and gw > 1 and bh > 1:
         return _OPS.blockify(x, (bh, bw), pos_embed)
     out = reference.blockify(x, (bh, bw))
     return out if pos_embed is None else out + pos_embed
@@ -85,7 +86,7 @@ def unblockify(
     _checks.tensor("x", x, "(B, T, N, C)")
     (gh, gw), (bh, bw) = _checks.grid(x, grid_size, block_size)
     x, pos_embed = _check_pos_embed(x, pos_embed, (1, *x.shape[1:]))
-    if _compiled("unblockify", impl, x, plain=pos_embed is None) and gw > 1 and bh > 1:
+    if _compiled("unblockify", impl, x, plain=pos_embed is None and x.stride(-1) == 1) and gw > 1 and bh > 1:
         return _OPS.unblockify(x, (gh, gw), (bh, bw), pos_embed)
     return reference.unblockify(x if pos_embed is None else x + pos_embed, (gh, gw), (bh, bw))
 
@@ -129,23 +130,28 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor | None, wanted: tuple) -> tupl
     if pos_embed is None:
         return x, None
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
-    _checks.shape("pos_embed", pos_embed, wanted, f"(1, T, N, C) for x of shape {tuple(x.shape)}")
+    _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
     _checks.alike("pos_embed", pos_embed, "x", x)
     if x.dtype not in _ADDED:
         raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
-    dtype = torch.promote_types(x.dtype, pos_embed.dtype)  # they differ only under autocast
-    return x.to(dtype), pos_embed.to(dtype).contiguous()
+    if x.dtype != pos_embed.dtype:  # under autocast
+        dtype = torch.promote_types(x.dtype, pos_embed.dtype)
+        x, pos_embed = x.to(dtype), pos_embed.to(dtype)
+    return x, pos_embed.contiguous()
 
 
 def _compiled(op: str, impl: str, x: Tensor, *, plain: bool = False) -> bool:
-    """Whether a compiled kernel takes ``x``; an ``impl`` that cannot is an error. ``plain``: it is only copied."""
+    """Whether a compiled kernel takes ``x``; an ``impl`` that cannot is an error.
+
+    ``plain``: long runs are copied and nothing is added. On a CPU PyTorch does that as fast (measured).
+    """
     _checks.choice("impl", impl, IMPLS)
     if impl == "reference":
         return False
     kind = x.device.type
     error = {"cpu": _extension.cpu_error, "cuda": _extension.cuda_error}.get(kind, f"there is no kernel for {kind}")
     if impl == "auto":
-        return error is None and not (kind == "cpu" and plain and _is_small(x))
+        return error is None and not (kind == "cpu" and (plain or _is_small(x)))
     if kind != {"cpp": "cpu", "cuda": "cuda"}[impl]:
         error = f"x is on {x.device}"
     if error is not None:
@@ -154,8 +160,8 @@ def _compiled(op: str, impl: str, x: Tensor, *, plain: bool = False) -> bool:
 
 
 def _is_small(x: Tensor) -> bool:
-    """Contiguous and below 1 MiB: PyTorch's copy is as fast there, and a custom operation costs a few µs more."""
-    return x.stride(-1) == 1 and not torch.compiler.is_compiling() and x.nbytes < 2**20
+    """Where a custom operation's few µs per call are more than it saves over PyTorch's passes (measured)."""
+    return not torch.compiler.is_compiling() and x.nbytes < 2**15
 
 
 # --- registration; the kernels themselves are csrc/blockify_cpu.cpp and csrc/blockify_cuda.cu -------------------------
@@ -224,19 +230,9 @@ def _unpatchify_bwd(ctx, dout):
     return _OPS.patchify(dout, ctx.patch_size, ctx.block_size), None, None, None
 
 
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The dimension that vmap hides, made part of the batch."""
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
-
-
-def _unfold(x: Tensor, size: int) -> tuple[Tensor, int]:
-    return x.unflatten(0, (size, x.shape[0] // size)), 0
-
-
 def _blockify_vmap(info, in_dims, x, block_size, pos_embed):
     shared = None if in_dims[2] is not None else pos_embed
-    out, _ = _unfold(_OPS.blockify(_fold(x, in_dims[0], info.batch_size), block_size, shared), info.batch_size)
+    out = unfold(_OPS.blockify(fold(x, in_dims[0], info.batch_size), block_size, shared), info.batch_size)
     return out if in_dims[2] is None else out + pos_embed.movedim(in_dims[2], 0), 0
 
 
@@ -244,15 +240,15 @@ def _unblockify_vmap(info, in_dims, x, grid_size, block_size, pos_embed):
     x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     if in_dims[3] is not None:
         x, pos_embed = x + pos_embed.movedim(in_dims[3], 0), None
-    return _unfold(_OPS.unblockify(x.flatten(0, 1), grid_size, block_size, pos_embed), info.batch_size)
+    return unfold(_OPS.unblockify(x.flatten(0, 1), grid_size, block_size, pos_embed), info.batch_size), 0
 
 
 def _patchify_vmap(info, in_dims, x, *sizes):
-    return _unfold(_OPS.patchify(_fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size)
+    return unfold(_OPS.patchify(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
 
 
 def _unpatchify_vmap(info, in_dims, x, *sizes):
-    return _unfold(_OPS.unpatchify(_fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size)
+    return unfold(_OPS.unpatchify(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
 
 
 for _name, _bwd, _setup, _vmap in (
