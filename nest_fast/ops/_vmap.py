@@ -8,7 +8,7 @@ __all__ = ["fold", "unfold"]
 
 
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """``x`` with the hidden dimension ``dim`` of ``size`` (None: not hidden, the same for all) in front of the batch."""
+    """``x`` with the hidden dimension ``dim`` of ``size`` (None: the same for all) in front of its batch."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 
