@@ -129,6 +129,19 @@ def test_compiles_in_one_graph_and_exports_with_a_dynamic_batch():
     assert relative_error(exported(batches[3]), model(batches[3])) < 1e-5
 
 
+def test_torch_func_takes_gradients_per_sample():
+    model, x = small(), torch.randn(3, 3, 32, 32)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image.unsqueeze(0),)).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(per_sample[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_copies_and_pickles():
     model, x = small(), torch.randn(2, 3, 32, 32)
     wanted = model(x)

@@ -89,6 +89,11 @@ def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
 
 
+def in_functorch() -> bool:
+    """Whether ``torch.func`` is transforming: its gradients cannot pass through a registered operation."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
     kind = x.device.type

@@ -154,6 +154,8 @@ _WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
 
 
 def _choose(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> str:
+    if _checks.in_functorch():
+        return "sdpa"
     if q.device.type == "cpu":
         return "sdpa" if _cpp_why_not(q, bias, mask, dropout_p) else "cpp"
     if q.device.type == "cuda":

@@ -151,7 +151,7 @@ def _compiled(op: str, impl: str, x: Tensor, *, plain: bool = False) -> bool:
     kind = x.device.type
     error = {"cpu": _extension.cpu_error, "cuda": _extension.cuda_error}.get(kind, f"there is no kernel for {kind}")
     if impl == "auto":
-        return error is None and not (kind == "cpu" and (plain or _is_small(x)))
+        return error is None and not _checks.in_functorch() and not (kind == "cpu" and (plain or _is_small(x)))
     if kind != {"cpp": "cpu", "cuda": "cuda"}[impl]:
         error = f"x is on {x.device}"
     if error is not None:

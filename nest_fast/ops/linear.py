@@ -89,6 +89,8 @@ def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         reasons.append("this torch has no oneDNN, or it is switched off")
     if x.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"dtype {x.dtype} is neither float32 nor bfloat16")
+    if _checks.in_functorch():
+        reasons.append("torch.func is transforming")
     if torch.is_autocast_enabled(x.device.type):
         reasons.append("autocast is on")
     if x.numel() == 0:
