@@ -1,0 +1,198 @@
+"""Whole models on photographs: timm's NesT as shipped against nest_fast, inference and training step.
+
+Stochastic depth is off, so that a training step has one right result; it is the forward and the backward pass, the
+optimizer being the same for all. The training step on CUDA is mixed precision: fp32 parameters under bf16 autocast.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import DEVICE, DTYPES, Case, Peers, Problem, Run, compiled, forward, parametrize, with_parameter_gradients
+from torch import Tensor, nn
+
+import nest_fast
+from nest_fast.testing import import_timm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCase(Case):
+    """timm's or nest_fast's model ``op`` on images of ``px`` x ``px`` pixels."""
+
+    px: int
+    compile: bool = True
+
+    @property
+    def direction(self) -> str:
+        return "training step" if self.backward else "inference"
+
+    @property
+    def amp(self) -> bool:
+        return self.backward and self.dtype == torch.bfloat16
+
+
+def cases():
+    if DEVICE == "cpu":
+        for dtype in DTYPES:
+            yield ModelCase(op="nest_tiny", name="224 px", batch=8, dtype=dtype, px=224)
+        yield ModelCase(
+            op="nest_tiny", name="224 px", batch=4, dtype=torch.float32, px=224, backward=True, compile=False
+        )
+        for dtype in DTYPES:
+            yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=16, dtype=dtype, px=32, compile=False)
+        return
+    shape: dict[str, Any] = {"name": "224 px", "dtype": torch.bfloat16, "px": 224}
+    for op in ("nest_tiny", "nest_small", "nest_base"):
+        yield ModelCase(op=op, batch=256, **shape)
+        yield ModelCase(op=op, batch=256, backward=True, **shape)
+        if op == "nest_tiny":
+            yield ModelCase(op=op, batch=1, **shape)
+            yield ModelCase(op=op, batch=256, name="224 px", dtype=torch.float32, px=224)
+    yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=1024, dtype=torch.bfloat16, px=32)
+    for op in ("swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224"):
+        yield ModelCase(op=op, batch=256, **shape)
+        yield ModelCase(op=op, batch=256, backward=True, **shape)
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def photographs(batch: int, px: int) -> Tensor:
+    """Crops of scikit-learn's two photographs, normalised as for ImageNet: ``(batch, 3, px, px)`` in fp32."""
+    from sklearn.datasets import load_sample_images
+
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    photos = []
+    for image in load_sample_images().images:
+        photo = (torch.tensor(image).permute(2, 0, 1) / 255 - mean) / std
+        scale = max(1.25, 1.25 * px / min(photo.shape[1:]))  # room for different crops at every size
+        photos.append(F.interpolate(photo[None], scale_factor=scale, mode="bilinear", antialias=True)[0])
+    crops = []
+    for i in range(batch):
+        photo = photos[i % 2]
+        top, left = ((i * step) % (edge - px + 1) for step, edge in zip((37, 61), photo.shape[1:], strict=True))
+        crops.append(photo[:, top : top + px, left : left + px])
+    return torch.stack(crops)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def peers(case: ModelCase) -> Peers:
+    """Builders; the models of a case are copies of one, made when the first is asked for."""
+    original = functools.lru_cache(maxsize=1)(lambda: _original(case))
+    models: dict[str, Callable[[], nn.Module]] = {"timm": original}
+    if case.op.endswith("_s16_32"):  # timm has none of these
+        models = {"reference": original}
+    if case.op.startswith("nest_"):
+        if "timm" in models:
+            models["timm 4-D"] = lambda: _four_d(original())
+            models["nest_fast accelerate"] = lambda: _accelerated(original())
+        models["nest_fast NesT"] = lambda: _nest(case, original())
+    found = {name: functools.partial(lambda make: _run(case, make()), make) for name, make in models.items()}
+    if not case.compile:
+        return found
+    return found | {
+        f"{name} {label}": functools.partial(lambda make, mode: _run(case, make(), mode), models[name], mode)
+        for name in ("reference", "timm", "nest_fast NesT")
+        if name in models
+        for label, mode in _compile_modes(case).items()
+    }
+
+
+def _compile_modes(case: ModelCase) -> dict[str, str]:
+    if DEVICE == "cpu":
+        return {"compiled": "default"}
+    if case.batch == 1:  # what costs there is the launching, which CUDA graphs take away
+        return {"compiled reduce-overhead": "reduce-overhead"}
+    return {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def _original(case: ModelCase) -> nn.Module:
+    """The model all peers of a case have the weights of; what is initialised to ones and zeros would hide mistakes."""
+    torch.manual_seed(0)
+    if case.op.endswith("_s16_32"):
+        model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=0.0)
+    else:
+        model = import_timm().create_model(case.op, img_size=case.px, drop_path_rate=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    dtype = torch.float32 if case.amp else case.dtype
+    return model.to(DEVICE, dtype).train(case.backward)
+
+
+def _nest(case: ModelCase, original: nn.Module) -> nn.Module:
+    weight = next(original.parameters())
+    model = getattr(nest_fast, case.op)(img_size=case.px, drop_path_rate=0.0, device=weight.device, dtype=weight.dtype)
+    model.load_state_dict(original.state_dict())  # the same format as timm's
+    return model.train(original.training)
+
+
+def _accelerated(original: nn.Module) -> nn.Module:
+    model = copy.deepcopy(original)
+    nest_fast.accelerate(model)
+    return model
+
+
+def _four_d(original: nn.Module) -> nn.Module:
+    """timm's model with its attention given 4-D tensors, which is all that the fused attentions of PyTorch ask for."""
+    attention: Any = import_timm().models.nest.Attention
+
+    class FourD(attention):
+        def forward(self, x: Tensor) -> Tensor:
+            B, T, N, C = x.shape
+            qkv = self.qkv(x).reshape(B * T, N, 3, self.num_heads, C // self.num_heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+            return self.proj_drop(self.proj(y.permute(0, 2, 3, 1).reshape(B, T, N, C)))
+
+    model = copy.deepcopy(original)
+    for module in model.modules():
+        if type(module) is attention:
+            module.__class__ = FourD
+    return model
+
+
+def _run(case: ModelCase, model: nn.Module, mode: str | None = None) -> Run:
+    function = model if mode is None else compiled(model, mode)
+
+    def call(images: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=case.amp):
+            return function(images)
+
+    return with_parameter_gradients(model, call) if case.backward else forward(call)
+
+
+def build(case: ModelCase) -> Problem:
+    dtype = torch.float32 if case.amp else case.dtype
+    inputs = [photographs(case.batch, case.px).to(DEVICE, dtype)]
+    found = peers(case)
+    if case.backward:
+        inputs.append(torch.randn(case.batch, 10 if case.px == 32 else 1000, device=DEVICE))
+    return Problem(
+        inputs=tuple(inputs),
+        batched=(True,) * len(inputs),
+        per_sample=1,
+        exact=_run(case, _original(case).double()),
+        yardstick=next(iter(found)),
+        peers=found,
+        items=case.batch,
+        moves=False,
+        pools=True,
+        chunk=8 if case.px <= 224 else 1,
+        seconds=5.0 if DEVICE == "cpu" else 1.0,
+    )
+
+
+@parametrize(cases(), peers)
+def test_model(measure, case, peer):
+    measure(build, case, peer)

@@ -1,0 +1,236 @@
+"""A saved benchmark run: its rows, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a user gets, as against the single implementations.
+HEADLINE = ("nest_fast", "nest_fast accelerate", "nest_fast NesT")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer of one case; times in seconds, errors relative to float64, ``ratio`` of the yardstick's time to it."""
+
+    op: str
+    case: str
+    batch: int
+    dtype: str
+    direction: str
+    axis: str
+    x: int
+    peer: str
+    yardstick: str
+    device: str
+    limit: bool
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    errors: list[float]
+    yardstick_errors: list[float]
+    bytes: int
+    flops: int
+    items: int
+    memory: int
+
+    @property
+    def ours(self) -> bool:
+        return self.peer.startswith("nest_fast")
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str, str]:
+        return self.op, self.case, self.batch, self.dtype, self.direction, self.axis
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {self.case}, batch {self.batch}, {self.dtype}, {self.direction}"
+
+    @property
+    def speed(self) -> str:
+        """Images per second of a model, the time of an operation."""
+        return f"{self.items / self.seconds:,.3g} img/s" if self.items else duration(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        return (self.ratio_high - self.ratio_low) / (2 * self.ratio)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A saved run: its rows, the machine, and the ceilings measured with it (the best rounds), by dtype."""
+
+    rows: list[Row]
+    machine: dict
+    commit: dict
+    date: str
+    bandwidth: dict[str, float]
+    matmul: dict[str, float]
+
+    def cases(self, axis: bool = False) -> list[list[Row]]:
+        """The rows of each case, the points of scaling curves apart."""
+        found: dict[tuple, list[Row]] = {}
+        for row in self.rows:
+            if bool(row.axis) == axis:
+                found.setdefault(row.key, []).append(row)
+        return list(found.values())
+
+    def floor(self, row: Row) -> float | None:
+        """Seconds that the bytes or the arithmetic would take at the ceilings, or None where one is not known."""
+        if row.dtype not in self.bandwidth or row.dtype not in self.matmul or not row.bytes + row.flops:
+            return None
+        return max(row.bytes / self.bandwidth[row.dtype], row.flops / self.matmul[row.dtype])
+
+    def of_floor(self, row: Row) -> str:
+        floor = self.floor(row)
+        return "" if floor is None else f"{100 * floor / row.seconds:.0f} %"
+
+    @property
+    def where(self) -> str:
+        machine = self.machine
+        chip = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
+        dirty = " with changes" if self.commit.get("dirty") else ""
+        versions = f"torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}"
+        return f"{chip}; {versions}; commit {self.commit.get('id', 'unknown')[:10]}{dirty}; {self.date[:10]}"
+
+
+def load(path: Path) -> Run:
+    data = json.loads(path.read_text())
+    rows, bandwidth, matmul = [], {}, {}
+    for benchmark in data["benchmarks"]:
+        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+        row = Row(seconds=seconds, **{name: info[name] for name in Row.__annotations__ if name != "seconds"})
+        if row.op == "copy":
+            bandwidth[row.dtype] = row.bytes / benchmark["stats"]["min"]
+        elif row.op == "matmul":
+            matmul[row.dtype] = row.flops / benchmark["stats"]["min"]
+        else:
+            rows.append(row)
+    return Run(rows, data["machine_info"], data["commit_info"], data["datetime"], bandwidth, matmul)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    scale, unit = next((s for s in ((1.0, "s"), (1e-3, "ms")) if seconds >= s[0]), (1e-6, "µs"))
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def with_spread(row: Row) -> str:
+    if row.peer == row.yardstick:
+        return "1"
+    return f"{times(row.ratio)} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
+
+
+def error(values: Sequence[float]) -> str:
+    return f"{max(values):.0e}" if values else ""
+
+
+def memory(row: Row) -> str:
+    return f"{row.memory / 2**20:,.0f} MiB" if row.memory else ""
+
+
+def best_other(rows: Iterable[Row]) -> Row | None:
+    """The fastest peer that is not ours and computes the same."""
+    return max((row for row in rows if not row.ours and not row.limit), key=lambda row: row.ratio, default=None)
+
+
+# --- tables: a list of rows, the first one the head -------------------------------------------------------------------
+
+Table = list[list[str]]
+
+
+def short(run: Run, models: bool) -> Table:
+    """What a user gets, one line for each case and way to get it."""
+    table = [["case", "", "speed", "against", "torch.compile", "best other", "error (its)", "of floor"]]
+    for rows in run.cases():
+        other, compiled = best_other(rows), best_other(row for row in rows if "compile" in row.peer)
+        for row in rows:
+            if row.peer not in HEADLINE or bool(row.items) != models:
+                continue
+            table.append(
+                [
+                    row.title,
+                    row.peer,
+                    row.speed,
+                    f"{row.yardstick}: {with_spread(row)}",
+                    times(row.ratio / compiled.ratio) if compiled else "",
+                    f"{other.peer}: {times(row.ratio / other.ratio)}" if other else "",
+                    f"{error(row.errors)} ({error(row.yardstick_errors)})",
+                    run.of_floor(row),
+                ]
+            )
+    return table
+
+
+def full(run: Run, rows: list[Row]) -> Table:
+    """Every peer of one case."""
+    other = best_other(rows)
+    table = [["", "speed", f"against {rows[0].yardstick}", "against best other", "error", "memory", "of floor"]]
+    for row in sorted(rows, key=lambda row: -row.ratio):
+        table.append(
+            [
+                row.peer + (" (limit)" if row.limit else ""),
+                row.speed,
+                with_spread(row),
+                times(row.ratio / other.ratio) if other and row.ours else "",
+                error(row.errors),
+                memory(row),
+                run.of_floor(row),
+            ]
+        )
+    return table
+
+
+def scaling(run: Run) -> Table:
+    """The points of the scaling curves: ours beside the yardstick."""
+    table = [["case", "over", "at", "yardstick", "", "nest_fast", "that is"]]
+    for rows in run.cases(axis=True):
+        yardstick = next((row for row in rows if row.peer == row.yardstick), None)
+        for row in rows:
+            if yardstick is not None and row.ours:
+                name = f"{row.op}, {row.dtype}, {row.direction}"
+                speeds = [yardstick.peer, yardstick.speed, row.speed, with_spread(row)]
+                table.append([name, row.axis, str(row.x), *speeds])
+    return table
+
+
+def aligned(table: Table) -> str:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def headline_tables(run: Run) -> list[tuple[str, Table]]:
+    found = (
+        ("Models", short(run, models=True)),
+        ("Operations", short(run, models=False)),
+        ("Scaling", scaling(run)),
+    )
+    return [(title, table) for title, table in found if len(table) > 1]
+
+
+def notes(run: Run) -> str:
+    said = [
+        "Speeds are medians. Ratios are medians of pairs timed one after the other, with their quartiles; above 1 is "
+        "faster; torch.compile is that of the yardstick in its best mode. Errors are relative L2 distances from "
+        "float64, the largest of output and gradients."
+    ]
+    if run.bandwidth and run.matmul:
+        copies = ", ".join(f"{name} {value / 1e9:,.0f} GB/s" for name, value in run.bandwidth.items())
+        rates = ", ".join(f"{name} {value / 1e12:,.2f} TFLOP/s" for name, value in run.matmul.items())
+        said.append(f"The floor is the time at the rates of torch's copy ({copies}) and matmul ({rates}) in this run.")
+    return " ".join(said)
