@@ -230,15 +230,18 @@ def _cpp_bwd(ctx, dout, _dlse):
         return None, None, None, None
     q, k, v, out, lse = ctx.saved_tensors
     heads = q.shape[3]
-    # The statistics are those of the library's CPU flash attention, so its backward takes them.
-    dout4, q4, k4, v4, out4 = (x.flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out))
+    # The statistics are those of the library's CPU flash attention, so its backward takes them. It is much faster in
+    # float32, conversions included, than in half precision (1.5 to 1.9x without AMX, and more accurate).
+    dout4, q4, k4, v4, out4 = (
+        x.float().flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out)
+    )
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout4, q4, k4, v4, out4, lse.flatten(0, 1), 0.0, False, scale=ctx.scale
     )
     dq, dk, dv = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
     if k.shape[3] < heads:
         dk, dv = dk.sum(3, keepdim=True), dv.sum(3, keepdim=True)
-    return dq, dk, dv, None
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
