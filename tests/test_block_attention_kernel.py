@@ -1,0 +1,387 @@
+"""The Triton launchers against float64: on a CPU in the interpreter (conftest switches it on), on a GPU compiled."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nest_fast.kernels import _configs
+from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
+
+from nest_fast import reference
+from nest_fast.testing import assert_as_accurate, max_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = ("out", "dq", "dk", "dv", "dbias")
+
+
+def draw(B, T, N, heads, head_dim, dtype, *, kv_heads=None, bias=False, mask=None):
+    """dout, q, k, v (views of one packed tensor), bias and mask."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    qkv = torch.randn(B, T, N, heads + 2 * kv_heads, head_dim, dtype=dtype, device=DEVICE)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 3)
+    dout = torch.randn(B, T, N, heads, head_dim, dtype=dtype, device=DEVICE)
+    bias = torch.randn(heads, N, N, dtype=dtype, device=DEVICE) if bias else None
+    if mask == "bool":
+        # Every token sees itself: a row without a key is NaN in both, which has a test of its own.
+        mask = (torch.rand(T, N, N, device=DEVICE) < 0.7) | torch.eye(N, dtype=torch.bool, device=DEVICE)
+    elif mask == "additive":
+        mask = torch.randn(T, N, N, dtype=dtype, device=DEVICE)
+    return dout, q, k, v, bias, mask
+
+
+def sdpa(q, k, v, *, scale, bias=None, mask=None):
+    """Plain PyTorch in the dtype of q: 4-D scaled_dot_product_attention."""
+    B, T, _, heads, _ = q.shape
+    q, k, v = (x.expand(-1, -1, -1, heads, -1).flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    added = None if bias is None else bias.unsqueeze(0)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        mask = mask.repeat(B * T // mask.shape[0], 1, 1).unsqueeze(1)
+        added = mask if added is None else added + mask
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+    return out.transpose(1, 2).unflatten(0, (B, T))
+
+
+def differentiate(function, dout, q, k, v, bias, mask, scale):
+    """(out, dq, dk, dv[, dbias]) by autograd."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v) + (() if bias is None else (bias,))]
+    out = function(*leaves[:3], scale=scale, bias=leaves[3] if len(leaves) > 3 else None, mask=mask)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def launch(dout, q, k, v, bias, mask, scale):
+    """The same from the launchers, and lse."""
+    out, lse = block_attention_fwd(q, k, v, bias, mask, scale)
+    dq, dk, dv, dbias = block_attention_bwd(dout, q, k, v, out, lse, bias, mask, scale, bias is not None)
+    assert (dbias is None) == (bias is None)
+    results = [out, dq, dk, dv] + ([] if bias is None else [dbias])
+    assert all(x.dtype == q.dtype and x.is_contiguous() for x in results)
+    return results, lse
+
+
+def in_double(*tensors):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+def golden_lse(q, k, bias, mask, scale):
+    """The logarithm of the softmax denominators, and the weights, (B, T, heads, N[, N]), in float64."""
+    q, k, bias, mask = in_double(q, k, bias, mask)
+    scores = scale * torch.einsum("btnhd,btmhd->bthnm", q, k.expand_as(q))
+    scores = scores if bias is None else scores + bias
+    if mask is not None:
+        mask = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.logsumexp(-1), scores.softmax(-1)
+
+
+def check(dout, q, k, v, bias, mask, scale):
+    """Results within the test plan's bounds (section 3) of plain PyTorch's, lse within float32's rounding."""
+    inputs = (dout, q, k, v, bias, mask)
+    ours, lse = launch(*inputs, scale)
+    plain = differentiate(sdpa, *inputs, scale)
+    golden = differentiate(reference.block_attention, *in_double(*inputs), scale)
+    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
+        assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if q.dtype == torch.float32 else 2, name)
+    torch.testing.assert_close(lse.double(), golden_lse(q, k, bias, mask, scale)[0], rtol=1e-5, atol=1e-5)
+
+
+def check_rounding(dout, q, k, v, bias, mask, scale):
+    """Results within a rounding bound: for tensors so small that plain PyTorch's error is a matter of luck.
+
+    Every sum may be off by some eps of the sum of its terms' absolute values; a weight's eps are as many as its score.
+    """
+    inputs = (dout, q, k, v, bias, mask)
+    ours, lse = launch(*inputs, scale)
+    golden = differentiate(reference.block_attention, *in_double(*inputs), scale)
+    wide_lse, weights = golden_lse(q, k, bias, mask, scale)
+    torch.testing.assert_close(lse.double(), wide_lse, rtol=1e-5, atol=1e-5)
+    d, q, k, v = (x.double().abs().expand_as(q).transpose(2, 3) for x in (dout, q, k, v))
+    eps = 4 * torch.finfo(dout.dtype).eps
+    if dout.dtype == torch.float32:
+        eps *= 1 + abs(scale) * (q @ k.mT).max().item() + (0 if bias is None else bias.abs().max().item())
+    out = weights @ v
+    ds = weights * (d @ v.mT + (d * out).sum(-1, keepdim=True))
+    sums = [out, abs(scale) * ds @ k, abs(scale) * ds.mT @ q, weights.mT @ d, ds.sum((0, 1))]
+    for name, x, g, terms in zip(NAMES, ours, golden, sums, strict=False):
+        if name in ("dk", "dv") and inputs[2].shape[3] == 1:
+            terms = terms.sum(2)
+        bound = eps * terms.max().item()
+        assert max_error(x, g) <= bound, f"{name}: error {max_error(x, g):.3e}, allowed {bound:.3e}"
+
+
+# (B, T, N, heads, head_dim) around every edge: N below, at and past a tile, head_dim that is no power of two.
+SHAPES = [
+    (1, 1, 196, 2, 32),
+    (1, 1, 196, 1, 64),
+    (2, 2, 16, 3, 32),
+    (2, 2, 15, 2, 16),
+    (1, 3, 17, 2, 24),
+    (1, 2, 49, 3, 32),
+    (2, 1, 64, 2, 48),
+    (1, 1, 100, 1, 80),
+    (1, 1, 256, 1, 32),
+    (1, 1, 225, 1, 128),
+]
+
+
+def shape_id(shape):
+    return "B{}-T{}-N{}-h{}-d{}".format(*shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_block_attention_is_as_accurate_as_sdpa(shape, dtype):
+    check(*draw(*shape, dtype), shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _configs.AttentionConfig(64, 128, 4),
+        _configs.AttentionConfig(32, 64, 4),
+        _configs.AttentionConfig(64, 64, 4, stream=True),
+        _configs.AttentionConfig(32, 128, 4, stream=True),
+    ],
+    ids=lambda config: f"{config.block}-{config.piece}{'-stream' if config.stream else ''}",
+)
+@pytest.mark.parametrize("shape", [(1, 2, 49, 3, 32), (1, 1, 196, 1, 32)], ids=shape_id)
+def test_block_attention_is_as_accurate_in_every_configuration(shape, config, monkeypatch):
+    """Whatever the tables hold, now or after tuning, float32 goes through each kernel here."""
+    monkeypatch.setattr(_configs, "attention", lambda *_: config)
+    check(*draw(*shape, torch.float32, bias=shape[2] == 49, mask="bool" if shape[2] == 49 else None), 0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("bias", "mask"), [(True, None), (False, "bool"), (False, "additive"), (True, "bool"), (True, "additive")]
+)
+def test_block_attention_adds_bias_and_mask(bias, mask, dtype):
+    check(*draw(1, 2, 49, 2, 32, dtype, bias=bias, mask=mask), 0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 16, 3, 64), (1, 2, 16, 12, 64), (1, 1, 100, 3, 32)],  # heads stacked in one tile, in several, streamed
+    ids=shape_id,
+)
+def test_block_attention_shares_one_key_head(shape, dtype):
+    check(*draw(*shape, dtype, kv_heads=1), shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-9, 4.0])
+def test_block_attention_takes_any_scale(scale):
+    check_rounding(*draw(1, 2, 20, 2, 16, torch.float32, bias=True), scale)
+
+
+def layouts(x):
+    """x in other memory, last dimension dense or not."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 8), float("nan"))
+    wide[..., 4:-4] = x
+    orders = [(0, 1, 3, 2, 4), (1, 0, 2, 3, 4), (3, 2, 1, 0, 4), (4, 0, 1, 2, 3)]
+    return [wide[..., 4:-4], *(x.permute(o).contiguous().permute([o.index(i) for i in range(5)]) for o in orders)]
+
+
+def test_block_attention_reads_every_layout():
+    inputs = [x.contiguous() for x in draw(2, 2, 9, 2, 16, torch.float32)[:4]]
+    wanted, lse = launch(*inputs, None, None, 0.25)
+    moved = [layouts(x) for x in inputs]
+    for turn in range(5):  # every input in every layout, all four in different ones
+        got, got_lse = launch(*(moved[i][(i + turn) % 5] for i in range(4)), None, None, 0.25)
+        for name, x, y in zip((*NAMES[:4], "lse"), [*got, got_lse], [*wanted, lse], strict=True):
+            assert torch.equal(x, y), f"{name} in turn {turn}"
+
+
+def test_block_attention_reads_expanded_gradients():
+    _, q, k, v, _, _ = draw(2, 2, 20, 2, 16, torch.float32)
+    dout = torch.ones((), device=DEVICE).expand(q.shape)
+    check_rounding(dout, q, k, v, None, None, 0.25)
+
+
+def test_block_attention_bwd_writes_into_given_gradients():
+    dout, q, k, v, _, _ = draw(2, 2, 20, 3, 16, torch.float32, kv_heads=1)
+    packed = q.new_full((2, 2, 20, 5, 16), float("nan"))
+    grads = packed.split([3, 1, 1], 3)
+    out, lse = block_attention_fwd(q, k, v, None, None, 0.25)
+    got = block_attention_bwd(dout, q, k, v, out, lse, None, None, 0.25, False, grads)
+    wanted = block_attention_bwd(dout, q, k, v, out, lse, None, None, 0.25, False)
+    assert torch.equal(packed, torch.cat(wanted[:3], 3))
+    assert all(x is y for x, y in zip(got, grads, strict=False))
+
+
+def test_block_attention_takes_masks_by_group():
+    dout, q, k, v, _, mask = draw(1, 6, 17, 2, 16, torch.float32, mask="additive")
+    check_rounding(dout, q, k, v, None, mask[:3], 0.25)
+    grouped, _ = launch(dout, q, k, v, None, mask[:3], 0.25)
+    repeated, _ = launch(dout, q, k, v, None, mask[:3].repeat(2, 1, 1), 0.25)
+    assert all(map(torch.equal, grouped, repeated))
+
+
+class Guarded:
+    """torch.empty and clone that put NaN round and into every buffer, and tell whether the bands stayed NaN."""
+
+    BAND = 1024
+
+    def __init__(self):
+        self.buffers = []
+
+    def empty(self, shape, *, dtype, device):
+        size = torch.Size(shape)
+        buffer = torch.full((size.numel() + 2 * self.BAND,), float("nan"), dtype=dtype, device=device)
+        self.buffers.append(buffer)
+        return buffer[self.BAND : self.BAND + size.numel()].view(size)
+
+    def clone(self, x):
+        return self.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+    def assert_bands_untouched(self):
+        for buffer in self.buffers:
+            assert buffer[: self.BAND].isnan().all()
+            assert buffer[-self.BAND :].isnan().all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize(("N", "dtype"), [(1, torch.float32), (17, torch.float32), (52, torch.float16)])
+def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads, monkeypatch):
+    inputs = draw(1, 2, N, 3, 24, dtype, kv_heads=kv_heads, bias=True, mask="additive")
+    wanted, lse = launch(*inputs, 0.25)
+    guarded = Guarded()
+    inputs = [guarded.clone(x) for x in inputs]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", guarded.empty)
+        got, got_lse = launch(*inputs, 0.25)
+    guarded.assert_bands_untouched()
+    assert len(guarded.buffers) >= 6 + 5
+    for x, y in zip([*got, got_lse], [*wanted, lse], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum of a row of NaN
+def test_block_attention_keeps_nan_in_its_sequence():
+    dout, q, k, v, _, _ = draw(2, 2, 16, 2, 16, torch.float32)
+    wanted, _ = launch(dout, q, k, v, None, None, 0.25)
+    q, k, v = q.clone(), k.clone(), v.clone()
+    q[0, 0, 3, 0, 0] = k[0, 1, 3, 1, 0] = v[1, 1, 3, 0, 0] = float("nan")
+    got, _ = launch(dout, q, k, v, None, None, 0.25)
+    golden = differentiate(reference.block_attention, dout, q, k, v, None, None, 0.25)
+    for x, y, g in zip(got, wanted, golden, strict=True):
+        sick = g.isnan().any(-1).any(2)  # (B, T, heads)
+        assert sick.any()
+        assert x.isnan().any(-1).any(2).equal(sick)
+        assert x.transpose(2, 3)[~sick].equal(y.transpose(2, 3)[~sick])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's on -inf - -inf, which is what is meant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["stream", "resident"])
+def test_block_attention_of_a_fully_masked_row_is_nan_as_softmax_gives(dtype):
+    dout, q, k, v, _, mask = draw(1, 2, 17, 2, 16, dtype, mask="bool")
+    mask[1, 5] = False
+    got, _ = launch(dout, q, k, v, None, mask, 0.25)
+    golden = reference.block_attention(q, k, v, scale=0.25, mask=mask)
+    assert golden.isnan().any()
+    assert got[0].isnan().equal(golden.isnan())
+    for gradient in got[1:]:
+        assert gradient[:, 1].isnan().any()
+        assert not gradient[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16, 2, 32), (2, 0, 16, 2, 32)], ids=shape_id)
+def test_block_attention_of_nothing(shape):
+    (out, dq, dk, dv, dbias), lse = launch(*draw(*shape, torch.float32, bias=True), 0.25)
+    assert out.shape == dq.shape == dk.shape == dv.shape == shape
+    assert lse.shape == (*shape[:2], 2, 16)
+    assert dbias.shape == (2, 16, 16)
+    assert dbias.eq(0).all()
+
+
+def test_block_attention_repeats_bit_by_bit():
+    inputs = draw(2, 2, 49, 3, 32, torch.float16, kv_heads=1, bias=True)
+    first, lse = launch(*inputs, 0.2)
+    again, lse_again = launch(*inputs, 0.2)
+    assert all(map(torch.equal, [*first, lse], [*again, lse_again]))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 70), st.integers(1, 3), st.integers(1, 40)),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    multi_query=st.booleans(),
+    bias=st.booleans(),
+    mask=st.sampled_from([None, "bool", "additive"]),
+)
+def test_block_attention_fuzz(shape, dtype, multi_query, bias, mask):
+    check_rounding(*draw(*shape, dtype, kv_heads=1 if multi_query else None, bias=bias, mask=mask), 0.3)
+
+
+def test_block_attention_offsets_are_64_bit():
+    """Strides whose products pass 2^31: virtual memory only, and in a process of its own, which 32 bits would kill."""
+    program = f"""
+        import os
+        os.environ.setdefault("TRITON_INTERPRET", "{int(DEVICE == "cpu")}")
+        import torch
+        from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+
+        def far(x, strides):
+            return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+        x = torch.randn(1, 1, 3, 2, 16, dtype=torch.float16, device="{DEVICE}")
+        wanted = block_attention_fwd(x, x, x, None, None, 0.25)
+        by_token, by_head = far(x, (0, 0, 2**30, 16, 1)), far(x, (0, 0, 16, 2**31 + 2**10, 1))
+        got = block_attention_fwd(by_token, by_head, x, None, None, 0.25)
+        assert all(map(torch.equal, got, wanted))
+        wanted = block_attention_bwd(x, x, x, x, *wanted, None, None, 0.25, False)[:3]
+        got = block_attention_bwd(by_head, x, by_token, x, *got, None, None, 0.25, False)[:3]
+        assert all(map(torch.equal, got, wanted))
+        print("equal")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_limits_are_what_the_kernels_take():
+    check(*draw(1, 1, MAX_SEQ, 1, MAX_HEAD_DIM, torch.float16), MAX_HEAD_DIM**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [65_535, 65_536, 70_000])
+def test_block_attention_of_many_blocks(blocks):
+    dout, q, k, v, _, _ = draw(1, blocks, 16, 3, 64, torch.bfloat16, kv_heads=1)
+    ours, _ = launch(dout, q, k, v, None, None, 0.125)
+    plain = differentiate(sdpa, dout, q, k, v, None, None, 0.125)
+    golden = differentiate(reference.block_attention, *in_double(dout, q, k, v), None, None, 0.125)
+    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
+        assert_as_accurate(x, y, g, 1.5 if name == "out" else 2, name)
+
+
+@pytest.mark.gpu
+def test_block_attention_repeats_bit_by_bit_beside_a_busy_stream():
+    inputs = draw(64, 16, 196, 4, 32, torch.bfloat16)
+    first, lse = launch(*inputs, 0.2)
+    busy, x = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE)
+    for _ in range(250):
+        with torch.cuda.stream(busy):
+            x = x @ x / 64
+        again, lse_again = launch(*inputs, 0.2)
+        assert all(map(torch.equal, [*first, lse], [*again, lse_again]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [100.0, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_block_attention_of_large_and_small_inputs(dtype, factor):
+    dout, q, k, v, _, _ = draw(4, 4, 196, 4, 32, dtype)
+    check(*(x * factor for x in (dout, q, k, v)), None, None, 32**-0.5 / factor)
