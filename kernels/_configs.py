@@ -1,8 +1,7 @@
 """Launch configurations of the attention kernels by rows, head_dim, dtype and architecture; no tuning at run time.
 
-Chosen without a GPU, from what the compiler makes of each candidate (scripts/kernel_resources.py): no spill, then the
-fewest instructions a sequence, weighed with the warps that fit on a multiprocessor. scripts/tune.py replaces the rows
-of the GPU it runs on by measured ones.
+Chosen without a GPU, from what the compiler makes of each candidate: no spill, then the fewest instructions a sequence,
+weighed with the warps that fit on a multiprocessor. No row is measured on a GPU yet.
 """
 
 from __future__ import annotations
