@@ -1,7 +1,8 @@
 """Launch configurations of the attention kernels by rows, head_dim, dtype and architecture; no tuning at run time.
 
-Chosen without a GPU, from what the compiler makes of each candidate: no spill, then the fewest instructions a sequence,
-weighed with the warps that fit on a multiprocessor. No row is measured on a GPU yet.
+Chosen without a GPU, from what the compiler makes of each candidate (scripts/kernel_resources.py): no spill, then the
+fewest instructions a sequence, weighed with the warps that fit on a multiprocessor. scripts/tune.py replaces the rows
+of the GPU it runs on by measured ones.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ ATTENTION: dict[tuple[str, int, str], list[tuple[float, float, float, AttentionC
         (ANY, ANY, 128, _C(64, 32, 4, True)),
     ],
     ("bwd", 80, "ieee"): [
-        (16, 16, 64, _C(16, 16, 4)),
-        (ANY, ANY, 128, _C(32, 16, 4, True)),
+        (16, 16, 128, _C(16, 16, 4)),
+        (ANY, ANY, 64, _C(32, 16, 4, True)),
+        (ANY, ANY, 128, _C(16, 16, 8, True)),
     ],
     ("bwd", 80, "tf32"): [
-        (16, 16, 64, _C(16, 16, 4)),
+        (16, 16, 128, _C(16, 16, 4)),
         (ANY, ANY, 128, _C(32, 32, 4, True)),
     ],
     ("bwd", 90, "half"): [
@@ -90,9 +92,10 @@ ATTENTION: dict[tuple[str, int, str], list[tuple[float, float, float, AttentionC
         (ANY, ANY, 128, _C(64, 64, 4, True)),
     ],
     ("bwd", 90, "tf32"): [
-        (16, 16, 64, _C(16, 16, 4)),
+        (16, 16, 128, _C(16, 16, 4)),
         (32, 32, 128, _C(32, 32, 4, True)),
         (64, 64, 64, _C(64, 64, 4)),
+        (ANY, 16, 128, _C(64, 16, 4, True)),
         (ANY, ANY, 64, _C(64, 64, 4, True)),
         (ANY, ANY, 128, _C(32, 64, 4, True)),
     ],
@@ -107,15 +110,31 @@ ATTENTION: dict[tuple[str, int, str], list[tuple[float, float, float, AttentionC
         (ANY, 16, 128, _C(64, 16, 4, True)),
         (ANY, ANY, 128, _C(64, 64, 4, True)),
     ],
+    ("bwd", 100, "tf32"): [
+        (16, 16, 128, _C(16, 16, 4)),
+        (32, 32, 128, _C(32, 32, 4, True)),
+        (ANY, 16, 128, _C(64, 16, 4, True)),
+        (ANY, ANY, 128, _C(64, 64, 4, True)),
+    ],
     ("dbias", 80, "half"): [
-        (16, 16, 128, _C(16, 16, 1)),
-        (ANY, ANY, 128, _C(64, 64, 4)),
+        (16, 16, 128, _C(16, 16, 4)),
+        (ANY, ANY, 128, _C(32, 32, 4)),
     ],
     ("dbias", 80, "ieee"): [
-        (ANY, ANY, 128, _C(16, 16, 4)),
+        (ANY, ANY, 128, _C(16, 16, 8)),
     ],
     ("dbias", 80, "tf32"): [
-        (ANY, ANY, 128, _C(16, 16, 4)),
+        (ANY, ANY, 128, _C(16, 16, 8)),
+    ],
+    ("dbias", 90, "half"): [
+        (16, 16, 128, _C(16, 16, 4)),
+        (32, 32, 128, _C(32, 32, 8)),
+        (ANY, ANY, 128, _C(64, 64, 8)),
+    ],
+    ("dbias", 100, "half"): [
+        (16, 16, 128, _C(16, 16, 4)),
+        (32, 32, 128, _C(32, 32, 8)),
+        (ANY, ANY, 128, _C(64, 64, 8)),
     ],
     ("fwd", 80, "half"): [
         (16, 16, 128, _C(16, 16, 1)),
@@ -124,13 +143,14 @@ ATTENTION: dict[tuple[str, int, str], list[tuple[float, float, float, AttentionC
         (64, 64, 128, _C(64, 64, 4)),
         (128, 128, 32, _C(64, 128, 4)),
         (ANY, 16, 64, _C(64, 16, 4)),
-        (ANY, ANY, 32, _C(64, 32, 4)),
+        (ANY, ANY, 32, _C(128, 64, 8)),
         (ANY, ANY, 64, _C(64, 32, 4, True)),
         (ANY, ANY, 128, _C(128, 64, 8, True)),
     ],
     ("fwd", 80, "ieee"): [
         (16, 16, 128, _C(16, 16, 2)),
-        (ANY, ANY, 128, _C(32, 16, 4, True)),
+        (ANY, ANY, 64, _C(32, 16, 4, True)),
+        (ANY, ANY, 128, _C(32, 16, 8, True)),
     ],
     ("fwd", 80, "tf32"): [
         (16, 16, 128, _C(16, 16, 2)),
@@ -157,7 +177,9 @@ ATTENTION: dict[tuple[str, int, str], list[tuple[float, float, float, AttentionC
         (16, 16, 128, _C(16, 16, 1)),
         (32, 32, 64, _C(32, 32, 1)),
         (32, 32, 128, _C(32, 32, 2)),
-        (ANY, ANY, 128, _C(64, 128, 4)),
+        (ANY, ANY, 32, _C(64, 128, 4)),
+        (160, 160, 128, _C(64, 128, 4)),
+        (ANY, ANY, 128, _C(64, 64, 4)),
     ],
     ("fwd", 100, "tf32"): [
         (16, 16, 128, _C(16, 16, 2)),

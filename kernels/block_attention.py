@@ -147,7 +147,9 @@ def _attend(
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)
     for i in tl.static_range(len(KEYS)):
-        p = _exp(scores[i], factor, top, query.dtype)
+        cols = KEYS[i][0] + tl.arange(0, KEYS[i][1])
+        # Said once more for columns, the mask lets the compiler drop exponentials of keys that never exist.
+        p = tl.where((cols < N)[None, :], _exp(scores[i], factor, top, query.dtype), 0.0)
         total += tl.sum(p, 1)
         acc = dot(round_to(p, query.dtype), values[i], acc, PRECISION)
     _finish(out, lse_ptr, at, rows, acc, top, total, N, D, HEADS)
@@ -304,7 +306,7 @@ def _block_attention_dq_stream_kernel(
     tl.store(delta_ptr + sequence + rows, delta, mask=rows < HEADS * N)
     lse = tl.load(lse_ptr + sequence + rows, mask=rows < HEADS * N, other=0.0)
     acc = tl.zeros(query.shape, tl.float32)
-    for start in tl.range(0, N, PIECE, disable_licm=PRECISION == "ieee"):
+    for start in range(0, N, PIECE):
         cols = start + tl.arange(0, PIECE)
         key = _load(k, at, cols, N, D)
         s, factor = _scores(query, key, at, rows, cols, score, N, HEADS, FOLD, PRECISION)
@@ -361,13 +363,13 @@ def _block_attention_dbias_kernel(
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for block in range(split, blocks, SPLITS):
         at = (block // T, block % T, head)
-        d = _load(dout, at, rows, N, D)
-        delta = _delta(d, _load(out, at, rows, N, D))
-        lse = tl.load(lse_ptr + (block * heads + head) * N + rows, mask=rows < N, other=0.0)
         key = _load(k, at, cols, N, D)
         s, factor = _scores(_load(q, at, rows, N, D), key, at, rows, cols, score, N, 1, FOLD, PRECISION)
+        lse = tl.load(lse_ptr + (block * heads + head) * N + rows, mask=rows < N, other=0.0)
+        p = _exp(s, factor, lse, key.dtype)
+        d = _load(dout, at, rows, N, D)
         dp = dot(d, tl.trans(_load(v, at, cols, N, D)), None, PRECISION)
-        acc += _exp(s, factor, lse, key.dtype) * (dp - delta[:, None])
+        acc += p * (dp - _delta(d, _load(out, at, rows, N, D))[:, None])
     place = (split * heads + head) * (N * N) + rows[:, None] * N + cols[None, :]
     tl.store(dbias_ptr + place, acc, mask=(rows < N)[:, None] & (cols < N)[None, :])
 

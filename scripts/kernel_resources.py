@@ -1,0 +1,238 @@
+"""What the attention kernels cost on a GPU, found by compiling them without one.
+
+``python scripts/kernel_resources.py`` prints registers, spills, shared memory and instruction counts of every shipped
+launch configuration for sm_80, sm_90 and sm_100; ``--json FILE`` writes them. The launchers run on meta tensors under a
+driver that names the architecture and launches nothing, so what is compiled is what they would launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
+
+import torch
+import triton
+from nest_fast.kernels import _configs
+from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+# sm_80's rows also serve sm_86, sm_89 and sm_120, which have 99 KiB a block.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    """A launch to compile; kv_heads is 1 or heads."""
+
+    kind: str  # "fwd", or "bwd" with the bias's gradient where there is a bias
+    N: int
+    head_dim: int
+    dtype: str
+    heads: int = 4
+    kv_heads: int = 4
+    biased: bool = False  # bias and mask
+    blocks: int = 16
+
+    @property
+    def name(self) -> str:
+        heads = f"-h{self.heads}-mq" if self.kv_heads < self.heads else ""
+        return f"{self.kind}-N{self.N}-d{self.head_dim}{heads}-{self.dtype}{'-biased' if self.biased else ''}"
+
+
+class _OfflineDriver:
+    """As much of a triton driver as compiling asks for."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(architecture: int) -> Iterator[list]:
+    """Inside, launches on meta tensors compile for sm_<architecture> and are appended as (kernel name, compiled)."""
+    compiled: list = []
+    run, device_architecture = JITFunction.run, _configs.architecture
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(_OfflineDriver(architecture))
+    JITFunction.run, _configs.architecture = compile_only, lambda device: architecture
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, _configs.architecture = run, device_architecture
+        triton.runtime.driver._active = None
+
+
+def launch(case: Case) -> None:
+    """Run the launcher of case on meta tensors; batch 2, q, k, v packed."""
+    dtype = DTYPES[case.dtype]
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, T, N, heads = 2, case.blocks, case.N, case.heads
+    packed = empty(B, T, N, heads + 2 * case.kv_heads, case.head_dim)
+    q, k, v = packed.split([heads, case.kv_heads, case.kv_heads], 3)
+    bias = empty(heads, N, N) if case.biased else None
+    mask = empty(T, N, N, dtype=torch.bool) if case.biased else None
+    tf32 = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
+    try:
+        if case.kind == "fwd":
+            block_attention_fwd(q, k, v, bias, mask, 0.125)
+        else:
+            out, lse = empty(*q.shape), empty(B, T, heads, N, dtype=torch.float32)
+            block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = tf32
+
+
+def figures(kernel) -> dict[str, int]:
+    """Registers, spill bytes and shared memory of a compiled kernel, and how often instructions stand in it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    opcodes, looped = _opcodes(sass)
+    return {
+        "registers": resources["REG"],
+        "spill_bytes": resources["STACK"],
+        "shared_bytes": kernel.metadata.shared,
+        "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
+        "warps": kernel.metadata.num_warps,
+        "instructions": len(opcodes),
+        "in loop": len(looped),
+        "HGMMA": opcodes.count("HGMMA"),
+        "HMMA": opcodes.count("HMMA"),
+        "UTCMMA": opcodes.count("UTCHMMA"),
+        "EX2": opcodes.count("MUFU.EX2"),
+        "EX2 in loop": looped.count("MUFU.EX2"),
+    }
+
+
+def _opcodes(sass: str) -> tuple[list[str], list[str]]:
+    """All instructions, and those of the largest loop: from a label to the branch back to it."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loop = (0, 0)
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.EX2)?)(.*)", line):
+            opcodes.append(found[1])
+            back = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1] == "BRA" and back and back[1] in labels:
+                loop = max(loop, (labels[back[1]], len(opcodes)), key=lambda ends: ends[1] - ends[0])
+    return opcodes, opcodes[slice(*loop)]
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+MODELS = [
+    Case("fwd", 196, 32, "bf16"),
+    Case("bwd", 196, 32, "bf16"),
+    Case("fwd", 16, 64, "bf16", heads=3, kv_heads=1),
+    Case("bwd", 16, 64, "bf16", heads=3, kv_heads=1),
+    Case("fwd", 16, 64, "bf16", heads=12, kv_heads=1),
+    Case("bwd", 16, 64, "bf16", heads=12, kv_heads=1),
+]
+WINDOWS = [Case(kind, N, 32, "bf16", biased=True) for kind in ("fwd", "bwd") for N in (49, 64, 144, 196)]
+
+
+def shipped(architecture: int) -> list[Case]:
+    """The models' shapes, window models' with bias and mask, and the largest shape of every row of the table."""
+    cases = [*MODELS, *WINDOWS]
+    for kernel in ("fwd", "bwd"):
+        for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
+            table = _configs.ATTENTION
+            own = table.get((kernel, architecture, operands)) or table[kernel, 80, operands]
+            for rows, keys, head_dim, _ in own:
+                N = int(min(keys, 256))
+                stacked = int(rows) // N if rows < math.inf else 1
+                heads = (stacked, 1) if stacked > 1 else (4, 4)
+                cases.append(Case(kernel, N, int(head_dim), dtype, *heads))
+    return list(dict.fromkeys(cases))
+
+
+def every_shape() -> Iterator[Case]:
+    """Every size that pads differently, with and without bias and mask: about an hour."""
+    for biased, dtype, kind in itertools.product((False, True), ("bf16", "tf32", "fp32"), ("fwd", "bwd")):
+        for N, head_dim in itertools.product((16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256), (32, 64, 128)):
+            yield Case(kind, N, head_dim, dtype, biased=biased)
+
+
+def broken_bars(architecture: int, case: Case, row: dict[str, int]) -> list[str]:
+    """What no shipped configuration may do."""
+    broken = []
+    if row["spill_bytes"]:
+        broken.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > SHARED_LIMIT[architecture]:
+        broken.append(f"wants {row['shared_bytes']} bytes of shared memory")
+    if row["tensor_memory"] > 512:
+        broken.append(f"wants {row['tensor_memory']} columns of tensor memory")
+    if case.dtype != "fp32" and not row["HGMMA"] + row["HMMA"] + row["UTCMMA"]:
+        broken.append("uses no matrix unit")
+    return broken
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--every-shape", action="store_true", help="not only what is shipped: every size that pads")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    args = parser.parse_args()
+    table: dict = {"triton": triton.__version__, "figures": {}, "broken": {}}
+    for architecture in args.architectures:
+        for case in every_shape() if args.every_shape else shipped(architecture):
+            if args.only not in case.name:
+                continue
+            with compiling(architecture) as compiled:
+                launch(case)
+            for kernel_name, kernel in compiled:
+                row = figures(kernel)
+                name = f"sm_{architecture} {case.name} {kernel_name}"
+                table["figures"][name] = row
+                if broken := broken_bars(architecture, case, row):
+                    table["broken"][name] = broken
+                print(name, *(f"{k} {v}" for k, v in row.items() if v), *broken, sep="  ", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    return len(table["broken"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

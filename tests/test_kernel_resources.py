@@ -1,0 +1,105 @@
+"""Every shipped launch configuration of the attention kernels, compiled for sm_80, sm_90 and sm_100 without a GPU.
+
+``python tests/test_kernel_resources.py --update`` compiles again and writes what came out to kernel_resources.json:
+the commit that changes a kernel then shows what the change costs.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+TABLE = Path(__file__).with_name("kernel_resources.json")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "kernel_resources.py"
+ARCHITECTURES = (80, 90, 100)
+N = 196  # the models' blocks of 14 x 14
+
+
+@functools.cache
+def compiled() -> dict:
+    """What scripts/kernel_resources.py finds, in a process of its own: this one's triton may be the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, str(SCRIPT), "--json", file.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if not (text := Path(file.name).read_text()):
+            raise RuntimeError(done.stderr)
+    return json.loads(text)
+
+
+def figures(architecture: int, case: str) -> dict:
+    return compiled()["figures"][f"sm_{architecture} {case}"]
+
+
+def test_no_configuration_spills_or_overflows_or_leaves_the_matrix_units():
+    for architecture in ARCHITECTURES:
+        assert any(name.startswith(f"sm_{architecture} ") for name in compiled()["figures"])
+    assert compiled()["broken"] == {}
+
+
+def test_figures_are_those_of_the_checked_in_table():
+    table = json.loads(TABLE.read_text())
+    if table["triton"] != compiled()["triton"]:
+        pytest.skip(f"the table is triton {table['triton']}'s, this is {compiled()['triton']}")
+    changed = {
+        name: (table["figures"].get(name), row)
+        for name, row in compiled()["figures"].items()
+        if table["figures"].get(name) != row
+    }
+    gone = set(table["figures"]) - set(compiled()["figures"])
+    assert not changed, f"if meant, python {Path(__file__).name} --update"
+    assert not gone, f"if meant, python {Path(__file__).name} --update"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "fwd-N196-d32-bf16 block_attention_fwd",
+        "bwd-N196-d32-bf16 block_attention_bwd",
+        "fwd-N16-d64-h3-mq-bf16 block_attention_fwd",
+        "bwd-N16-d64-h3-mq-bf16 block_attention_bwd",
+    ],
+)
+def test_models_use_hopper_matrix_instructions(case):
+    assert figures(90, case)["HGMMA"] > 0
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_models_waste_few_exponentials_on_hopper(kernel):
+    """At most 1.1 times the 196 x 196 a block and head needs: the loop runs 3 times, its short tile once."""
+    row = figures(90, f"{kernel}-N{N}-d32-bf16 block_attention_{kernel}")
+    per_thread = row["EX2"] + (N // 64 - 1) * row["EX2 in loop"]
+    assert per_thread * 32 * row["warps"] <= 1.1 * N * N
+
+
+def test_models_waste_little_matrix_work_on_hopper():
+    """At most 1.35 times 196 x 196 scores, from the tiles that the launchers cut."""
+    from nest_fast.kernels import _configs
+    from nest_fast.kernels.block_attention import _cut, _pieces
+
+    for kernel in ("fwd", "bwd"):
+        table = _configs.ATTENTION[kernel, 90, "half"]
+        config = next(c for rows, keys, head_dim, c in table if rows >= N and keys >= N and head_dim >= 32)
+        full, tail = _cut(N, config.block)
+        held = sum(size for _, size in _pieces(N, config.piece))
+        assert not config.stream
+        assert (full * config.block + tail) * held <= 1.35 * N * N
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write what is compiled now to kernel_resources.json")
+    if parser.parse_args().update:
+        found = compiled()
+        TABLE.write_text(json.dumps({key: found[key] for key in ("triton", "figures")}, indent=1) + "\n")
+        print(f"{len(found['figures'])} kernels written to {TABLE}", *found["broken"].items(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
