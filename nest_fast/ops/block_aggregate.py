@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks
+from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops._vmap import fold, unfold
+from nest_fast.ops.blockify import unblockify
 
 __all__ = ["block_aggregate"]
 
-IMPLS = ("auto", "reference")
+IMPLS = ("auto", "reference", "two_step", "cpp")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Size2 = tuple[int, int]
+
+_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB.define("block_aggregate_cpp_isa() -> str")  # which instructions it uses: "" for none it can use
+_LIB.define("block_aggregate_cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
+_LIB.define(
+    "block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias,"
+    " Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size, float eps, bool same,"
+    " bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)"
+)
+_LIB.define(
+    "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor"
+)
+# What follows the convolution, by either of two who compute it.
+for _part in ("cpp", "triton"):
+    _LIB.define(
+        f"norm_pool_{_part}_fwd(Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, Tensor? pos_embed,"
+        " SymInt[2] out_block_size, float eps, bool same, bool training)"
+        " -> (Tensor out, Tensor mean, Tensor rstd, Tensor argmax)"
+    )
+    _LIB.define(
+        f"norm_pool_{_part}_bwd(Tensor dout, Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor mean, Tensor rstd,"
+        " Tensor argmax, SymInt[2] out_block_size, bool same) -> (Tensor dy, Tensor dparams)"
+    )
+_OPS = torch.ops.nest_fast
 
 
 def block_aggregate(
@@ -39,43 +71,52 @@ def block_aggregate(
         padding: of the max-pool: "symmetric", one pixel on every side (PyTorch, timm), or "same", one pixel right
             and below (the authors, timm's ``_jx`` models). Padding never wins the maximum.
         pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image; None for none.
-        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on
-            channels-last memory.
+        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on channels-last
+            memory. "two_step" is the library's convolution, then one kernel for all the rest: the extension's on a
+            CPU, Triton's on a GPU (and on CPU tensors under ``TRITON_INTERPRET=1`` if there is no extension). "cpp" is
+            one kernel for everything, on a CPU, its convolution by Winograd's algorithm. Only "auto" may choose.
 
     Returns:
         ``(B, T/4, N, C')``, or ``(B, H/2, W/2, C')`` of an image.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
+        RuntimeError: ``impl`` names one that cannot run here; the message says why.
 
     Source: the authors' ``libml/self_attention.py`` (ConvPool); timm's ``ConvPool``.
     """
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("padding", padding, ("symmetric", "same"))
-    grid_size, block_size = _check_image(x, grid_size, block_size)
+    sizes = _check_image(x, grid_size, block_size)
     _check_parameters(x, conv_weight, conv_bias, norm_weight, norm_bias)
     if pos_embed is not None:
-        half = (x.shape[1] // 4, x.shape[2]) if grid_size else (x.shape[1] // 2, x.shape[2] // 2)
+        half = (x.shape[1] // 4, x.shape[2]) if sizes else (x.shape[1] // 2, x.shape[2] // 2)
         _checks.tensor("pos_embed", pos_embed, "(1, T/4, N, C')")
         _checks.shape("pos_embed", pos_embed, (1, *half, conv_weight.shape[0]), f"for x of shape {tuple(x.shape)}")
         _checks.alike("pos_embed", pos_embed, "x", x)
-    return reference.block_aggregate(
-        x,
-        conv_weight,
-        conv_bias,
-        norm_weight,
-        norm_bias,
-        grid_size=grid_size,
-        block_size=block_size,
-        eps=eps,
-        padding=padding,
-        pos_embed=pos_embed,
-    )
+    if impl == "auto":
+        impl = _choose(x, conv_weight.shape[0])
+    else:
+        _require(impl, x, conv_weight.shape[0])
+    if impl == "reference":
+        grid_size, block_size = sizes or (None, None)
+        return reference.block_aggregate(
+            x,
+            conv_weight,
+            conv_bias,
+            norm_weight,
+            norm_bias,
+            grid_size=grid_size,
+            block_size=block_size,
+            eps=eps,
+            padding=padding,
+            pos_embed=pos_embed,
+        )
+    return _run(impl, x, conv_weight, (conv_bias, norm_weight, norm_bias), sizes, eps, padding == "same", pos_embed)
 
 
-def _check_image(
-    x: Tensor, grid_size: object, block_size: object
-) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+def _check_image(x: Tensor, grid_size: object, block_size: object) -> tuple[Size2, Size2] | None:
+    """Grid and block sizes of blocks, None of an image."""
     if grid_size is None:
         _checks.tensor("x", x, "(B, H, W, C)")
         _checks.floating("x", x)
@@ -83,7 +124,7 @@ def _check_image(
             raise ValueError(f"block_size: wanted None for an image (grid_size=None), got {block_size!r}")
         if x.shape[1] % 2 or x.shape[2] % 2:
             raise ValueError(f"x: wanted an even height and width, got shape {tuple(x.shape)}")
-        return None, None
+        return None
     _checks.tensor("x", x, "(B, T, N, C)")
     _checks.floating("x", x)
     (gh, gw), block = _checks.grid(x, grid_size, block_size)
@@ -105,3 +146,265 @@ def _check_parameters(
         _checks.tensor(name, value, "(C')")
         _checks.shape(name, value, (out_channels,), "(C',)")
         _checks.alike(name, value, "x", x)
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
+    reasons = []
+    if _extension.cpu_error is not None:
+        reasons.append(_extension.cpu_error)
+    elif not CPP_ISA:
+        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device}, not on a CPU")
+    return reasons + _dtype_why_not(x)
+
+
+def _triton_why_not(x: Tensor, out_channels: int) -> list[str]:
+    too_wide = [f"C' = {out_channels} channels are over 1024"] if out_channels > 1024 else []
+    return _triton.why_not(x) + _dtype_why_not(x) + too_wide
+
+
+def _dtype_why_not(x: Tensor) -> list[str]:
+    if _checks.autocast(x).dtype in _KERNEL_DTYPES:
+        return []
+    return [f"dtype {x.dtype} is none of float32, float16, bfloat16"]
+
+
+def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:
+    reasons = _triton_why_not(x, out_channels)
+    return reasons and (_cpp_why_not(x, out_channels) if x.device.type == "cpu" else reasons)
+
+
+_WHY_NOT = {"cpp": _cpp_why_not, "two_step": _two_step_why_not}
+
+
+def _choose(x: Tensor, out_channels: int) -> str:
+    if _checks.in_functorch():
+        return "reference"
+    if x.device.type == "cpu":
+        if _cpp_why_not(x, out_channels):
+            return "reference"
+        # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
+        amx = _checks.autocast(x).dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        return "two_step" if amx else "cpp"
+    if x.device.type == "cuda":
+        reasons = _two_step_why_not(x, out_channels)
+        if not reasons:
+            return "two_step"
+        _say_once(f"block_aggregate runs plain PyTorch, since for two_step {'; '.join(reasons)}")
+    return "reference"
+
+
+def _require(impl: str, x: Tensor, out_channels: int) -> None:
+    reasons = _WHY_NOT[impl](x, out_channels) if impl in _WHY_NOT else []
+    if reasons:
+        raise RuntimeError(f"impl: {impl!r} cannot run block_aggregate here: {'; '.join(reasons)}")
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _SAID and not torch.compiler.is_compiling():
+        _SAID.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+# --- computing -------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    impl: str,
+    x: Tensor,
+    conv_weight: Tensor,
+    vectors: tuple[Tensor | None, Tensor, Tensor],
+    sizes: tuple[Size2, Size2] | None,
+    eps: float,
+    same: bool,
+    pos_embed: Tensor | None,
+) -> Tensor:
+    given = (x, conv_weight, *vectors, pos_embed)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
+    x, conv_weight = _dense(_checks.autocast(x)), _checks.autocast(conv_weight)
+    vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]
+    # An image is one block, whose output is one block of half its size.
+    H, W = x.shape[1:3]
+    image_shape = None if sizes else (H // 2, W // 2)
+    grid, block = sizes or ((1, 1), (H, W))
+    out_block = block if sizes else (H // 2, W // 2)
+    fused_pos = pos_embed
+    if pos_embed is not None:
+        # Under autocast the sum may be in another dtype than the rest.
+        fused_pos = _dense(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
+        fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
+    if impl == "cpp":
+        x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
+        out = _OPS.block_aggregate_cpp_fwd(
+            x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training
+        )[0]
+    else:
+        image = x if image_shape else unblockify(x, grid, block)
+        # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
+        y = _dense(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
+        norm_pool = _OPS.norm_pool_triton_fwd if _cpp_why_not(x, 0) else _OPS.norm_pool_cpp_fwd
+        out = norm_pool(y, *vectors, fused_pos, out_block, eps, same, training)[0]
+    out = out.unflatten(2, image_shape).squeeze(1) if image_shape else out
+    if autocast and kind == "cuda":
+        out = out.float()  # as layer_norm gives it there
+    return out if pos_embed is None or fused_pos is not None else out + pos_embed
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# --- registration: what follows the convolution, in C++ and in Triton -------------------------------------------------
+
+
+def _outputs(like: Tensor, shape: tuple, out_block: Size2, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fake out, mean, rstd, argmax for a convolution's output of ``shape`` ``(B, H, W, C')``."""
+    B, H, W, C = shape
+    N = out_block[0] * out_block[1]
+    T = H * W // (4 * N)
+    kept = B if training else 0
+    return (
+        like.new_empty((B, T, N, C)),
+        like.new_empty((kept, H, W), dtype=torch.float32),
+        like.new_empty((kept, H, W), dtype=torch.float32),
+        like.new_empty((kept, T, N, C), dtype=torch.uint8),
+    )
+
+
+def _norm_pool_fwd_fake(y, conv_bias, norm_weight, norm_bias, pos_embed, out_block, eps, same, training):
+    return _outputs(y, y.shape, out_block, training)
+
+
+def _norm_pool_bwd_fake(dout, y, conv_bias, norm_weight, mean, rstd, argmax, out_block, same):
+    return y.new_empty(y.shape), y.new_empty((3, y.shape[3]), dtype=torch.float32)
+
+
+def _norm_pool_setup(ctx, inputs, output):
+    y, conv_bias, norm_weight, _, _, ctx.out_block, _, ctx.same, ctx.training = inputs
+    _, mean, rstd, argmax = output
+    ctx.save_for_backward(y, conv_bias, norm_weight, mean, rstd, argmax)
+    ctx.mark_non_differentiable(mean, rstd, argmax)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_pool_gradients(ctx, op, dout, y, conv_bias, norm_weight, mean, rstd, argmax):
+    """dy, then the gradients of conv_bias, norm_weight and norm_bias."""
+    if not ctx.training:
+        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    dy, dparams = op(_dense(dout), y, conv_bias, norm_weight, mean, rstd, argmax, ctx.out_block, ctx.same)
+    dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
+    return dy, None if conv_bias is None else dconv_bias, dnorm_weight, dnorm_bias
+
+
+def _norm_pool_autograd(op):
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 9
+        dpos_embed = dout.sum(0, keepdim=True) if ctx.needs_input_grad[4] else None
+        return *_norm_pool_gradients(ctx, op, dout, *ctx.saved_tensors), dpos_embed, None, None, None, None
+
+    return backward
+
+
+def _vmap(op, tensors):
+    """vmap of ``op``, whose first ``tensors`` arguments are tensors: only the first has a batch dimension."""
+
+    def vmap(info, in_dims, *args):
+        size = info.batch_size
+        if all(dim is None for dim in in_dims[1:tensors]):
+            outs = [unfold(out, size) for out in op(fold(args[0], in_dims[0], size), *args[1:])]
+        else:  # the kernel knows one set of parameters, so one call each
+            pairs = zip(args[:tensors], in_dims, strict=False)
+            slices = [[x] * size if dim is None else x.unbind(dim) for x, dim in pairs]
+            calls = [op(*one, *args[tensors:]) for one in zip(*slices, strict=True)]
+            outs = [torch.stack(out) for out in zip(*calls, strict=True)]
+        return tuple(outs), (0,) * len(outs)
+
+    return vmap
+
+
+for _part in ("cpp", "triton"):
+    _fwd, _bwd = f"norm_pool_{_part}_fwd", f"norm_pool_{_part}_bwd"
+    torch.library.register_fake(f"nest_fast::{_fwd}", _norm_pool_fwd_fake, lib=_LIB)
+    torch.library.register_fake(f"nest_fast::{_bwd}", _norm_pool_bwd_fake, lib=_LIB)
+    torch.library.register_autograd(
+        f"nest_fast::{_fwd}", _norm_pool_autograd(getattr(_OPS, _bwd)), setup_context=_norm_pool_setup, lib=_LIB
+    )
+    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 5), lib=_LIB)
+
+
+def _norm_pool_triton_fwd(*args):
+    from nest_fast.kernels import block_aggregate as kernels
+
+    return kernels.norm_pool_fwd(*args)
+
+
+def _norm_pool_triton_bwd(*args):
+    from nest_fast.kernels import block_aggregate as kernels
+
+    return kernels.norm_pool_bwd(*args)
+
+
+for _key in _triton.DISPATCH_KEYS:
+    _LIB.impl("norm_pool_triton_fwd", _norm_pool_triton_fwd, _key)
+    _LIB.impl("norm_pool_triton_bwd", _norm_pool_triton_bwd, _key)
+
+
+# --- registration: everything in one C++ kernel -----------------------------------------------------------------------
+
+
+@torch.library.register_fake("nest_fast::block_aggregate_cpp_fwd", lib=_LIB)
+def _cpp_fwd_fake(
+    x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid, block, out_block, eps, same, training
+):
+    B, H, W, C = x.shape[0], grid[0] * block[0], grid[1] * block[1], conv_weight.shape[0]
+    out, *statistics = _outputs(x, (B, H, W, C), out_block, training)
+    return out, x.new_empty((B if training else 0, H, W, C)), *statistics
+
+
+@torch.library.register_fake("nest_fast::block_aggregate_cpp_dx", lib=_LIB)
+def _cpp_dx_fake(dy, conv_weight, grid, block):
+    return dy.new_empty((dy.shape[0], grid[0] * grid[1], block[0] * block[1], conv_weight.shape[1]))
+
+
+def _cpp_setup(ctx, inputs, output):
+    x, conv_weight, conv_bias, norm_weight, _, _, ctx.grid, ctx.block, ctx.out_block, _, ctx.same, ctx.training = inputs
+    _, *saved = output
+    ctx.save_for_backward(x, conv_weight, conv_bias, norm_weight, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _cpp_autograd(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 12
+    x, conv_weight, conv_bias, norm_weight, y, *statistics = ctx.saved_tensors
+    dy, *dparams = _norm_pool_gradients(ctx, _OPS.norm_pool_cpp_bwd, dout, y, conv_bias, norm_weight, *statistics)
+    need_dx, need_dweight, *_, need_dpos = ctx.needs_input_grad[:6]
+    dx = _OPS.block_aggregate_cpp_dx(dy, conv_weight, ctx.grid, ctx.block) if need_dx else None
+    dweight = None
+    if need_dweight:
+        _, dweight, _ = torch.ops.aten.convolution_backward(
+            dy.permute(0, 3, 1, 2),
+            unblockify(x, ctx.grid, ctx.block).permute(0, 3, 1, 2),
+            conv_weight,
+            None,
+            *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, transposed, its padding, groups
+            [False, True, False],
+        )
+    dpos_embed = dout.sum(0, keepdim=True) if need_dpos else None
+    return dx, dweight, *dparams, dpos_embed, *(None,) * 6
+
+
+torch.library.register_autograd("nest_fast::block_aggregate_cpp_fwd", _cpp_autograd, setup_context=_cpp_setup, lib=_LIB)
+torch.library.register_vmap("nest_fast::block_aggregate_cpp_fwd", _vmap(_OPS.block_aggregate_cpp_fwd, 6), lib=_LIB)
+
+CPP_ISA = _OPS.block_aggregate_cpp_isa() if _extension.cpu_error is None else ""

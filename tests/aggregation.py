@@ -1,0 +1,95 @@
+"""Inputs and oracles that the tests of block aggregation share."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nest_fast.testing import assert_as_accurate, max_error, relative_error
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PADDINGS = ("symmetric", "same")
+
+
+class Shape(NamedTuple):
+    B: int
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    C: int
+    C_out: int
+
+    @property
+    def T(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def N(self) -> int:
+        return self.block[0] * self.block[1]
+
+    @property
+    def height(self) -> int:
+        return self.grid[0] * self.block[0]
+
+    @property
+    def width(self) -> int:
+        return self.grid[1] * self.block[1]
+
+    def __str__(self) -> str:
+        return "B{}-{}x{}-{}x{}-{}to{}".format(self.B, *self.grid, *self.block, self.C, self.C_out)
+
+
+def draw(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed."""
+    B, C, C_out = shape.B, shape.C, shape.C_out
+    sizes = [(B, shape.T, shape.N, C), (C_out, C, 3, 3), *[(C_out,)] * 3, (1, shape.T // 4, shape.N, C_out)]
+    scales = [1.0, (9 * C) ** -0.5, 0.1, 1.0, 0.1, 0.1]
+    return tuple((torch.randn(size) * scale).to(dtype) for size, scale in zip(sizes, scales, strict=True))
+
+
+def double(tensors) -> tuple[Tensor, ...]:
+    return tuple(x.double() for x in tensors)
+
+
+def windows(z: Tensor, padding: str) -> Tensor:
+    """Pixels of the windows ``(B, C, 9, H/2, W/2)`` of an image ``(B, H, W, C)``; -inf for padding."""
+    before, after = (0, 1) if padding == "same" else (1, 1)
+    padded = F.pad(z.permute(0, 3, 1, 2), (before, after, before, after), value=-torch.inf)
+    return padded.unfold(2, 3, 2).unfold(3, 3, 2).permute(0, 1, 4, 5, 2, 3).flatten(2, 3)
+
+
+def pool_at(z: Tensor, argmax: Tensor, padding: str) -> Tensor:
+    """The pooled image of ``z`` with each maximum taken where ``argmax`` says, 3 * row + column in its window."""
+    return windows(z, padding).gather(2, argmax.long().permute(0, 3, 1, 2).unsqueeze(2)).squeeze(2).permute(0, 2, 3, 1)
+
+
+def pool_places(z: Tensor, padding: str) -> Tensor:
+    """Where max_pool2d finds each maximum, as ``argmax`` above."""
+    before = 0 if padding == "same" else 1
+    nchw = z.permute(0, 3, 1, 2)
+    pool = {"ceil_mode": True} if padding == "same" else {"padding": 1}
+    _, flat = F.max_pool2d(nchw, 3, 2, return_indices=True, **pool)
+    start_h = 2 * torch.arange(flat.shape[2]).view(-1, 1) - before
+    start_w = 2 * torch.arange(flat.shape[3]) - before
+    places = 3 * (flat // z.shape[2] - start_h) + flat % z.shape[2] - start_w
+    return places.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
+
+
+def assert_forward(out: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Within the bounds against plain PyTorch of the same dtype, in the largest and in the mean square error."""
+    assert_as_accurate(out, plain, exact, 1.25)
+    band = 0.0 if out.dtype == torch.float32 else torch.finfo(out.dtype).eps / 8
+    assert relative_error(out, exact) <= 1.25 * relative_error(plain, exact) + band
+
+
+def assert_gradients(names, ours, plain, exact, plain_exact) -> None:
+    """Each exact gradient took the maxima from where the other did: ours and plain PyTorch's differ in some places."""
+    for name, got, other, want, other_want in zip(names, ours, plain, exact, plain_exact, strict=True):
+        assert got.dtype == other.dtype, name
+        band = 0.0 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps * want.abs().max().item()
+        error, allowed = max_error(got, want), 2 * max_error(other, other_want) + band
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
