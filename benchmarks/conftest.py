@@ -13,7 +13,7 @@ import pytest
 import torch
 from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory
 
-from nest_fast.ops.block_attention import CPP_ISA
+from nest_fast.ops._extension import cpp_isa
 
 START = time.monotonic()
 # Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends.
@@ -186,7 +186,7 @@ def pytest_benchmark_generate_machine_info(config):
     info = {
         "processor": _processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "attention_isa": CPP_ISA,
+        "extension_isa": cpp_isa,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

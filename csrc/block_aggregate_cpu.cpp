@@ -1,42 +1,12 @@
 // Block aggregation on the CPU: registration, checks, and the choice of the vector instructions.
 // block_aggregate_cpu_kernel.h has the computation.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "cpu_dispatch.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-// Each kernel is compiled for its own target inside this one file, in GCC's way.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
-#define NEST_FAST_X86 1
-#include <immintrin.h>
-#endif
-
+namespace nest_fast {
 namespace {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::headeronly::toString;
-using torch::stable::Tensor;
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // An image, or the blocks of one: where each of its rows and columns begins, in elements. Channels are dense.
 struct Image {
@@ -77,31 +47,9 @@ struct Filters {
   float* transformed;
 };
 
-#ifdef NEST_FAST_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#include "block_attention_cpu_avx2.h"
-#include "block_aggregate_cpu_kernel.h"
-}  // namespace avx2
-#pragma GCC pop_options
+#define NEST_FAST_KERNEL "block_aggregate_cpu_kernel.h"
+#include "cpu_for_each_isa.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-namespace avx512 {
-#include "block_attention_cpu_avx512.h"
-#include "block_aggregate_cpu_kernel.h"
-}  // namespace avx512
-#pragma GCC target("avx512bf16")
-namespace avx512_bf16 {
-#include "block_attention_cpu_avx512.h"
-#include "block_aggregate_cpu_avx512_bf16.h"
-#include "block_aggregate_cpu_kernel.h"
-}  // namespace avx512_bf16
-#pragma GCC pop_options
-#endif
-
-// How one kind of processor computes one dtype.
 struct Kernels {
   void (*transform_filters)(const Filters&, int64_t begin, int64_t end);
   void (*aggregate)(const Aggregate&, int64_t begin, int64_t end);
@@ -111,69 +59,10 @@ struct Kernels {
   int64_t per_unit, lanes;
 };
 
-struct Target {
-  const char* isa;
-  bool supported;
-  Kernels fp32, fp16, bf16;
-};
-
-// The best first; the last, without kernels, is for a processor that has none of the others.
-const Target* targets() {
-#ifdef NEST_FAST_X86
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-#define NEST_FAST_KERNELS(isa, op, T)                                                                           \
-  {isa::transform_filters<op>, isa::aggregate<op>, isa::convolve<op>, isa::norm_pool<T>, isa::norm_pool_bwd<T>, \
-   op::kPerUnit, isa::kLanes}
-#define NEST_FAST_FLOATS(isa, T) NEST_FAST_KERNELS(isa, isa::Floats<T>, T)
-#endif
-  static const Target all[] = {
-#ifdef NEST_FAST_X86
-      {"avx512_bf16", has_bf16, NEST_FAST_FLOATS(avx512, float), NEST_FAST_FLOATS(avx512, Half),
-       NEST_FAST_KERNELS(avx512_bf16, avx512_bf16::PairsOfBFloat16, BFloat16)},
-      {"avx512", has_avx512, NEST_FAST_FLOATS(avx512, float), NEST_FAST_FLOATS(avx512, Half),
-       NEST_FAST_FLOATS(avx512, BFloat16)},
-      {"avx2", has_avx2, NEST_FAST_FLOATS(avx2, float), NEST_FAST_FLOATS(avx2, Half), NEST_FAST_FLOATS(avx2, BFloat16)},
-#endif
-      {"", true, {}, {}, {}},
-  };
-  return all;
-}
-
-const Target* best_target() {
-  const Target* target = targets();
-  while (!target->supported) ++target;
-  return target;
-}
-
-std::atomic<const Target*>& current_target() {
-  static std::atomic<const Target*> target{best_target()};
-  return target;
-}
-
-std::string block_aggregate_cpp_isa() { return current_target().load()->isa; }
-
-void block_aggregate_cpp_set_isa(std::string isa) {
-  for (const Target* target = targets();; ++target) {
-    if (target->supported && isa == target->isa) return current_target().store(target);
-    STD_TORCH_CHECK(target->isa[0], "isa: wanted one that this processor has, got \"", isa, "\"");
-  }
-}
-
-const Kernels& kernels(const char* name, ScalarType dtype) {
-  const Target* target = current_target().load();
-  STD_TORCH_CHECK(target->isa[0], "block_aggregate: wanted a processor with AVX2 or AVX-512 and a build by GCC 11 or "
-                                  "later, got another");
-  switch (dtype) {
-    case ScalarType::Float: return target->fp32;
-    case ScalarType::Half: return target->fp16;
-    case ScalarType::BFloat16: return target->bf16;
-    default: STD_TORCH_CHECK(false, name, ": wanted dtype Float, Half or BFloat16, got ", toString(dtype));
-  }
-}
+#define NEST_FAST_KERNELS(isa, op)                                                                  \
+  {isa::transform_filters<isa::op>, isa::aggregate<isa::op>,                isa::convolve<isa::op>, \
+   isa::norm_pool<isa::op::Element>, isa::norm_pool_bwd<isa::op::Element>, isa::op::kPerUnit, isa::kLanes}
+constexpr ByDtype<Kernels> kKernels[] = {NEST_FAST_BY_ISA(NEST_FAST_KERNELS)};
 
 // --- checks -----------------------------------------------------------------------------------------------------------
 
@@ -294,7 +183,7 @@ Forward block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, std::optional<Tens
                                 Tensor norm_bias, std::optional<Tensor> pos_embed, IntHeaderOnlyArrayRef grid_size,
                                 IntHeaderOnlyArrayRef block_size, IntHeaderOnlyArrayRef out_block_size, double eps,
                                 bool same, bool training) {
-  const Kernels& isa = kernels("x", x.scalar_type());
+  const Kernels& isa = kernels_for(kKernels, "x", x.scalar_type());
   const Size2 grid = size2("grid_size", grid_size), block = size2("block_size", block_size);
   Aggregate p{};
   p.x = blocks("x", x, grid, block);
@@ -327,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool_cpp_fwd(Tensor y, std::opti
                                                              std::optional<Tensor> pos_embed,
                                                              IntHeaderOnlyArrayRef out_block_size, double eps,
                                                              bool same, bool training) {
-  const Kernels& isa = kernels("y", y.scalar_type());
+  const Kernels& isa = kernels_for(kKernels, "y", y.scalar_type());
   Aggregate p{};
   p.y = image("y", y);
   p.height = y.size(1), p.width = y.size(2), p.out_channels = y.size(3);
@@ -346,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_pool_cpp_fwd(Tensor y, std::opti
 std::tuple<Tensor, Tensor> norm_pool_cpp_bwd(Tensor dout, Tensor y, std::optional<Tensor> conv_bias, Tensor norm_weight,
                                              Tensor mean, Tensor rstd, Tensor argmax,
                                              IntHeaderOnlyArrayRef out_block_size, bool same) {
-  const Kernels& isa = kernels("y", y.scalar_type());
+  const Kernels& isa = kernels_for(kKernels, "y", y.scalar_type());
   check_dtype("dout", dout, y.scalar_type());
   NormPoolBwd p{};
   p.y = image("y", y);
@@ -390,7 +279,7 @@ std::tuple<Tensor, Tensor> norm_pool_cpp_bwd(Tensor dout, Tensor y, std::optiona
 // convolution, with the weight's channels exchanged and its filters turned by half a circle.
 Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayRef grid_size,
                               IntHeaderOnlyArrayRef block_size) {
-  const Kernels& isa = kernels("dy", dy.scalar_type());
+  const Kernels& isa = kernels_for(kKernels, "dy", dy.scalar_type());
   const Size2 grid = size2("grid_size", grid_size), block = size2("block_size", block_size);
   Aggregate p{};
   p.x = image("dy", dy);
@@ -416,15 +305,11 @@ Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayR
 }
 
 }  // namespace
+}  // namespace nest_fast
 
 STABLE_TORCH_LIBRARY_IMPL(nest_fast, CPU, m) {
-  m.impl("block_aggregate_cpp_dx", TORCH_BOX(&block_aggregate_cpp_dx));
-  m.impl("block_aggregate_cpp_fwd", TORCH_BOX(&block_aggregate_cpp_fwd));
-  m.impl("norm_pool_cpp_fwd", TORCH_BOX(&norm_pool_cpp_fwd));
-  m.impl("norm_pool_cpp_bwd", TORCH_BOX(&norm_pool_cpp_bwd));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(nest_fast, CompositeExplicitAutograd, m) {
-  m.impl("block_aggregate_cpp_isa", TORCH_BOX(&block_aggregate_cpp_isa));
-  m.impl("block_aggregate_cpp_set_isa", TORCH_BOX(&block_aggregate_cpp_set_isa));
+  m.impl("block_aggregate_cpp_dx", TORCH_BOX(&nest_fast::block_aggregate_cpp_dx));
+  m.impl("block_aggregate_cpp_fwd", TORCH_BOX(&nest_fast::block_aggregate_cpp_fwd));
+  m.impl("norm_pool_cpp_fwd", TORCH_BOX(&nest_fast::norm_pool_cpp_fwd));
+  m.impl("norm_pool_cpp_bwd", TORCH_BOX(&nest_fast::norm_pool_cpp_bwd));
 }

@@ -6,68 +6,9 @@
 // 2016, arXiv 1509.09308): 16 products of matrices (tiles x C) @ (C x C') where the direct form needs 36, and its
 // shorter sums are more accurate in float32. A value that is not finite reaches no pixel that it would not reach there.
 //
-// Matrices are packed in 32-bit units (a float, or two bf16 that are neighbours in C), carried as floats whatever they
-// hold. Tiles are in panels (units / kLanes, kRows, kLanes); filters are (pairs of vectors of C', 16, units, 2 kLanes).
+// Tiles are packed as A of cpu_matrix.h; filters are (pairs of vectors of C', 16, units, kPair).
 
-constexpr int64_t kPanel = kRows * kLanes;
-constexpr int64_t kPair = 2 * kLanes;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// The first `count` elements at p, zeros behind them.
-template <class T>
-inline Vec load_part(const T* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  T copy[kLanes] = {};
-  if (count > 0) std::memcpy(copy, p, count * sizeof(T));
-  return load(copy);
-}
-
-template <class T>
-inline void store_part(T* p, int64_t count, Vec x) {
-  if (count >= kLanes) return store(p, x);
-  T copy[kLanes];
-  store(copy, x);
-  std::memcpy(p, copy, count * sizeof(T));
-}
-
-inline Vec keep_part(Vec x, int64_t count) {
-  if (count >= kLanes) return x;
-  float copy[kLanes];
-  store(copy, x);
-  return load_part(copy, count);
-}
-
-// Memory of one thread, given out in pieces that are aligned as vectors are.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : memory_(new float[floats + kLanes]) {
-    const uintptr_t align = kLanes * sizeof(float);
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + align - 1) / align * align);
-  }
-
-  float* take(int64_t floats) {
-    float* piece = next_;
-    next_ += round_up(floats, kLanes);
-    return piece;
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  float* next_;
-};
-
-// How to multiply: here as floats, whatever the tensors hold.
-template <class T>
-struct Floats {
-  using Element = T;                  // of the tensors
-  static constexpr int kPerUnit = 1;  // neighbours in a unit
-
-  static Vec dot(Vec a, Vec b, Vec c) { return mul_add(a, b, c); }    // a @ b + c, unit by unit
-  static Vec from_floats(const Vec (&x)[1]) { return x[0]; }          // kLanes * kPerUnit channels
-  static Vec interleave(const Vec (&x)[1]) { return x[0]; }           // unit l: lane l of each
-};
+constexpr int64_t kChain = 16 * kLanes;
 
 // --- the convolution --------------------------------------------------------------------------------------------------
 
@@ -144,37 +85,6 @@ inline void transform_tile(const typename Op::Element* const (&d)[4][4], int64_t
   }
 }
 
-// c[ROWS, kPair] = a[ROWS, units] @ b[units, kPair], with every sum in a register. units is a multiple of kLanes.
-template <class Op, int ROWS>
-void multiply(const float* a, const float* b, int64_t units, float* c) {
-  Vec sums[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = zero();
-  for (; units > 0; units -= kLanes, a += kPanel)
-    for (int u = 0; u < kLanes; ++u, b += kPair) {
-      const Vec first = load(b), second = load(b + kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec left = broadcast(a[r * kLanes + u]);
-        sums[r][0] = Op::dot(left, first, sums[r][0]);
-        sums[r][1] = Op::dot(left, second, sums[r][1]);
-      }
-    }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    store(c + r * kPair, sums[r][0]);
-    store(c + r * kPair + kLanes, sums[r][1]);
-  }
-}
-
-template <class Op, int... I>
-void multiply_rows(std::integer_sequence<int, I...>, int64_t rows, const float* a, const float* b, int64_t units,
-                   float* c) {
-  using Multiply = void (*)(const float*, const float*, int64_t, float*);
-  static constexpr Multiply by_rows[] = {multiply<Op, I + 1>...};
-  by_rows[rows - 1](a, b, units, c);
-}
-
 // A^T m A of one tile: 2 x 2 pixels of a vector of channels. Number xi of its 16 parts is at m + xi * step.
 inline void transform_back(const float* m, int64_t step, float* y, int64_t row_stride, int64_t pixel_stride) {
   Vec rows[2][4];
@@ -242,13 +152,12 @@ class Winograd {
         }
       transform_tile<Op>(d, p_.channels, v_ + tile / rows * panel + tile % rows * kLanes, panels * panel);
     }
-    const std::make_integer_sequence<int, kRows> all_rows;
     const float* filters = p_.filters;
     for (int64_t c = 0; c < stride_; c += kPair) {
       for (int xi = 0; xi < 16; ++xi, filters += units_ * kPair)
         for (int64_t i = 0; i < panels; ++i)
-          multiply_rows<Op>(all_rows, std::min(rows, tiles - i * rows), v_ + (xi * panels + i) * panel, filters, units_,
-                            m_ + (xi * tiles + i * rows) * kPair);
+          multiply<Op>(std::min(rows, tiles - i * rows), v_ + (xi * panels + i) * panel, filters, kPair, units_, kChain,
+                       {m_ + (xi * tiles + i * rows) * kPair, kPair, kLanes});
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile / tile_columns_, column = tile % tile_columns_;
         float* y = y_ + (2 * row * p_.width + 2 * column) * stride_ + c;
@@ -367,26 +276,12 @@ class Pool {
   void normalise(const S* y, int64_t b, int64_t h, int64_t w, bool own) {
     const int64_t channels = p_.out_channels;
     float* z = z_ + w * stride_;
-    Vec total = zero(), squares = zero();
-    for (int64_t c = 0; c < channels; c += kLanes) {
+    for (int64_t c = 0; c < stride_; c += kLanes) {
       const Vec given = load_part(y + c, channels - c);
       if (TRAINING && COMPUTED && own) store_part(p_.y.at<T>(b, h, w) + c, channels - c, given);
-      const Vec x = add(given, load_part(p_.conv_bias + c, channels - c));
-      store(z + c, x);
-      total = add(total, x);
+      store(z + c, add(given, load_part(p_.conv_bias + c, channels - c)));
     }
-    const float mean = sum(total) / channels;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const Vec x = keep_part(sub(load(z + c), broadcast(mean)), channels - c);
-      store(z + c, x);
-      squares = mul_add(x, x, squares);
-    }
-    // In double, so that nothing but the sum is rounded: its error is every channel's.
-    const float rstd = 1 / std::sqrt(static_cast<double>(sum(squares)) / channels + p_.eps);
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const Vec scale = mul(broadcast(rstd), load_part(p_.norm_weight + c, channels - c));
-      store(z + c, mul_add(load(z + c), scale, load_part(p_.norm_bias + c, channels - c)));
-    }
+    const auto [mean, rstd] = layer_norm(z, channels, p_.norm_weight, p_.norm_bias, p_.eps);
     if (TRAINING && own) {
       const int64_t pixel = (b * p_.height + h) * p_.width + w;
       p_.mean[pixel] = mean;

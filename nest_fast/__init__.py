@@ -15,7 +15,16 @@ from nest_fast.nest import (
     nest_tiny,
     nest_tiny_s16_32,
 )
-from nest_fast.ops import block_aggregate, block_attention, blockify, linear, patchify, unblockify
+from nest_fast.ops import (
+    attention_layer,
+    block_aggregate,
+    block_attention,
+    blockify,
+    linear,
+    mlp_layer,
+    patchify,
+    unblockify,
+)
 
 __version__ = "0.1.0"
 
@@ -25,10 +34,12 @@ __all__ = [
     "NesT",
     "TransformerLayer",
     "accelerate",
+    "attention_layer",
     "block_aggregate",
     "block_attention",
     "blockify",
     "linear",
+    "mlp_layer",
     "nest_base",
     "nest_base_s16_32",
     "nest_small",

@@ -43,9 +43,9 @@ def _cpu_extension() -> str:
 
     if _extension.cpu_error is not None:
         return f"not loaded: {_extension.cpu_error}"
-    from nest_fast.ops.block_attention import CPP_ISA
+    from nest_fast.ops._extension import cpp_isa
 
-    return f"loaded, block_attention uses {CPP_ISA or 'nothing: no AVX2 on this processor'}"
+    return f"loaded, its kernels use {cpp_isa or 'nothing: no AVX2 on this processor'}"
 
 
 def _cuda_extension() -> str:

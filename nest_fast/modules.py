@@ -8,12 +8,24 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nest_fast.ops import _checks, block_aggregate, block_attention, linear, patchify
+from nest_fast.ops import (
+    _checks,
+    attention_layer,
+    block_aggregate,
+    block_attention,
+    linear,
+    mlp_layer,
+    patchify,
+)
 from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
 from nest_fast.ops.block_attention import IMPLS as ATTENTION_IMPLS
 from nest_fast.weights import head_minor_to_major
 
 __all__ = ["BlockAggregation", "BlockAttention", "DropPath", "Mlp", "PatchEmbed", "TransformerLayer", "layer_norm"]
+
+
+# Classes of LayerNorm that compute nothing else; an integration adds its library's.
+LAYER_NORMS: set[type[nn.Module]] = {nn.LayerNorm}
 
 
 def layer_norm(dim: int, device=None, dtype=None) -> nn.LayerNorm:
@@ -45,30 +57,41 @@ def project(x: Tensor, module: nn.Module, *, activation: str = "none", residual:
 
 def attend(
     x: Tensor,
-    qkv: nn.Module,
-    proj: nn.Module,
+    attn: Any,
+    norm: Any = None,
     *,
-    num_heads: int,
-    scale: float,
     multi_query: bool = False,
     head_minor: bool = False,
-    dropout_p: float = 0.0,
-    residual: Tensor | None = None,
+    residual: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Packed projection, attention inside blocks, output projection, ``+ residual``: ``(B, T, N, C)`` → the same."""
-    kv_heads = 1 if multi_query else num_heads
-    packed = project(x, qkv).unflatten(-1, (num_heads + 2 * kv_heads, -1))
-    q, k, v = packed.split((num_heads, kv_heads, kv_heads), dim=3)
-    out = block_attention(q, k, v, scale=scale, dropout_p=dropout_p, impl=impl)
-    if not head_minor:
-        return project(out.flatten(-2), proj, residual=residual)
-    if type(proj) is not nn.Linear or has_hooks(proj):
-        return project(out.transpose(-1, -2).flatten(-2), proj, residual=residual)
+    """Attention inside blocks with its projections: ``(B, T, N, C)`` → the same.
+
+    ``norm`` comes before it; with ``residual``, x itself is added. ``attn`` has ``qkv``, ``proj``, ``num_heads``,
+    ``scale`` and ``attn_drop`` as :class:`BlockAttention` has.
+    """
+    heads, qkv, proj = attn.num_heads, attn.qkv, attn.proj
+    dropout_p = attn.attn_drop.p if attn.training else 0.0
     # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
     # remembered copy could not see a weight that changes through ``.data``.
-    weight = head_minor_to_major(proj.weight, num_heads)
-    return linear(out.flatten(-2), weight, proj.bias, residual=residual)
+    reorder = head_minor and type(proj) is nn.Linear and not has_hooks(proj)
+    if norm is not None and residual and impl == "auto" and dropout_p == 0.0 and _are_plain(x, norm, qkv, proj):
+        weight = head_minor_to_major(proj.weight, heads) if head_minor else proj.weight
+        return attention_layer(
+            *(x, norm.weight, norm.bias, qkv.weight, qkv.bias, weight, proj.bias),
+            num_heads=heads,
+            multi_query=multi_query,
+            scale=attn.scale,
+            eps=norm.eps,
+        )
+    kv_heads = 1 if multi_query else heads
+    packed = project(x if norm is None else norm(x), qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
+    out = block_attention(q, k, v, scale=attn.scale, dropout_p=dropout_p, impl=impl)
+    added = x if residual else None
+    if reorder:
+        return linear(out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias, residual=added)
+    return project((out.transpose(-1, -2) if head_minor else out).flatten(-2), proj, residual=added)
 
 
 class BlockAttention(nn.Module):
@@ -121,18 +144,15 @@ class BlockAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.attend(x))
 
-    def attend(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``forward`` without the output's dropout, ``+ residual`` in the projection's pass."""
+    def attend(self, x: Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> Tensor:
+        """``forward`` without the output's dropout; after ``norm``, and plus x with ``residual``, in fewer passes."""
         _checks.tensor("x", x, "(B, T, N, C)")
         return attend(
             x,
-            self.qkv,
-            self.proj,
-            num_heads=self.num_heads,
-            scale=self.scale,
+            self,
+            norm,
             multi_query=self.multi_query,
             head_minor=self.head_minor,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
             residual=residual,
             impl=self.impl,
         )
@@ -269,10 +289,10 @@ def gelu_of(act: nn.Module) -> str | None:
 
 
 def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
-    """A pre-norm layer with biases, GELU and residual sums in the matmuls' passes; None where they cannot be.
+    """A pre-norm layer in as few passes as this machine knows; None where something has to happen between them.
 
-    They cannot where something acts or listens between them: a dropout or stochastic depth in training, a hook, another
-    activation than GELU. ``layer`` has ``norm1``, ``attn``, ``norm2`` and ``mlp`` as :class:`TransformerLayer` has.
+    That is a dropout or stochastic depth in training, a hook, another activation than GELU. ``layer`` has ``norm1``,
+    ``attn``, ``norm2`` and ``mlp`` as :class:`TransformerLayer` has.
     """
     attn, mlp = layer.attn, layer.mlp
     activation = gelu_of(mlp.act)
@@ -281,8 +301,24 @@ def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
         return None
     if layer.training and not all(_never_drops(module) for module in between):
         return None
-    x = attn.attend(layer.norm1(x), residual=x)
-    return project(project(layer.norm2(x), mlp.fc1, activation=activation), mlp.fc2, residual=x)
+    x = attn.attend(x, layer.norm1, residual=True)
+    if not _are_plain(x, layer.norm2, mlp.fc1, mlp.fc2):
+        return project(project(layer.norm2(x), mlp.fc1, activation=activation), mlp.fc2, residual=x)
+    norm, fc1, fc2 = layer.norm2, mlp.fc1, mlp.fc2
+    return mlp_layer(
+        *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+        activation=activation,
+        eps=norm.eps,
+    )
+
+
+def _are_plain(x: Tensor, norm: Any, *linears: nn.Module) -> bool:
+    """Whether an operation may compute a LayerNorm and linear layers, in the dtype of ``x``, without calling them."""
+    if type(norm) not in LAYER_NORMS or norm.bias is None or norm.normalized_shape != x.shape[-1:]:
+        return False
+    if any(type(module) is not nn.Linear for module in linears) or has_hooks(norm, *linears):
+        return False
+    return all(module.weight.dtype == x.dtype for module in (norm, *linears))
 
 
 def _never_drops(module: nn.Module) -> bool:

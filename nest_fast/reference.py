@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["block_aggregate", "block_attention", "blockify", "linear", "patchify", "unblockify"]
+__all__ = [
+    "attention_layer",
+    "block_aggregate",
+    "block_attention",
+    "blockify",
+    "linear",
+    "mlp_layer",
+    "patchify",
+    "unblockify",
+]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -130,3 +139,46 @@ def linear(
     if activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return y if residual is None else residual + y
+
+
+def attention_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    multi_query: bool = False,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``x + proj(attention(qkv(layer_norm(x))))`` inside each block: ``(B, T, N, C)`` → the same.
+
+    ``qkv`` gives q of every head, then k, then v, of every head or, with ``multi_query``, of one; ``proj`` takes
+    (heads, head_dim).
+    """
+    kv_heads = 1 if multi_query else num_heads
+    packed = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    q, k, v = packed.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
+    return x + F.linear(block_attention(q, k, v, scale=scale).flatten(-2), proj_weight, proj_bias)
+
+
+def mlp_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    eps: float = 1e-6,
+) -> Tensor:
+    """``x + fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same; ``activation`` is "gelu" or "gelu_tanh"."""
+    hidden = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+    hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return x + F.linear(hidden, fc2_weight, fc2_bias)

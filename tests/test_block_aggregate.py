@@ -49,10 +49,10 @@ def impl_and_isa(request):
     if isa and DEVICE != "cpu":
         pytest.skip("the C++ kernel is for CPU tensors")
     if isa:
-        OPS.block_aggregate_cpp_set_isa(isa)
+        OPS.cpp_set_isa(isa)
     yield impl
     if isa:
-        OPS.block_aggregate_cpp_set_isa(CPP_ISA)
+        OPS.cpp_set_isa(CPP_ISA)
 
 
 def inputs(shape=None, dtype=torch.float32):
@@ -503,5 +503,5 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
         with pytest.raises(RuntimeError, match=message):
             wrong()
     with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
-        OPS.block_aggregate_cpp_set_isa("mmx")
-    assert OPS.block_aggregate_cpp_isa() == CPP_ISA
+        OPS.cpp_set_isa("mmx")
+    assert OPS.cpp_isa() == CPP_ISA

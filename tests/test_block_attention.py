@@ -13,11 +13,10 @@ from torch import nn
 import nest_fast
 from nest_fast import block_attention, reference
 from nest_fast.ops import _extension
-from nest_fast.ops.block_attention import CPP_ISA
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
 IMPLS = ["sdpa"]
-if _extension.cpu_error is None and CPP_ISA:
+if _extension.cpp_isa:
     IMPLS.append("cpp")
 if torch.cuda.is_available() or nest_fast.ops._triton.INTERPRETED:
     IMPLS.append("triton")

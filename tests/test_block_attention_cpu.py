@@ -14,7 +14,7 @@ from nest_fast.testing import assert_as_accurate, gradients, relative_error
 if _extension.cpu_error is not None:
     pytest.skip(_extension.cpu_error, allow_module_level=True)
 OPS = torch.ops.nest_fast
-BEST = OPS.block_attention_cpp_isa()
+BEST = _extension.cpp_isa
 if not BEST:
     pytest.skip("this processor has neither AVX2 nor AVX-512", allow_module_level=True)
 
@@ -25,9 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    OPS.block_attention_cpp_set_isa(request.param)
+    OPS.cpp_set_isa(request.param)
     yield request.param
-    OPS.block_attention_cpp_set_isa(BEST)
+    OPS.cpp_set_isa(BEST)
 
 
 def packed(B, T, N, heads, d, dtype=torch.float32, kv_heads=None):
@@ -108,11 +108,11 @@ def test_any_shape_and_layout(isa, dtype, B, T, N, heads, d, multi_query, layout
         "sliced": lambda x: torch.cat((x, x), -1)[..., 1 : d + 1],
     }[layout]
     q, k, v = (make(x) for x in inputs)
-    OPS.block_attention_cpp_set_isa(isa)
+    OPS.cpp_set_isa(isa)
     try:
         out = kernel(q, k, v)
     finally:
-        OPS.block_attention_cpp_set_isa(BEST)
+        OPS.cpp_set_isa(BEST)
     exact = golden(q, k, v)
     assert out.is_contiguous()
     assert out.shape == q.shape
@@ -204,5 +204,5 @@ def test_bad_input(change, message):
 
 def test_isa_that_is_not_there():
     with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
-        OPS.block_attention_cpp_set_isa("mmx")
-    assert OPS.block_attention_cpp_isa() == BEST
+        OPS.cpp_set_isa("mmx")
+    assert OPS.cpp_isa() == BEST

@@ -18,27 +18,21 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from nest_fast.modules import aggregate, attend, fused_layer, has_hooks
+from nest_fast.modules import LAYER_NORMS, aggregate, attend, fused_layer, has_hooks
 from nest_fast.ops import blockify, unblockify
 
 __all__ = ["Report", "accelerate", "restore"]
+
+
+LAYER_NORMS.add(timm.layers.LayerNorm)
 
 
 class Attention(timm_nest.Attention):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.attend(x))
 
-    def attend(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return attend(
-            x,
-            self.qkv,
-            self.proj,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            head_minor=True,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            residual=residual,
-        )
+    def attend(self, x: Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> Tensor:
+        return attend(x, self, norm, head_minor=True, residual=residual)
 
 
 class TransformerLayer(timm_nest.TransformerLayer):
@@ -81,7 +75,7 @@ def _conv_pool_why_not(module: Any) -> str | None:
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     if type(conv) is not nn.Conv2d or geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or conv.padding_mode != "zeros":
         return f"its convolution is not a plain 3x3 with padding 1: {conv}"
-    if type(norm) not in (nn.LayerNorm, timm.layers.LayerNorm) or norm.weight is None or norm.bias is None:
+    if type(norm) not in LAYER_NORMS or norm.weight is None or norm.bias is None:
         return f"its norm is not an affine LayerNorm: {norm}"
     if type(pool) not in (nn.MaxPool2d, MaxPool2dSame):
         return f"its pool is not a max-pool: {pool}"

@@ -57,6 +57,16 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
 
 
+def parameters(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple]], optional: tuple[str, ...]) -> None:
+    """Each of ``weights``, given with the shape wanted, on the device and of the dtype of ``x``."""
+    floating("x", x)
+    for name, (weight, wanted) in weights.items():
+        if weight is not None or name not in optional:
+            tensor(name, weight, f"({', '.join(map(str, wanted))})")
+            shape(name, weight, wanted)  # type: ignore[arg-type]
+            alike(name, weight, "x", x)  # type: ignore[arg-type]
+
+
 def choice(name: str, value: object, wanted: tuple[str, ...]) -> None:
     if value not in wanted:
         raise ValueError(f"{name}: wanted one of {', '.join(map(repr, wanted))}, got {value!r}")
@@ -100,3 +110,8 @@ def autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x``, copied if its last dimension is not dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()

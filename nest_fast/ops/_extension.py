@@ -2,6 +2,7 @@
 
 ``cpu_error`` and ``cuda_error`` are None where the part is loaded, else one line that says why not. Nothing is compiled
 here and no CUDA context is made. The parts only register kernels; schemas are defined in Python, before or after.
+``cpp_isa`` names the vector instructions of the CPU part: "avx512_bf16", "avx512", "avx2", or "" where there are none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpu_error", "cuda_error"]
+__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "layer_why_not", "library_has_amx"]
+
+_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB.define("cpp_isa() -> str")
+_LIB.define("cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -28,3 +33,44 @@ def _load(name: str) -> str | None:
 
 cpu_error = _load("_C_cpu.abi3.so")
 cuda_error = _load("_C_cuda.abi3.so") if torch.version.cuda is not None else "this torch is built without CUDA"
+
+
+def _isa() -> str:
+    try:
+        return torch.ops.nest_fast.cpp_isa()
+    except NotImplementedError:  # the part is not loaded
+        return ""
+
+
+cpp_isa = _isa()
+
+
+def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
+    """Why the C++ kernels cannot take ``x``, dtype and shape aside."""
+    reasons = []
+    if cpu_error is not None:
+        reasons.append(cpu_error)
+    elif not cpp_isa:
+        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
+    if x.device.type != "cpu":
+        reasons.append(f"{name} is on {x.device}, not on a CPU")
+    return reasons
+
+
+def layer_why_not(x: torch.Tensor, weights: list[torch.Tensor | None]) -> list[str]:
+    """Why the C++ kernels of a whole layer, which know no gradients, cannot take ``x`` and ``weights``."""
+    reasons = cpp_why_not("x", x)
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {x.dtype} is none of float32, float16, bfloat16")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func is transforming")
+    if torch.is_autocast_enabled(x.device.type):
+        reasons.append("autocast is on")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        reasons.append("gradients are wanted")
+    return reasons
+
+
+def library_has_amx(x: torch.Tensor) -> bool:
+    """Whether PyTorch's matmuls of tensors like ``x`` use the matrix unit, which the C++ kernels do not know."""
+    return x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()

@@ -20,8 +20,6 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Size2 = tuple[int, int]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("block_aggregate_cpp_isa() -> str")  # which instructions it uses: "" for none it can use
-_LIB.define("block_aggregate_cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
 _LIB.define(
     "block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias,"
     " Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size, float eps, bool same,"
@@ -407,4 +405,4 @@ def _cpp_autograd(ctx, dout, *_):
 torch.library.register_autograd("nest_fast::block_aggregate_cpp_fwd", _cpp_autograd, setup_context=_cpp_setup, lib=_LIB)
 torch.library.register_vmap("nest_fast::block_aggregate_cpp_fwd", _vmap(_OPS.block_aggregate_cpp_fwd, 6), lib=_LIB)
 
-CPP_ISA = _OPS.block_aggregate_cpp_isa() if _extension.cpu_error is None else ""
+CPP_ISA = _extension.cpp_isa

@@ -18,8 +18,6 @@ IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("block_attention_cpp_isa() -> str")  # which instructions it uses: "" for none it can use
-_LIB.define("block_attention_cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
 _LIB.define("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)")
 _LIB.define(
     "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
@@ -121,13 +119,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
-    reasons = []
-    if _extension.cpu_error is not None:
-        reasons.append(_extension.cpu_error)
-    elif not CPP_ISA:
-        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
-    if q.device.type != "cpu":
-        reasons.append(f"q is on {q.device}, not on a CPU")
+    reasons = _extension.cpp_why_not("q", q)
     if q.dtype not in _KERNEL_DTYPES:
         reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
     if bias is not None or mask is not None:
@@ -254,16 +246,6 @@ def _cpp_vmap(info, in_dims, q, k, v, scale):
 
 
 torch.library.register_vmap("nest_fast::block_attention_cpp_fwd", _cpp_vmap, lib=_LIB)
-
-
-def _cpp_isa() -> str:
-    try:
-        return torch.ops.nest_fast.block_attention_cpp_isa()
-    except NotImplementedError:  # not built, or built before this operation was there
-        return ""
-
-
-CPP_ISA = _cpp_isa()
 
 
 # --- registration: the Triton kernels ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Vector primitives of block_attention_cpu_kernel.h for AVX2 with FMA and F16C.
+// Vector primitives for AVX2 with FMA and F16C.
 // No include guard: included once per target, inside that target's namespace.
 
 using Vec = __m256;

@@ -1,4 +1,4 @@
-// Vector primitives of block_attention_cpu_kernel.h for AVX-512 (F, BW, DQ, VL).
+// Vector primitives for AVX-512 (F, BW, DQ, VL).
 // No include guard: included once per target, inside that target's namespace.
 
 using Vec = __m512;
@@ -30,12 +30,17 @@ inline void store(Half* p, Vec x) {
 }
 
 inline void store(BFloat16* p, Vec x) {
+#ifdef __AVX512BF16__
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+#else
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));  // ties to even
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_set1_epi32(even, nan, 0x7fc00000);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  const __m512i whole = _mm512_mask_set1_epi32(even, nan, 0x7fc00000);
+  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
 }
 
 // Rows a and b, S apart, of a matrix being transposed: exchanges a's lanes with bit S set for b's without.

@@ -1,4 +1,4 @@
-// What AVX512_BF16 adds to block_attention_cpu_avx512.h. No include guard: included after it, in one namespace.
+// What AVX512_BF16 adds to cpu_vector_avx512.h. No include guard: included after it and cpu_matrix.h, in one namespace.
 
 // As Floats is for floats: pairs of bf16, multiplied and summed by vdpbf16ps.
 struct PairsOfBFloat16 {
@@ -17,5 +17,10 @@ struct PairsOfBFloat16 {
   }
   static Vec from_floats(const Vec (&x)[2]) {
     return _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0])));
+  }
+  static Vec interleave(const Vec (&x)[2]) {
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x[0])));
+    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x[1])));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 };

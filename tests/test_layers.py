@@ -1,0 +1,340 @@
+"""attention_layer and mlp_layer: every implementation against float64, registration, choosing, errors."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nest_fast import attention_layer, mlp_layer, reference
+from nest_fast.ops import _extension
+from nest_fast.testing import gradients, relative_error
+
+OPS = torch.ops.nest_fast
+ALL_ISAS = ("avx512_bf16", "avx512", "avx2")
+BEST = _extension.cpp_isa
+ISAS = ALL_ISAS[ALL_ISAS.index(BEST) :] if BEST else ()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_cpp = pytest.mark.skipif(not BEST, reason="the extension is not built, or the processor has no AVX2")
+
+
+@pytest.fixture(params=ISAS or [pytest.param("", marks=needs_cpp)])
+def isa(request):
+    OPS.cpp_set_isa(request.param)
+    yield request.param
+    OPS.cpp_set_isa(BEST)
+
+
+def vectors(*sizes):
+    return [torch.randn(size) * 0.3 for size in sizes]
+
+
+def attention_inputs(B, T, N, C, num_heads, multi_query=False, dtype=torch.float32):
+    """x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias; options."""
+    packed = C + 2 * (C // num_heads if multi_query else C)
+    norm_weight, norm_bias, qkv_bias, proj_bias = vectors(C, C, packed, C)
+    qkv, proj = torch.randn(packed, C) * C**-0.5, torch.randn(C, C) * C**-0.5
+    tensors = (torch.randn(B, T, N, C), 1 + norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias)
+    return [t.to(dtype) for t in tensors], {"num_heads": num_heads, "multi_query": multi_query}
+
+
+def mlp_inputs(B, T, N, C, hidden, activation="gelu", dtype=torch.float32):
+    norm_weight, norm_bias, fc1_bias, fc2_bias = vectors(C, C, hidden, C)
+    fc1, fc2 = torch.randn(hidden, C) * C**-0.5, torch.randn(C, hidden) * hidden**-0.5
+    tensors = (torch.randn(B, T, N, C), 1 + norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
+    return [t.to(dtype) for t in tensors], {"activation": activation}
+
+
+def both():
+    return (attention_layer, *attention_inputs(2, 3, 5, 24, 3)), (mlp_layer, *mlp_inputs(2, 3, 5, 24, 40))
+
+
+def assert_accurate(function, tensors, options, slack=0.0):
+    """The L2 error at most 1.25 of plain PyTorch's, of the branch alone: x itself would hide it."""
+    with torch.no_grad():
+        ours, plain = (function(*tensors, **options, impl=impl) for impl in ("cpp", "reference"))
+        wide = [None if t is None else t.double() for t in tensors]
+        exact = function(*wide, **options, impl="reference")
+    error, allowed = (relative_error(y.double() - wide[0], exact - wide[0]) for y in (ours, plain))
+    assert ours.dtype == plain.dtype
+    assert ours.is_contiguous()
+    assert error <= 1.25 * allowed + slack, f"error {error:.3e}, plain PyTorch's {allowed:.3e}"
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention_inputs(1, 1, 196, 96, 3),
+        attention_inputs(1, 9, 49, 64, 2),
+        attention_inputs(2, 8, 16, 192, 3, True),
+        attention_inputs(5, 2, 17, 70, 5),
+        mlp_inputs(1, 1, 196, 96, 384),
+        mlp_inputs(1, 3, 61, 384, 1536, "gelu_tanh"),
+        mlp_inputs(2, 5, 29, 50, 77),
+    ],
+    ids=["attention-196", "attention-49", "attention-mq-16", "attention-odd", "mlp-96", "mlp-384-tanh", "mlp-odd"],
+)
+def test_as_accurate_as_plain_pytorch(isa, dtype, case):
+    tensors, options = case
+    function = attention_layer if "num_heads" in options else mlp_layer
+    assert_accurate(function, [t.to(dtype) for t in tensors], options)
+
+
+@needs_cpp
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lead=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 33),
+    hidden=st.integers(1, 90),
+    multi_query=st.booleans(),
+    biases=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
+    torch.manual_seed(seed)
+    C = heads * head_dim
+    # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
+    slack = 4 * torch.finfo(dtype).eps
+    for function, (tensors, options) in (
+        (attention_layer, attention_inputs(*lead, C, heads, multi_query, dtype)),
+        (mlp_layer, mlp_inputs(*lead, C, hidden, activation, dtype)),
+    ):
+        if not biases:
+            tensors[4] = tensors[6] = None
+        assert_accurate(function, tensors, options, slack)
+
+
+@needs_cpp
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_everywhere(isa, activation):
+    """On one channel whose LayerNorm is its bias, so that the layer is the activation: x = 0, fc1 = 0, fc2 = 1."""
+    finite = torch.cat([torch.linspace(-14, 14, 50001), torch.tensor([-1e30, -100.0, 100.0, 1e30])])
+    special = torch.tensor([math.nan, math.inf])
+    hidden = torch.cat([finite, special])
+    ours = torch.empty_like(hidden)
+    for at in range(0, len(hidden), 4096):  # as fc1's bias, read back through the identity
+        part = hidden[at : at + 4096]
+        eye = torch.eye(len(part))
+        x = torch.zeros(1, len(part))
+        ones = torch.ones(len(part))
+        if part.isfinite().all():
+            ours[at : at + 4096] = mlp_layer(
+                x, ones, 0 * ones, 0 * eye, part, eye, None, activation=activation, impl="cpp"
+            )
+        else:  # 0 x NaN of another channel: one at a time
+            for i, value in enumerate(part):
+                one = torch.ones(1, 1)
+                args = (torch.zeros(1, 1), one[0], 0 * one[0], 0 * one, value.view(1), one, None)
+                ours[at + i] = mlp_layer(*args, activation=activation, impl="cpp")[0, 0]
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    exact = torch.nn.functional.gelu(hidden.double(), approximate=approximate)
+    error = (ours - exact)[: len(finite) - 4].abs().max()
+    assert error < 2e-6
+    assert torch.equal(ours[-6:-2], torch.tensor([-0.0, -0.0, 100.0, 1e30]))
+    assert ours[-2].isnan()
+    assert ours[-1] == math.inf
+
+
+@needs_cpp
+def test_special_values_stay_in_their_rows(isa):
+    for function, tensors, options in both():
+        for value in (math.nan, math.inf):
+            tensors[0][1, 2, 3, 4] = value
+            out = function(*tensors, **options, impl="cpp")
+            wanted = function(*tensors, **options, impl="reference")
+            assert torch.equal(out.isnan(), wanted.isnan())
+            assert out.isnan().any()
+            tensors[0][1, 2, 3, 4] = 0
+
+
+@needs_cpp
+def test_same_bits_for_any_number_of_threads_and_any_neighbours(isa):
+    """1 thread takes whole blocks, 64 divide the parts of each; a block is computed alike beside any others."""
+    threads = torch.get_num_threads()
+    for function, tensors, options in both():
+        results = []
+        try:
+            for number in (1, 2, 64):
+                torch.set_num_threads(number)
+                results.append(function(*tensors, **options, impl="cpp"))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+    function, tensors, options = both()[0]
+    alone = function(tensors[0][1:, 1:2], *tensors[1:], **options, impl="cpp")
+    assert torch.equal(function(*tensors, **options, impl="cpp")[1:, 1:2], alone)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reads_nothing_around_the_inputs(isa, dtype):
+    for function, tensors, options in both():
+        tensors = [t.to(dtype) for t in tensors]
+        guarded = []
+        for t in tensors:
+            guard = t.new_full((t.numel() + 128,), math.nan)
+            guarded.append(guard[64:-64].view(t.shape).copy_(t))
+        out = function(*guarded, **options, impl="cpp")
+        assert torch.equal(out, function(*tensors, **options, impl="cpp"))
+
+
+@needs_cpp
+def test_strided_operands():
+    for function, tensors, options in both():
+        wanted = function(*tensors, **options, impl="cpp")
+        strided = [t.unsqueeze(-1).expand(*t.shape, 2)[..., 0] for t in tensors]
+        strided[3] = tensors[3].t().contiguous().t()
+        strided[5] = torch.cat([tensors[5], tensors[5]], 1)[:, : tensors[5].shape[1]]
+        assert torch.equal(function(*strided, **options, impl="cpp"), wanted)
+        x = tensors[0].transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(function(x, *tensors[1:], **options, impl="cpp"), wanted)
+
+
+def test_gradients_with_auto():
+    for function, tensors, options in both():
+        dout = torch.randn_like(tensors[0])
+        got = gradients(lambda *t, f=function, o=options: f(*t, **o), tensors, dout)
+        wanted = gradients(lambda *t, f=function, o=options: f(*t, **o, impl="reference"), tensors, dout)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_gradcheck():
+    for function, (tensors, options) in (
+        (reference.attention_layer, attention_inputs(1, 2, 3, 4, 2)),
+        (reference.mlp_layer, mlp_inputs(1, 2, 3, 4, 6)),
+    ):
+        leaves = [t.double().requires_grad_() for t in tensors]
+        assert torch.autograd.gradcheck(lambda *t, f=function, o=options: f(*t, **o), leaves)
+
+
+def test_auto_under_autocast_of_nothing_and_of_doubles():
+    for function, tensors, options in both():
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            out, wanted = (function(*tensors, **options, impl=impl) for impl in ("auto", "reference"))
+            assert out.dtype == wanted.dtype
+            assert relative_error(out, wanted) < 0.02
+        nothing = function(tensors[0][:0], *tensors[1:], **options)
+        assert nothing.shape == (0, 3, 5, 24)
+        wide = [t.double() for t in tensors]
+        torch.testing.assert_close(function(*wide, **options), function(*wide, **options, impl="reference"))
+
+
+@needs_cpp
+def test_opcheck():
+    (_, tensors, _), (_, others, _) = both()
+    x, norm_weight, norm_bias, *weights = tensors
+    call = (x.view(-1, 24), norm_weight, norm_bias, 1e-6, *weights, 5, 3, 3, 0.3)
+    torch.library.opcheck(OPS.attention_layer_cpp.default, call)
+    x, norm_weight, norm_bias, fc1, fc1_bias, *fc2 = others
+    call = (x.view(-1, 24), norm_weight, norm_bias, 1e-6, fc1, fc1_bias, "gelu", *fc2)
+    torch.library.opcheck(OPS.mlp_layer_cpp.default, call)
+
+
+def test_compiles_and_exports_with_a_dynamic_batch():
+    class Layer(torch.nn.Module):
+        def __init__(self, function, tensors, options):
+            super().__init__()
+            self.function, self.options = function, options
+            for n, t in enumerate(tensors):
+                self.register_buffer(f"p{n}", t)
+
+        def forward(self, x):
+            return self.function(x, *self.buffers(), **self.options)
+
+    torch._dynamo.reset()
+    for function, tensors, options in both():
+        module, batch = Layer(function, tensors[1:], options), torch.export.Dim("batch", min=1, max=64)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        exported = torch.export.export(module, (tensors[0],), dynamic_shapes=({0: batch},)).module()
+        with torch.no_grad():
+            for B in (2, 3, 5, 7):
+                x = torch.randn(B, 3, 5, 24)
+                torch.testing.assert_close(compiled(x), module(x))
+                torch.testing.assert_close(exported(x), module(x))
+        assert counter.frame_count <= 2
+
+
+@needs_cpp
+def test_an_explicit_choice_never_falls_back(monkeypatch):
+    for function, tensors, options in both():
+        name = function.__name__
+        for change, reason in (
+            ({0: tensors[0].requires_grad_()}, "gradients are wanted"),
+            ({n: t.detach().double() for n, t in enumerate(tensors)}, "torch.float64"),
+        ):
+            args = [change.get(n, t) for n, t in enumerate(tensors)]
+            with pytest.raises(RuntimeError, match=f"impl: 'cpp' cannot run {name} here: .*{reason}"):
+                function(*args, **options, impl="cpp")
+        tensors[0].requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast is on"):
+            function(*tensors, **options, impl="cpp")
+        monkeypatch.setattr(_extension, "cpp_isa", "")
+        with pytest.raises(RuntimeError, match="neither AVX-512 nor AVX2"):
+            function(*tensors, **options, impl="cpp")
+        assert relative_error(function(*tensors, **options), function(*tensors, **options, impl="reference")) < 1e-5
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (0, {0: torch.zeros(3, 5, 24)}, r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(3, 5, 24\)"),
+        (0, {0: torch.zeros(2, 3, 5, 24).long()}, r"x: wanted a floating-point dtype, got torch.int64"),
+        (0, {3: torch.zeros(71, 24)}, r"qkv_weight: wanted shape \(72, 24\), got \(71, 24\)"),
+        (0, {"num_heads": 5}, r"num_heads: wanted a divisor of C = 24, got 5"),
+        (0, {"multi_query": True}, r"qkv_weight: wanted shape \(40, 24\), got \(72, 24\)"),
+        (0, {5: torch.zeros(24, 24).half()}, r"proj_weight: wanted dtype torch.float32 as x has, got torch.float16"),
+        (0, {"impl": "triton"}, r"impl: wanted one of 'auto', 'reference', 'cpp', got 'triton'"),
+        (1, {0: torch.zeros(5, 23)}, r"x: wanted shape \(…, 24\) as fc1_weight says, got \(5, 23\)"),
+        (1, {1: None}, r"norm_weight: wanted a tensor \(24\), got NoneType"),
+        (1, {4: torch.zeros(24)}, r"fc1_bias: wanted shape \(40,\), got \(24,\)"),
+        (1, {5: torch.zeros(40, 24)}, r"fc2_weight: wanted shape \(24, 40\), got \(40, 24\)"),
+        (1, {6: torch.zeros(24, device="meta")}, r"fc2_bias: wanted device cpu as x has, got meta"),
+        (1, {"activation": "relu"}, r"activation: wanted one of 'gelu', 'gelu_tanh', got 'relu'"),
+    ],
+)
+def test_bad_input(which, change, message):
+    function, tensors, options = both()[which]
+    args = [change.get(n, t) for n, t in enumerate(tensors)]
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        function(*args, **options | {k: v for k, v in change.items() if isinstance(k, str)})
+    assert "\n" not in str(error.value)
+
+
+@needs_cpp
+def test_the_operations_refuse_what_would_be_read_out_of_bounds():
+    (_, tensors, _), (_, others, _) = both()
+    x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias = tensors
+    rows = x.view(-1, 24)
+
+    def attention(rows=rows, norm=norm_weight, qkv=qkv, bias=qkv_bias, tokens=5, heads=3, kv=3):
+        call = (rows, norm, norm_bias, 1e-6, qkv, bias, proj, proj_bias, tokens, heads, kv, 0.3)
+        return OPS.attention_layer_cpp(*call)
+
+    for message, wrong in {
+        "x: wanted dense rows": lambda: attention(rows.t().contiguous().t()),
+        "tokens: wanted a divisor of 30 rows, got 4": lambda: attention(tokens=4),
+        "heads: wanted a divisor of 24 features": lambda: attention(heads=5),
+        "kv_heads: wanted 3 or 1, got 2": lambda: attention(kv=2),
+        "norm_weight: wanted 24 contiguous elements": lambda: attention(norm=norm_weight[:5]),
+        "norm_weight: wanted dtype Float": lambda: attention(norm=norm_weight.half()),
+        "qkv_weight: wanted 72 output features, got 70": lambda: attention(qkv=qkv[:70], bias=None),
+        "bias: wanted 72 contiguous": lambda: attention(bias=qkv_bias[:5]),
+        "fc2_weight: wanted 2 dimensions, the last 40": lambda: OPS.mlp_layer_cpp(
+            rows, norm_weight, norm_bias, 1e-6, others[3], None, "gelu", others[5][:, :30], None
+        ),
+        'activation: wanted "gelu" or "gelu_tanh", got "relu"': lambda: OPS.mlp_layer_cpp(
+            rows, norm_weight, norm_bias, 1e-6, others[3], None, "relu", others[5], None
+        ),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            wrong()
