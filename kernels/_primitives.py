@@ -34,6 +34,7 @@ def round_to(x, dtype: tl.constexpr):
     """float32 ``x`` in ``dtype``, rounded to nearest even. The interpreter would truncate to bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        # Nothing may be left to truncate: of zero with a tail it makes the smallest normal number.
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)

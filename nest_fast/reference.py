@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "add_layer_norm",
     "attention_layer",
+    "bias_gelu",
     "block_aggregate",
     "block_attention",
     "blockify",
+    "layer_norm_mean",
     "linear",
     "mlp_layer",
     "patchify",
@@ -178,7 +181,40 @@ def mlp_layer(
     activation: str = "gelu",
     eps: float = 1e-6,
 ) -> Tensor:
-    """``x + fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same; ``activation`` is "gelu" or "gelu_tanh"."""
+    """``x + fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh"."""
     hidden = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
     hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     return x + F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    branch_bias: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``x + branch_scale * (branch + branch_bias)`` and the LayerNorm of that sum, both ``(B, ..., C)``.
+
+    ``x`` and ``branch`` are ``(B, ..., C)``; ``weight``, ``bias`` and ``branch_bias`` ``(C,)``; ``branch_scale`` is
+    ``(B,)``, the factors of stochastic depth.
+    """
+    if branch_bias is not None:
+        branch = branch + branch_bias
+    if branch_scale is not None:
+        branch = branch * branch_scale.reshape(-1, *(1,) * (x.dim() - 1))
+    total = x + branch
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The mean over tokens of ``layer_norm(x)``: ``(B, ..., C)`` → ``(B, C)``."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps).flatten(1, -2).mean(1)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none") -> Tensor:
+    """``gelu(x + bias)``: ``(..., C)`` → the same. ``approximate`` is "none" (exact) or "tanh"."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)

@@ -4,14 +4,19 @@ from nest_fast.ops.attention_layer import attention_layer
 from nest_fast.ops.block_aggregate import block_aggregate
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.blockify import blockify, patchify, unblockify
+from nest_fast.ops.gelu import bias_gelu
+from nest_fast.ops.layer_norm import add_layer_norm, layer_norm_mean
 from nest_fast.ops.linear import linear
 from nest_fast.ops.mlp_layer import mlp_layer
 
 __all__ = [
+    "add_layer_norm",
     "attention_layer",
+    "bias_gelu",
     "block_aggregate",
     "block_attention",
     "blockify",
+    "layer_norm_mean",
     "linear",
     "mlp_layer",
     "patchify",

@@ -1,0 +1,113 @@
+"""What the tests of the passes between the matmuls share: the measure, guard bands, and compiling without a GPU."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ROOT = Path(__file__).parents[1]
+
+
+def in_double(tensors):
+    return [x if x is None else x.double() for x in tensors]
+
+
+def differentiate(function, inputs, douts):
+    """Outputs, then gradients of the inputs that are not None for the outputs whose gradient is not None."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    asked = [out for out, dout in zip(outs, douts, strict=True) if dout is not None]
+    douts = [dout.to(out.dtype) for out, dout in zip(outs, douts, strict=True) if dout is not None]
+    given = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad(asked, given, douts, allow_unused=True)
+    # A parameter that the asked outputs do not depend on has no gradient in one and zeros in another.
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(given, grads, strict=True)]
+    return [*(out.detach() for out in outs), *grads]
+
+
+def assert_accurate(names, ours, plain, golden, outputs, slack=0.0):
+    """L2 errors against float64: outputs within 1.25 of plain PyTorch's, gradients within 2; see the test plan.
+
+    ``slack`` more of the golden norm is for tensors so small that plain PyTorch's error is a matter of luck.
+    """
+    for n, (name, x, y, g) in enumerate(zip(names, ours, plain, golden, strict=True)):
+        assert x.dtype == y.dtype, f"{name}: dtype {x.dtype}, wanted {y.dtype}"
+        assert x.shape == y.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(y.shape)}"
+        error, theirs = (x.double() - g).norm().item(), (y.double() - g).norm().item()
+        band = 0.0 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps * g.abs().max().item()
+        bound = (1.25 if n < outputs else 2) * theirs + band + slack * g.norm().item()
+        assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch's {theirs:.3e}, allowed {bound:.3e}"
+
+
+class Guarded:
+    """torch.empty and clone that put NaN round and into every buffer, and tell whether the bands stayed NaN."""
+
+    BAND = 1024
+
+    def __init__(self):
+        self.buffers = []
+
+    def empty(self, shape, *, dtype, device):
+        size = torch.Size(shape)
+        buffer = torch.full((size.numel() + 2 * self.BAND,), math.nan, dtype=dtype, device=device)
+        self.buffers.append(buffer)
+        return buffer[self.BAND : self.BAND + size.numel()].view(size)
+
+    def clone(self, x):
+        return None if x is None else self.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+    def assert_bands_untouched(self):
+        for buffer in self.buffers:
+            assert buffer[: self.BAND].isnan().all()
+            assert buffer[-self.BAND :].isnan().all()
+
+
+def strided(x):
+    """x in other memory: between columns of NaN, every second, and the other way round."""
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan)
+    wide[..., 3::2] = x
+    return [wide[..., 3::2], x.mT.contiguous().mT if x.dim() > 1 else x.flip(0).contiguous().flip(0)]
+
+
+COMPILE = """
+import json, re, sys, tempfile
+sys.path.insert(0, "scripts")
+import torch
+import kernel_resources as resources
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+def spilled(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = resources._tool("cuobjdump", "--dump-resource-usage", file.name)
+    return int(re.search(r"STACK:(\\d+)", usage)[1])
+found = {{}}
+for architecture in resources.ARCHITECTURES:
+    with resources.compiling(architecture) as compiled:
+{launches}
+    for name, kernel in compiled:
+        fits = kernel.metadata.shared <= resources.SHARED_LIMIT[architecture]
+        found[f"sm_{{architecture}} {{name}} {{kernel.hash}}"] = (spilled(kernel), fits)
+print(json.dumps(found))
+"""
+
+
+def compile_offline(launches):
+    """(spilled bytes, whether it fits) of every kernel that ``launches`` compiles, by architecture and name.
+
+    In a process of its own, since this one's triton may be the interpreter.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    indented = "".join(f"        {line}\n" for line in launches.strip().splitlines())
+    command = [sys.executable, "-c", COMPILE.format(launches=indented)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
