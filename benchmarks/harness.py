@@ -323,7 +323,8 @@ def peak_memory(run: Run, inputs: tuple[Tensor, ...]) -> int:
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if not x.is_leaf and storage.data_ptr() not in given:  # a leaf is a parameter, which is there anyway
+        parameter = x.is_leaf and x.requires_grad  # which is there anyway
+        if not parameter and storage.data_ptr() not in given:
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 

@@ -1,4 +1,4 @@
-// x + proj(attention(qkv(norm(x)))), block by block: what lies between the matmuls stays in cache.
+// x + scale * proj(attention(qkv(norm(x)))), block by block: what lies between the matmuls stays in cache.
 // No include guard: included once per target, after the kernels of its parts, inside that target's namespace.
 
 // Blocks [begin, end).
@@ -11,22 +11,29 @@ void attention_layer(const AttentionLayer& p, int64_t begin, int64_t end) {
   Scratch scratch(round_up(features, kPair) + a_floats);
   float* const row = scratch.take(round_up(features, kPair));
   float* const a = scratch.take(a_floats);
-  const std::unique_ptr<T[]> qkv(new T[p.tokens * packed_features]), attended(new T[p.tokens * features]);
+  // In training every block's qkv and attention are wanted; otherwise one block's memory serves all.
+  const bool training = p.qkv_out != nullptr;
+  const std::unique_ptr<T[]> memory(new T[training ? 0 : p.tokens * (packed_features + features)]);
+  T* const qkv = training ? static_cast<T*>(p.qkv_out) : memory.get();
+  T* const attended = training ? static_cast<T*>(p.attended) : memory.get() + p.tokens * packed_features;
+  const BlockAttention attention = p.attention(qkv, attended, sizeof(T));
+  const int64_t strips = p.heads * strips_per_head(p.tokens);
 
-  const BlockAttention attention = p.attention(qkv.get(), attended.get(), sizeof(T));
   for (int64_t block = begin; block < end; ++block) {
+    const int64_t kept = training ? block : 0, token = kept * p.tokens;
     const T* x = static_cast<const T*>(p.x) + block * p.tokens * p.x_stride;
     T* out = static_cast<T*>(p.out) + block * p.tokens * features;
     pack_tiles<Op>(tiles, x, p.x_stride, features, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.qkv, [&](int64_t tile, int64_t column, const float* c) {
-      store_rows<T>(c, tiles.size(tile), column, p.qkv, nullptr, 0, qkv.get() + tiles.first(tile) * packed_features, packed_features);
+      store_rows<T>(c, tiles.size(tile), column, p.qkv, {}, qkv + (token + tiles.first(tile)) * packed_features,
+                    packed_features);
     });
-    attend<Op>(attention, 0, p.heads * strips_per_head(p.tokens));
-    pack_tiles<Op>(tiles, attended.get(), features, features, {}, row, a);
+    attend<Op>(attention, kept * strips, (kept + 1) * strips);
+    pack_tiles<Op>(tiles, attended + token * features, features, features, {}, row, a);
     multiply_tiles<Op>(tiles, a, p.proj, [&](int64_t tile, int64_t column, const float* c) {
       const int64_t at = tiles.first(tile);
-      store_rows(c, tiles.size(tile), column, p.proj, x + at * p.x_stride, p.x_stride, out + at * features,
-                 features);
+      store_rows<T>(c, tiles.size(tile), column, p.proj, {x + at * p.x_stride, p.x_stride, p.branch_scale},
+                    out + at * features, features);
     });
   }
 }

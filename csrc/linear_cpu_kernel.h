@@ -97,25 +97,28 @@ void multiply_tiles(const Tiles& tiles, const float* a, const Linear& p, Use use
     }
 }
 
-// Stores c + bias + residual to rows of out, from `column` on.
+// Stores c + bias to rows of out, from `column` on; or residual + scale * (c + bias) if there is one.
 template <class T>
-void store_rows(const float* c, int64_t rows, int64_t column, const Linear& p, const T* residual,
-                int64_t residual_stride, T* out, int64_t out_stride) {
+void store_rows(const float* c, int64_t rows, int64_t column, const Linear& p, const Residual<const T>& residual,
+                T* out, int64_t out_stride) {
+  const Vec scale = broadcast(residual.scale);
   for (int64_t v = column; v < std::min(column + kPair, p.out); v += kLanes, c += kLanes) {
     const int64_t count = p.out - v;
     const Vec bias = p.bias ? load_part(static_cast<const T*>(p.bias) + v, count) : zero();
     for (int64_t r = 0; r < rows; ++r) {
       Vec x = add(load(c + r * kPair), bias);
-      if (residual) x = add(x, load_part(residual + r * residual_stride + v, count));
+      if (residual.x) x = mul_add(x, scale, load_part(residual.x + r * residual.stride + v, count));
       store_part(out + r * out_stride + v, count, x);
     }
   }
 }
 
-// Stores activation(c + bias) as columns of the next product's A.
+// Stores activation(c + bias) as columns of the next product's A, and c + bias to rows of `hidden` if that is wanted.
 template <class Op>
-void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p, Activation activation, float* a) {
+void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p, Activation activation, float* a,
+                  typename Op::Element* hidden) {
   using T = typename Op::Element;
+  if (hidden) store_rows<T>(c, rows, column, p, {}, hidden, p.out);
   constexpr int width = kLanes * Op::kPerUnit;
   for (int64_t v = column; v < std::min(column + kPair, round_up(p.out, width)); v += width, c += width) {
     Vec bias[Op::kPerUnit];
@@ -134,13 +137,20 @@ void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p,
   }
 }
 
+// A residual from row `at` on.
+template <class T>
+Residual<const T> rows_at(const Residual<const void>& p, int64_t at) {
+  if (!p.x) return {};
+  return {static_cast<const T*>(p.x) + at * p.stride, p.stride, p.scale};
+}
+
 // Tiles of rows that are computed together: so many that reading the weight is little work for them, while what lies
 // between the layers, `floats` a tile, stays in cache.
 inline int64_t tiles_at_once(int64_t floats) {
   return std::clamp<int64_t>(kCache / 2 / (floats * int64_t{sizeof(float)}), 1, 8);
 }
 
-// Row tiles [begin, end) of norm(x) @ weight^T + bias + residual.
+// Row tiles [begin, end) of residual + scale * (norm(x) @ weight^T + bias).
 template <class Op>
 void linear(const LinearLayer& p, int64_t begin, int64_t end) {
   using T = typename Op::Element;
@@ -153,14 +163,13 @@ void linear(const LinearLayer& p, int64_t begin, int64_t end) {
     pack_tiles<Op>(tiles, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.linear.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
       const int64_t at = first + tiles.first(tile);
-      const T* residual = p.residual ? static_cast<const T*>(p.residual) + at * p.residual_stride : nullptr;
-      store_rows(c, tiles.size(tile), column, p.linear, residual, p.residual_stride,
-                 static_cast<T*>(p.out) + at * p.linear.out, p.linear.out);
+      store_rows<T>(c, tiles.size(tile), column, p.linear, rows_at<T>(p.residual, at),
+                    static_cast<T*>(p.out) + at * p.linear.out, p.linear.out);
     });
   }
 }
 
-// Row tiles [begin, end) of x + fc2(activation(fc1(norm(x)))).
+// Row tiles [begin, end) of x + scale * fc2(activation(fc1(norm(x)))).
 template <class Op>
 void mlp(const MlpLayer& p, int64_t begin, int64_t end) {
   using T = typename Op::Element;
@@ -176,12 +185,13 @@ void mlp(const MlpLayer& p, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(p.out) + first * p.fc2.out;
     pack_tiles<Op>(tiles, x, p.x_stride, p.fc1.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
-      store_packed<Op>(c, tiles.size(tile), column, p.fc1, p.activation, hidden + tile * hidden_floats);
+      T* saved = p.hidden ? static_cast<T*>(p.hidden) + (first + tiles.first(tile)) * p.fc1.out : nullptr;
+      store_packed<Op>(c, tiles.size(tile), column, p.fc1, p.activation, hidden + tile * hidden_floats, saved);
     });
     multiply_tiles<Op>(tiles, hidden, p.fc2, [&](int64_t tile, int64_t column, const float* c) {
       const int64_t at = tiles.first(tile);
-      store_rows(c, tiles.size(tile), column, p.fc2, x + at * p.x_stride, p.x_stride, out + at * p.fc2.out,
-                 p.fc2.out);
+      store_rows<T>(c, tiles.size(tile), column, p.fc2, {x + at * p.x_stride, p.x_stride, p.branch_scale},
+                    out + at * p.fc2.out, p.fc2.out);
     });
   }
 }

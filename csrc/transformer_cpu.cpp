@@ -25,12 +25,21 @@ struct Norm {
   float eps;
 };
 
-// Rows are dense; strides are between them. residual is null where there is none.
+// Rows to which `scale` times the result is added; x is null where there are none.
+template <class T>
+struct Residual {
+  T* x = nullptr;
+  int64_t stride = 0;
+  float scale = 1;
+};
+
+// Rows are dense; strides are between them.
 struct LinearLayer {
   Linear linear;
   Norm norm;
-  int64_t rows, x_stride, residual_stride;
-  const void *x, *residual;
+  Residual<const void> residual;
+  int64_t rows, x_stride;
+  const void* x;
   void* out;
 };
 
@@ -39,17 +48,21 @@ struct MlpLayer {
   Norm norm;
   Activation activation;
   int64_t rows, x_stride;
+  float branch_scale;
   const void* x;
   void* out;
+  void* hidden;  // fc1's output, or null where it is not wanted
 };
 
 struct AttentionLayer {
   Linear qkv, proj;
   Norm norm;
   int64_t tokens, heads, kv_heads, dim, x_stride;  // of a block; of a head; between tokens
-  float scale;
+  float scale, branch_scale;
   const void* x;
   void* out;
+  void *qkv_out, *attended;  // what the gradient needs, or null
+  float* lse;
 
   // Attention inside the blocks that lie one behind the other in a packed qkv, dense as out is.
   BlockAttention attention(void* packed, void* out, int64_t element_size) const {
@@ -61,7 +74,7 @@ struct AttentionLayer {
     p.q = heads_from(0, heads), p.k = heads_from(heads, kv_heads), p.v = heads_from(heads + kv_heads, kv_heads);
     p.out = {out, 0, tokens * heads * dim, heads * dim, dim};
     p.blocks = std::numeric_limits<int64_t>::max();  // of one image: all
-    p.tokens = tokens, p.heads = heads, p.dim = dim, p.scale = scale;
+    p.tokens = tokens, p.heads = heads, p.dim = dim, p.scale = scale, p.lse = lse;
     return p;
   }
 };
@@ -147,10 +160,11 @@ struct PackedLinear {
   }
 };
 
-// x + fc2(activation(fc1(norm(x)))) for rows x (rows, features).
-Tensor mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
-               std::optional<Tensor> fc1_bias, std::string activation, Tensor fc2_weight,
-               std::optional<Tensor> fc2_bias) {
+// x + branch_scale * fc2(activation(fc1(norm(x)))) for rows x (rows, features); and for the gradient fc1's output
+// (rows, hidden), empty without `training`.
+std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
+                                         std::optional<Tensor> fc1_bias, std::string activation, Tensor fc2_weight,
+                                         std::optional<Tensor> fc2_bias, double branch_scale, bool training) {
   const ScalarType dtype = x.scalar_type();
   const Kernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -159,39 +173,45 @@ Tensor mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps,
   p.rows = rows;
   p.norm = norm_of(norm_weight, norm_bias, eps, features);
   p.activation = activation_of(activation);
+  p.branch_scale = static_cast<float>(branch_scale);
   Tensor out = torch::stable::new_empty(x, {rows, features});
+  Tensor hidden = torch::stable::new_empty(x, {training ? rows : 0, fc1_weight.size(0)});
   p.out = out.mutable_data_ptr();
-  if (out.numel() == 0) return out;
+  if (training) p.hidden = hidden.mutable_data_ptr();
+  if (out.numel() == 0) return {out, hidden};
   const PackedLinear fc1("fc1_weight", isa, fc1_weight, fc1_bias, dtype, features);
   const PackedLinear fc2("fc2_weight", isa, fc2_weight, fc2_bias, dtype, fc1.linear.out);
   STD_TORCH_CHECK(fc2.linear.out == features, "fc2_weight: wanted ", features, " output features, got ",
                   fc2.linear.out);
   p.fc1 = fc1.linear, p.fc2 = fc2.linear;
   parallel_for(ceil_div(rows, isa.rows), [&](int64_t begin, int64_t end) { isa.mlp(p, begin, end); });
-  return out;
+  return {out, hidden};
 }
 
 // The same as isa.attention_layer for all blocks, what lies between the matmuls in memory.
 void attention_layer_by_parts(const Kernels& isa, const AttentionLayer& p, int64_t blocks, const Tensor& like) {
-  const int64_t rows = blocks * p.tokens, features = p.qkv.in;
-  Tensor qkv = torch::stable::new_empty(like, {rows, p.qkv.out}), out = torch::stable::new_empty(like, {rows, features});
-  const LinearLayer first{p.qkv, p.norm, rows, p.x_stride, 0, p.x, nullptr, qkv.mutable_data_ptr()};
-  const BlockAttention attention = p.attention(qkv.mutable_data_ptr(), out.mutable_data_ptr(), qkv.element_size());
-  const LinearLayer last{p.proj, {}, rows, features, p.x_stride, out.const_data_ptr(), p.x, p.out};
+  const int64_t rows = blocks * p.tokens, features = p.qkv.in, unsaved = p.qkv_out ? 0 : rows;
+  Tensor qkv = torch::stable::new_empty(like, {unsaved, p.qkv.out});
+  Tensor attended = torch::stable::new_empty(like, {unsaved, features});
+  void* const qkv_data = p.qkv_out ? p.qkv_out : qkv.mutable_data_ptr();
+  void* const attended_data = p.qkv_out ? p.attended : attended.mutable_data_ptr();
+  const BlockAttention attention = p.attention(qkv_data, attended_data, like.element_size());
   const auto linear = [&](const LinearLayer& layer) {
     parallel_for(ceil_div(rows, isa.rows), [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
   };
-  linear(first);
+  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data});
   parallel_for(blocks * p.heads * isa.strips_per_head(p.tokens),
                [&](int64_t begin, int64_t end) { isa.attend(attention, begin, end); });
-  linear(last);
+  linear({p.proj, {}, {p.x, p.x_stride, p.branch_scale}, rows, features, attended_data, p.out});
 }
 
-// x + proj(attention(qkv(norm(x)))) inside each block, for rows x (blocks * tokens, features). qkv gives q of every head,
-// then k, then v of `heads` or of one.
-Tensor attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
-                           std::optional<Tensor> qkv_bias, Tensor proj_weight, std::optional<Tensor> proj_bias,
-                           int64_t tokens, int64_t heads, int64_t kv_heads, double scale) {
+// x + branch_scale * proj(attention(qkv(norm(x)))) inside each block, for rows x (blocks * tokens, features). qkv gives q
+// of every head, then k, then v of `heads` or of one. Then for the gradient, empty without `training`: the output of qkv,
+// that of the attention, and lse (blocks, heads, tokens), the logarithms of its sums.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
+    Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight, std::optional<Tensor> qkv_bias,
+    Tensor proj_weight, std::optional<Tensor> proj_bias, int64_t tokens, int64_t heads, int64_t kv_heads, double scale,
+    double branch_scale, bool training) {
   const ScalarType dtype = x.scalar_type();
   const Kernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -201,15 +221,23 @@ Tensor attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, doubl
   STD_TORCH_CHECK(heads > 0 && features % heads == 0, "heads: wanted a divisor of ", features, " features, got ", heads);
   STD_TORCH_CHECK(kv_heads == heads || kv_heads == 1, "kv_heads: wanted ", heads, " or 1, got ", kv_heads);
   p.tokens = tokens, p.heads = heads, p.kv_heads = kv_heads, p.dim = features / heads;
-  p.scale = static_cast<float>(scale);
+  p.scale = static_cast<float>(scale), p.branch_scale = static_cast<float>(branch_scale);
   p.norm = norm_of(norm_weight, norm_bias, eps, features);
-  Tensor out = torch::stable::new_empty(x, {rows, features});
+  const int64_t kept = training ? rows : 0, packed_features = (heads + 2 * kv_heads) * p.dim;
+  using torch::stable::new_empty;
+  Tensor out = new_empty(x, {rows, features});
+  Tensor qkv_out = new_empty(x, {kept, packed_features}), attended = new_empty(x, {kept, features});
+  Tensor lse = new_empty(x, {kept / tokens, heads, tokens}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
-  if (out.numel() == 0) return out;
+  if (training) {
+    p.qkv_out = qkv_out.mutable_data_ptr();
+    p.attended = attended.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  }
+  if (out.numel() == 0) return {out, qkv_out, attended, lse};
   const PackedLinear qkv("qkv_weight", isa, qkv_weight, qkv_bias, dtype, features);
   const PackedLinear proj("proj_weight", isa, proj_weight, proj_bias, dtype, features);
-  STD_TORCH_CHECK(qkv.linear.out == (heads + 2 * kv_heads) * p.dim, "qkv_weight: wanted ",
-                  (heads + 2 * kv_heads) * p.dim, " output features, got ", qkv.linear.out);
+  STD_TORCH_CHECK(qkv.linear.out == packed_features, "qkv_weight: wanted ", packed_features, " output features, got ", qkv.linear.out);
   STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: wanted ", features, " output features, got ",
                   proj.linear.out);
   p.qkv = qkv.linear, p.proj = proj.linear;
@@ -219,7 +247,7 @@ Tensor attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, doubl
     parallel_for(blocks, [&](int64_t begin, int64_t end) { isa.attention_layer(p, begin, end); });
   else
     attention_layer_by_parts(isa, p, blocks, x);
-  return out;
+  return {out, qkv_out, attended, lse};
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,18 +66,16 @@ def attend(
     multi_query: bool = False,
     head_minor: bool = False,
     residual: bool = False,
+    branch_scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """Attention inside blocks with its projections: ``(B, T, N, C)`` → the same.
 
-    ``norm`` comes before it; with ``residual``, x itself is added. ``attn`` has ``qkv``, ``proj``, ``num_heads``,
-    ``scale`` and ``attn_drop`` as :class:`BlockAttention` has.
+    ``norm`` comes before it; with ``residual`` it is x plus ``branch_scale`` times that. ``attn`` has ``qkv``,
+    ``proj``, ``num_heads``, ``scale`` and ``attn_drop`` as :class:`BlockAttention` has.
     """
     heads, qkv, proj = attn.num_heads, attn.qkv, attn.proj
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
-    # remembered copy could not see a weight that changes through ``.data``.
-    reorder = head_minor and type(proj) is nn.Linear and not has_hooks(proj)
     if norm is not None and residual and impl == "auto" and dropout_p == 0.0 and _are_plain(x, norm, qkv, proj):
         weight = head_minor_to_major(proj.weight, heads) if head_minor else proj.weight
         return attention_layer(
@@ -82,16 +83,22 @@ def attend(
             num_heads=heads,
             multi_query=multi_query,
             scale=attn.scale,
+            branch_scale=branch_scale,
             eps=norm.eps,
         )
     kv_heads = 1 if multi_query else heads
     packed = project(x if norm is None else norm(x), qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
     out = block_attention(q, k, v, scale=attn.scale, dropout_p=dropout_p, impl=impl)
-    added = x if residual else None
-    if reorder:
-        return linear(out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias, residual=added)
-    return project((out.transpose(-1, -2) if head_minor else out).flatten(-2), proj, residual=added)
+    if head_minor and type(proj) is nn.Linear and not has_hooks(proj):
+        # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
+        # remembered copy could not see a weight that changes through ``.data``.
+        branch = partial(linear, out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias)
+    else:
+        branch = partial(project, (out.transpose(-1, -2) if head_minor else out).flatten(-2), proj)
+    if not residual:
+        return branch()
+    return branch(residual=x) if branch_scale == 1.0 else x + branch_scale * branch()
 
 
 class BlockAttention(nn.Module):
@@ -144,17 +151,11 @@ class BlockAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.attend(x))
 
-    def attend(self, x: Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> Tensor:
-        """``forward`` without the output's dropout; after ``norm``, and plus x with ``residual``, in fewer passes."""
+    def attend(self, x: Tensor, norm: nn.Module | None = None, **options) -> Tensor:
+        """``forward`` without the output's dropout; ``norm``, ``residual`` and ``branch_scale`` as in `attend`."""
         _checks.tensor("x", x, "(B, T, N, C)")
         return attend(
-            x,
-            self,
-            norm,
-            multi_query=self.multi_query,
-            head_minor=self.head_minor,
-            residual=residual,
-            impl=self.impl,
+            x, self, norm, multi_query=self.multi_query, head_minor=self.head_minor, impl=self.impl, **options
         )
 
     def extra_repr(self) -> str:
@@ -291,25 +292,62 @@ def gelu_of(act: nn.Module) -> str | None:
 def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
     """A pre-norm layer in as few passes as this machine knows; None where something has to happen between them.
 
-    That is a dropout or stochastic depth in training, a hook, another activation than GELU. ``layer`` has ``norm1``,
-    ``attn``, ``norm2`` and ``mlp`` as :class:`TransformerLayer` has.
+    That is a dropout in training, a hook, another activation than GELU; on a GPU, stochastic depth. ``layer`` has
+    ``norm1``, ``attn``, ``drop_path1``, ``norm2``, ``mlp`` and ``drop_path2`` as :class:`TransformerLayer` has.
     """
     attn, mlp = layer.attn, layer.mlp
     activation = gelu_of(mlp.act)
-    between = (attn.proj_drop, layer.drop_path1, mlp.drop1, mlp.drop2, layer.drop_path2)
-    if activation is None or has_hooks(attn, mlp, *between):
+    dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
+    if activation is None or has_hooks(attn, mlp, *dropouts, *paths):
         return None
-    if layer.training and not all(_never_drops(module) for module in between):
+    if layer.training and not all(_never_drops(module) for module in dropouts):
         return None
-    x = attn.attend(x, layer.norm1, residual=True)
-    if not _are_plain(x, layer.norm2, mlp.fc1, mlp.fc2):
-        return project(project(layer.norm2(x), mlp.fc1, activation=activation), mlp.fc2, residual=x)
-    norm, fc1, fc2 = layer.norm2, mlp.fc1, mlp.fc2
-    return mlp_layer(
-        *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
-        activation=activation,
-        eps=norm.eps,
-    )
+    if not all(_never_drops(path) or _can_skip(x, path) for path in paths):
+        return None
+    x = _kept_samples(x, layer.drop_path1, partial(_attention_half, layer))
+    return _kept_samples(x, layer.drop_path2, partial(_mlp_half, layer, activation))
+
+
+def _attention_half(layer: Any, x: Tensor, branch_scale: float) -> Tensor:
+    return layer.attn.attend(x, layer.norm1, residual=True, branch_scale=branch_scale)
+
+
+def _mlp_half(layer: Any, activation: str, x: Tensor, branch_scale: float) -> Tensor:
+    norm, fc1, fc2 = layer.norm2, layer.mlp.fc1, layer.mlp.fc2
+    if _are_plain(x, norm, fc1, fc2):
+        weights = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return mlp_layer(x, *weights, activation=activation, branch_scale=branch_scale, eps=norm.eps)
+    hidden = project(norm(x), fc1, activation=activation)
+    return project(hidden, fc2, residual=x) if branch_scale == 1.0 else x + branch_scale * project(hidden, fc2)
+
+
+# Classes of stochastic depth by whole samples and the attribute that has their rate; an integration adds its library's.
+DROP_PATHS: dict[type[nn.Module], str] = {DropPath: "p"}
+
+
+def _drop_rate(module: nn.Module) -> float:
+    """With what probability stochastic depth drops a sample now; NaN of another module that acts."""
+    if isinstance(module, nn.Identity) or not module.training:
+        return 0.0
+    return getattr(module, DROP_PATHS[type(module)]) if type(module) in DROP_PATHS else math.nan
+
+
+def _can_skip(x: Tensor, path: nn.Module) -> bool:
+    """Whether samples that are dropped need not be computed: which, a GPU would have to tell first."""
+    return type(path) in DROP_PATHS and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kept_samples(x: Tensor, path: nn.Module, half: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """``half`` of a layer with stochastic depth, computed for the samples that it keeps and for no others."""
+    rate = _drop_rate(path)
+    if rate == 0.0:
+        return half(x, 1.0)
+    keep = 1.0 - rate
+    kept = x.new_empty(x.shape[0]).bernoulli_(keep).nonzero().flatten()  # the same draw as the module's
+    scale = 1.0 / keep if keep > 0.0 and getattr(path, "scale_by_keep", True) else 1.0
+    if len(kept) == x.shape[0]:
+        return half(x, scale)
+    return x.index_copy(0, kept, half(x.index_select(0, kept), scale))
 
 
 def _are_plain(x: Tensor, norm: Any, *linears: nn.Module) -> bool:
@@ -322,7 +360,7 @@ def _are_plain(x: Tensor, norm: Any, *linears: nn.Module) -> bool:
 
 
 def _never_drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or getattr(module, "p", None) == 0.0
+    return isinstance(module, nn.Identity) or not module.training or getattr(module, "p", None) == 0.0
 
 
 class TransformerLayer(nn.Module):

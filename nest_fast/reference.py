@@ -156,9 +156,10 @@ def attention_layer(
     num_heads: int,
     multi_query: bool = False,
     scale: float | None = None,
+    branch_scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``x + proj(attention(qkv(layer_norm(x))))`` inside each block: ``(B, T, N, C)`` → the same.
+    """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block: ``(B, T, N, C)`` → the same.
 
     ``qkv`` gives q of every head, then k, then v, of every head or, with ``multi_query``, of one; ``proj`` takes
     (heads, head_dim).
@@ -166,7 +167,7 @@ def attention_layer(
     kv_heads = 1 if multi_query else num_heads
     packed = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
     q, k, v = packed.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    return x + F.linear(block_attention(q, k, v, scale=scale).flatten(-2), proj_weight, proj_bias)
+    return x + branch_scale * F.linear(block_attention(q, k, v, scale=scale).flatten(-2), proj_weight, proj_bias)
 
 
 def mlp_layer(
@@ -179,12 +180,13 @@ def mlp_layer(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    branch_scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``x + fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh"."""
+    """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh"."""
     hidden = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
     hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return x + F.linear(hidden, fc2_weight, fc2_bias)
+    return x + branch_scale * F.linear(hidden, fc2_weight, fc2_bias)
 
 
 def add_layer_norm(

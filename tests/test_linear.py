@@ -1,5 +1,7 @@
 """linear with its epilogues, and the fused layer that is made of it."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -126,9 +128,32 @@ def test_fused_layer_never_hides_a_module_someone_listens_to(name):
 
 
 def test_fused_layer_stands_back_where_something_drops():
-    for options in ({"proj_drop": 0.5}, {"drop_path": 0.5}):
-        module, x = layer(**options), torch.randn(8, 4, 9, 32)
-        assert fused_layer(x, module) is not None
-        module.train()
-        assert fused_layer(x, module) is None
-        assert not torch.equal(module(x), module(x))
+    module, x = layer(proj_drop=0.5), torch.randn(8, 4, 9, 32)
+    assert fused_layer(x, module) is not None
+    module.train()
+    assert fused_layer(x, module) is None
+    assert not torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.999])
+def test_stochastic_depth_computes_only_what_it_keeps(rate):
+    """The same samples, outputs and gradients as the module drops; where all are dropped, zeros and not None."""
+    module, x = layer(drop_path=rate).train(), torch.randn(12, 2, 9, 32)
+
+    def plainly(x):
+        x = x + module.drop_path1(module.attn(module.norm1(x)))
+        return x + module.drop_path2(module.mlp(module.norm2(x)))
+
+    results = []
+    for function in (functools.partial(fused_layer, layer=module), plainly):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *(p.grad for p in module.parameters())])
+        module.zero_grad()
+    unchanged = (results[0][0] == x).flatten(1).all(1).sum()
+    assert unchanged == (results[1][0] == x).flatten(1).all(1).sum()
+    assert 0 < unchanged < 12 if rate == 0.3 else unchanged == 12
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)

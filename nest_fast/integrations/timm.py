@@ -18,21 +18,22 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from nest_fast.modules import LAYER_NORMS, aggregate, attend, fused_layer, has_hooks
+from nest_fast.modules import DROP_PATHS, LAYER_NORMS, aggregate, attend, fused_layer, has_hooks
 from nest_fast.ops import blockify, unblockify
 
 __all__ = ["Report", "accelerate", "restore"]
 
 
 LAYER_NORMS.add(timm.layers.LayerNorm)
+DROP_PATHS[timm.layers.DropPath] = "drop_prob"
 
 
 class Attention(timm_nest.Attention):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.attend(x))
 
-    def attend(self, x: Tensor, norm: nn.Module | None = None, *, residual: bool = False) -> Tensor:
-        return attend(x, self, norm, head_minor=True, residual=residual)
+    def attend(self, x: Tensor, norm: nn.Module | None = None, **options) -> Tensor:
+        return attend(x, self, norm, head_minor=True, **options)
 
 
 class TransformerLayer(timm_nest.TransformerLayer):

@@ -17,8 +17,8 @@ IMPLS = ("auto", "reference", "cpp")
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define(
     "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale)"
-    " -> Tensor"
+    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
+    " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)"
 )
 
 
@@ -34,10 +34,11 @@ def attention_layer(
     num_heads: int,
     multi_query: bool = False,
     scale: float | None = None,
+    branch_scale: float = 1.0,
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """``x + proj(attention(qkv(layer_norm(x))))`` inside each block.
+    """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block.
 
     Args:
         x: ``(B, T, N, C)``, any floating-point dtype.
@@ -48,9 +49,11 @@ def attention_layer(
         num_heads: heads; divides C.
         multi_query: one key and value head for all query heads.
         scale: factor of the scores; None is head_dim ** -0.5.
+        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
-        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp" computes
-            block by block, so that nothing but x and the result leaves the cache: on a CPU, without gradients.
+        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
+            computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
+            it keeps qkv and the attention's output; the LayerNorm's is computed again.
 
     Returns:
         ``(B, T, N, C)``.
@@ -79,23 +82,15 @@ def attention_layer(
     scale = (C // num_heads) ** -0.5 if scale is None else scale
     if impl == "reference":
         return reference.attention_layer(
-            x,
-            norm_weight,
-            norm_bias,
-            qkv_weight,
-            qkv_bias,
-            proj_weight,
-            proj_bias,
+            *(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias),
             num_heads=num_heads,
             multi_query=multi_query,
             scale=scale,
+            branch_scale=branch_scale,
             eps=eps,
         )
-    reasons = _extension.layer_why_not(x, [weight for weight, _ in weights.values()])
-    if impl == "cpp" and reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run attention_layer here: {'; '.join(reasons)}")
-    if impl == "cpp" or (not reasons and not _extension.library_has_amx(x)):
-        out = torch.ops.nest_fast.attention_layer_cpp(
+    if _extension.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
+        out, *_ = torch.ops.nest_fast.attention_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
             norm_bias.float(),
@@ -104,14 +99,73 @@ def attention_layer(
             qkv_bias,
             _checks.dense_rows(proj_weight),
             proj_bias,
-            *(x.shape[2], num_heads, kv_heads, scale),
+            *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
+            _extension.wants_gradients(x, *(weight for weight, _ in weights.values())),
         )
         return out.view(x.shape)
     y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
     q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    return linear(block_attention(q, k, v, scale=scale).flatten(-2), proj_weight, proj_bias, residual=x)
+    y = block_attention(q, k, v, scale=scale).flatten(-2)
+    if branch_scale == 1.0:
+        return linear(y, proj_weight, proj_bias, residual=x)
+    return x + branch_scale * linear(y, proj_weight, proj_bias)
 
 
 @torch.library.register_fake("nest_fast::attention_layer_cpp", lib=_LIB)
-def _fake(x, *_):
-    return x.new_empty(x.shape)
+def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, *rest):
+    rows, C = x.shape
+    kept = rows if rest[-1] else 0
+    qkv, attended = x.new_empty((kept, qkv_weight.shape[0])), x.new_empty((kept, C))
+    return x.new_empty((rows, C)), qkv, attended, x.new_empty((kept // tokens, heads, tokens), dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output):
+    x, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, *sizes = inputs
+    ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale, ctx.branch_scale, ctx.training = sizes
+    ctx.biases = qkv_bias is not None, proj_bias is not None
+    ctx.save_for_backward(x, norm_weight, norm_bias, qkv_weight, proj_weight, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def attention_gradients(dout, q, k, v, out, lse, scale):
+    heads = q.shape[3]
+    dout4, q4, k4, v4, out4 = (
+        x.float().flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out)
+    )
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout4, q4, k4, v4, out4, lse.flatten(0, 1), 0.0, False, scale=scale
+    )
+    dq, dk, dv = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
+    if k.shape[3] < heads:
+        dk, dv = dk.sum(3, keepdim=True), dv.sum(3, keepdim=True)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 14
+    if not ctx.training:
+        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
+    C = x.shape[1]
+    dbranch = dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale
+    dproj_weight, dproj_bias = dbranch.t() @ attended, dbranch.sum(0) if ctx.biases[1] else None
+
+    def in_heads(rows: Tensor) -> Tensor:
+        return rows.view(-1, 1, ctx.tokens, rows.shape[1] * ctx.heads // C, C // ctx.heads)
+
+    q, k, v = in_heads(qkv).split((ctx.heads, ctx.kv_heads, ctx.kv_heads), 3)
+    dattended = in_heads(dbranch @ proj_weight)
+    dqkv = attention_gradients(dattended, q, k, v, in_heads(attended), lse.unsqueeze(1), ctx.scale)
+    dqkv = torch.cat(dqkv, 3).view(qkv.shape)
+    y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
+    dqkv_weight, dqkv_bias = dqkv.t() @ y, dqkv.sum(0) if ctx.biases[0] else None
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        dqkv @ qkv_weight, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
+    )
+    weights = (dqkv_weight, dqkv_bias, dproj_weight, dproj_bias)
+    return dx + dout, dnorm_weight, dnorm_bias, None, *weights, *(None,) * 6
+
+
+torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
@@ -17,7 +18,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define(
     "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
-    " str activation, Tensor fc2_weight, Tensor? fc2_bias) -> Tensor"
+    " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
+    " -> (Tensor out, Tensor hidden)"
 )
 
 
@@ -31,10 +33,11 @@ def mlp_layer(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    branch_scale: float = 1.0,
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """``x + fc2(gelu(fc1(layer_norm(x))))``.
+    """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``.
 
     Args:
         x: ``(…, C)``, any floating-point dtype.
@@ -42,9 +45,11 @@ def mlp_layer(
         fc1_weight, fc1_bias: ``(hidden, C)`` and ``(hidden,)`` or None.
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None.
         activation: "gelu" (exact) or "gelu_tanh".
+        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
-        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp" computes
-            some rows at a time, so that what is hidden never leaves the cache: on a CPU, without gradients.
+        impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
+            computes some rows at a time, so that what is hidden never leaves the cache. Where gradients are wanted it
+            keeps fc1's output; the LayerNorm's and the GELU's are computed again.
 
     Returns:
         ``(…, C)``.
@@ -67,15 +72,16 @@ def mlp_layer(
         "fc2_bias": (fc2_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
+    given = [weight for weight, _ in weights.values()]
     if impl == "reference":
         return reference.mlp_layer(
-            x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation=activation, eps=eps
+            *(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+            activation=activation,
+            branch_scale=branch_scale,
+            eps=eps,
         )
-    reasons = _extension.layer_why_not(x, [weight for weight, _ in weights.values()])
-    if impl == "cpp" and reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run mlp_layer here: {'; '.join(reasons)}")
-    if impl == "cpp" or (not reasons and not _extension.library_has_amx(x)):
-        out = torch.ops.nest_fast.mlp_layer_cpp(
+    if _extension.use_layer("mlp_layer", impl, x, given):
+        out, _ = torch.ops.nest_fast.mlp_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
             norm_bias.float(),
@@ -85,12 +91,68 @@ def mlp_layer(
             activation,
             _checks.dense_rows(fc2_weight),
             fc2_bias,
+            branch_scale,
+            _extension.wants_gradients(x, *given),
         )
         return out.view(x.shape)
-    y = torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    return linear(linear(y, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias, residual=x)
+    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation=activation)
+    if branch_scale == 1.0:
+        return linear(y, fc2_weight, fc2_bias, residual=x)
+    return x + branch_scale * linear(y, fc2_weight, fc2_bias)
 
 
 @torch.library.register_fake("nest_fast::mlp_layer_cpp", lib=_LIB)
-def _fake(x, *_):
-    return x.new_empty(x.shape)
+def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale, training):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
+
+
+def _setup(ctx, inputs, output):
+    x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest = inputs
+    ctx.branch_scale, ctx.training = rest
+    ctx.approximate = "tanh" if activation == "gelu_tanh" else "none"
+    ctx.biases = fc1_bias is not None, fc2_bias is not None
+    ctx.save_for_backward(x, norm_weight, norm_bias, fc1_weight, fc2_weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+CHUNK_BYTES = 4 << 20  # of the hidden rows that the backward has at a time, so that they stay in cache
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 11
+    if not ctx.training:
+        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
+    C = x.shape[1]
+    y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
+    dy = torch.empty_like(x)
+    # Sums over chunks in float32, whatever the dtype.
+    dfc1, dfc2 = (torch.zeros_like(weight, dtype=torch.float32) for weight in (fc1_weight, fc2_weight))
+    dfc1_bias = torch.zeros(hidden.shape[1], device=x.device)
+    rows = max(1, CHUNK_BYTES // (hidden.element_size() * hidden.shape[1]))
+    for d, h, y_part, dy_part in zip(*(t.split(rows) for t in (dout, hidden, y, dy)), strict=True):
+        d = d if ctx.branch_scale == 1.0 else d * ctx.branch_scale
+        _add_product(dfc2, d.t(), F.gelu(h, approximate=ctx.approximate))
+        dh = torch.ops.aten.gelu_backward(d @ fc2_weight, h, approximate=ctx.approximate)
+        _add_product(dfc1, dh.t(), y_part)
+        dfc1_bias += dh.sum(0)
+        torch.mm(dh, fc1_weight, out=dy_part)
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
+    )
+    dfc2_bias = dout.sum(0) * ctx.branch_scale
+    biases = [db.to(x.dtype) if given else None for db, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True)]
+    weights = (dfc1.to(x.dtype), biases[0], None, dfc2.to(x.dtype), biases[1])
+    return dx.add_(dout), dnorm_weight, dnorm_bias, None, *weights, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
