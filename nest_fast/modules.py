@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from nest_fast.ops import (
     _checks,
+    add_layer_norm,
     attention_layer,
+    bias_gelu,
     block_aggregate,
     block_attention,
     linear,
@@ -306,6 +308,60 @@ def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
         return None
     x = _kept_samples(x, layer.drop_path1, partial(_attention_half, layer))
     return _kept_samples(x, layer.drop_path2, partial(_mlp_half, layer, activation))
+
+
+def run_layers(x: Tensor, layers: Sequence[Any], known: type) -> Tensor:
+    """Layers of the class ``known``, one after the other; on a GPU, where nothing else is asked for, chained."""
+    eager_gpu = x.device.type == "cuda" and not torch.compiler.is_compiling()
+    if eager_gpu and all(type(layer) is known and _can_chain(x, layer) for layer in layers):
+        return chained_layers(x, layers)
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def chained_layers(x: Tensor, layers: Sequence[Any]) -> Tensor:
+    """Pre-norm layers, each residual sum in the pass of the LayerNorm that comes after it."""
+    branch: Tensor | None = None
+    scale: Tensor | None = None
+    for layer in layers:
+        fc1, fc2, approximate = layer.mlp.fc1, layer.mlp.fc2, layer.mlp.act.approximate
+        x, y = _add_norm(x, branch, scale, layer.norm1)
+        branch, scale = layer.attn.attend(y), _sample_scale(x, layer.drop_path1)
+        x, y = _add_norm(x, branch, scale, layer.norm2)
+        hidden = bias_gelu(linear(y, fc1.weight), fc1.bias, approximate=approximate)
+        branch, scale = linear(hidden, fc2.weight, fc2.bias), _sample_scale(x, layer.drop_path2)
+    if branch is None:
+        return x
+    return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
+
+
+def _add_norm(x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    if branch is None:
+        return x, norm(x)
+    return add_layer_norm(x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps)
+
+
+def _can_chain(x: Tensor, layer: Any) -> bool:
+    attn, mlp = layer.attn, layer.mlp
+    dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
+    if gelu_of(mlp.act) is None or has_hooks(layer, attn, mlp, *dropouts, *paths):
+        return False
+    if not all(map(_never_drops, dropouts)) or any(math.isnan(_drop_rate(path)) for path in paths):
+        return False
+    norms, linears = (layer.norm1, layer.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    if any(type(module) is not nn.Linear for module in linears) or has_hooks(*norms, *linears):
+        return False
+    return all(type(norm) in LAYER_NORMS and norm.bias is not None for norm in norms)
+
+
+def _sample_scale(x: Tensor, path: nn.Module) -> Tensor | None:
+    """The factors ``(B,)`` of stochastic depth: the module's own draw. None where nothing is dropped."""
+    rate = _drop_rate(path)
+    if rate == 0.0:
+        return None
+    scale = x.new_empty(x.shape[0]).bernoulli_(1.0 - rate)
+    return scale.div_(1.0 - rate) if rate < 1.0 and getattr(path, "scale_by_keep", True) else scale
 
 
 def _attention_half(layer: Any, x: Tensor, branch_scale: float) -> Tensor:

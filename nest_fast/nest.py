@@ -16,8 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nest_fast import weights
-from nest_fast.modules import BlockAggregation, PatchEmbed, TransformerLayer, layer_norm
-from nest_fast.ops import _checks, unblockify
+from nest_fast.modules import (
+    LAYER_NORMS,
+    BlockAggregation,
+    PatchEmbed,
+    TransformerLayer,
+    has_hooks,
+    layer_norm,
+    run_layers,
+)
+from nest_fast.ops import _checks, layer_norm_mean, unblockify
 from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
 
 __all__ = [
@@ -64,9 +72,10 @@ class NesTLevel(nn.Module):
         else:
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
+        if not (self.grad_checkpointing and self.training):
+            return run_layers(x, list(self.transformer_encoder), TransformerLayer)
         for layer in self.transformer_encoder:
-            recompute = self.grad_checkpointing and self.training
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False)
         return x
 
     def to_image(self, x: Tensor) -> Tensor:
@@ -216,10 +225,7 @@ class NesT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W)`` → normalised features ``(B, num_features, H', W')``."""
-        x = self._embed(x)
-        for level in self.levels:
-            x = level(x)
-        return self.levels[-1].to_image(self.norm(x))
+        return self.levels[-1].to_image(self.norm(self._run_levels(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(B, num_features, H', W')`` → logits ``(B, num_classes)``, or the pooled features."""
@@ -227,7 +233,10 @@ class NesT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        if not self._pools_with_norm():
+            return self.forward_head(self.forward_features(x))
+        norm: Any = self.norm
+        return self.head(self.head_drop(layer_norm_mean(self._run_levels(x), norm.weight, norm.bias, eps=norm.eps)))
 
     def forward_intermediates(
         self,
@@ -302,6 +311,22 @@ class NesT(nn.Module):
         """Recompute each layer's activations in the backward pass instead of keeping them."""
         for level in self.levels:
             level.grad_checkpointing = enable
+
+    def _pools_with_norm(self) -> bool:
+        """Whether the last LayerNorm and the mean over tokens may be one pass."""
+        kind, norm = type(self), self.norm
+        if kind.forward_features is not NesT.forward_features or kind.forward_head is not NesT.forward_head:
+            return False  # a subclass's own
+        if self.global_pool != "avg" or type(norm) not in LAYER_NORMS or norm.bias is None:
+            return False
+        patched = "forward_features" in self.__dict__ or "forward_head" in self.__dict__
+        return not patched and not has_hooks(norm)
+
+    def _run_levels(self, x: Tensor) -> Tensor:
+        x = self._embed(x)
+        for level in self.levels:
+            x = level(x)
+        return x
 
     def _embed(self, x: Tensor) -> Tensor:
         _checks.tensor("x", x, "(B, C, H, W)")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import nest_fast
-from nest_fast import linear, reference
-from nest_fast.modules import fused_layer
+from nest_fast import linear, modules, reference
+from nest_fast.modules import chained_layers, fused_layer
 from nest_fast.testing import assert_as_accurate, relative_error
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -157,3 +157,30 @@ def test_stochastic_depth_computes_only_what_it_keeps(rate):
     assert 0 < unchanged < 12 if rate == 0.3 else unchanged == 12
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_chained_layers_are_the_layers(rate):
+    """What a GPU runs: here its plain definitions, with the same draws of stochastic depth."""
+    layers = [layer(drop_path=rate).train() for _ in range(3)]
+    x, results = torch.randn(8, 2, 9, 32), []
+    parameters = [p for module in layers for p in module.parameters()]
+    for function in (chained_layers, lambda x, layers: functools.reduce(lambda x, module: module(x), layers, x)):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, layers)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *parameters])])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_chained_where_nothing_else_is_asked_for():
+    x = torch.randn(1)
+    assert modules._can_chain(x, layer(drop_path=0.3).train())
+    assert modules._can_chain(x, layer(proj_drop=0.3))
+    assert not modules._can_chain(x, layer(proj_drop=0.3).train())
+    assert not modules._can_chain(x, layer(act_layer=nn.ReLU))
+    for name in ("", "attn", "attn.qkv", "mlp", "mlp.fc1", "mlp.act", "norm2"):
+        module = layer()
+        module.get_submodule(name).register_forward_hook(lambda m, args, out: None)
+        assert not modules._can_chain(x, module), name

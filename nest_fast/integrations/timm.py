@@ -18,7 +18,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from nest_fast.modules import DROP_PATHS, LAYER_NORMS, aggregate, attend, fused_layer, has_hooks
+from nest_fast.modules import DROP_PATHS, LAYER_NORMS, aggregate, attend, fused_layer, has_hooks, run_layers
 from nest_fast.ops import blockify, unblockify
 
 __all__ = ["Report", "accelerate", "restore"]
@@ -38,9 +38,13 @@ class Attention(timm_nest.Attention):
 
 class TransformerLayer(timm_nest.TransformerLayer):
     def forward(self, x: Tensor) -> Tensor:
-        known = type(self.attn) is Attention and type(self.mlp) is timm.layers.Mlp
-        y = fused_layer(x, self) if known and isinstance(self.mlp.norm, nn.Identity) else None
+        y = fused_layer(x, self) if self.is_known() else None
         return super().forward(x) if y is None else y
+
+    def is_known(self) -> bool:
+        """Whether the parts are those of ``nest_fast.TransformerLayer``."""
+        known = type(self.attn) is Attention and type(self.mlp) is timm.layers.Mlp
+        return known and isinstance(self.mlp.norm, nn.Identity)
 
 
 class ConvPool(timm_nest.ConvPool):
@@ -55,8 +59,17 @@ class NestLevel(timm_nest.NestLevel):
         x = self.pool(x).permute(0, 2, 3, 1)
         grid_size = (x.shape[1] // self.block_size, x.shape[2] // self.block_size)
         x = blockify(x, self.block_size, pos_embed=self.pos_embed)
-        x = checkpoint_seq(self.transformer_encoder, x) if self.grad_checkpointing else self.transformer_encoder(x)
+        x = self._run_layers(x)
         return unblockify(x, grid_size).permute(0, 3, 1, 2)
+
+    def _run_layers(self, x: Tensor) -> Tensor:
+        encoder = self.transformer_encoder
+        if self.grad_checkpointing:
+            return checkpoint_seq(encoder, x)
+        known = all(type(layer) is TransformerLayer and layer.is_known() for layer in encoder)
+        if type(encoder) is not nn.Sequential or not known or has_hooks(encoder):
+            return encoder(x)
+        return run_layers(x, list(encoder), TransformerLayer)
 
 
 class PatchEmbed(timm.layers.PatchEmbed):
