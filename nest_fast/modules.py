@@ -50,10 +50,12 @@ def has_hooks(*modules: nn.Module) -> bool:
     )
 
 
-def project(x: Tensor, module: nn.Module, *, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor, module: nn.Module, *, activation: str = "none", residual: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """``residual + activation(module(x))``, in one pass where ``module`` is a linear layer and nothing more."""
     if type(module) is nn.Linear and not has_hooks(module):
-        return linear(x, module.weight, module.bias, activation=activation, residual=residual)
+        return linear(x, module.weight, module.bias, activation=activation, residual=residual, impl=impl)
     y = module(x)  # a LoRA, a parametrization, a listener
     if activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -88,16 +90,16 @@ def attend(
             branch_scale=branch_scale,
             eps=norm.eps,
         )
-    kv_heads = 1 if multi_query else heads
-    packed = project(x if norm is None else norm(x), qkv).unflatten(-1, (heads + 2 * kv_heads, -1))
+    kv_heads, linear_impl = 1 if multi_query else heads, "reference" if impl == "reference" else "auto"
+    packed = project(x if norm is None else norm(x), qkv, impl=linear_impl).unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
     out = block_attention(q, k, v, scale=attn.scale, dropout_p=dropout_p, impl=impl)
     if head_minor and type(proj) is nn.Linear and not has_hooks(proj):
         # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
         # remembered copy could not see a weight that changes through ``.data``.
-        branch = partial(linear, out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias)
+        branch = partial(linear, out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias, impl=linear_impl)
     else:
-        branch = partial(project, (out.transpose(-1, -2) if head_minor else out).flatten(-2), proj)
+        branch = partial(project, (out.transpose(-1, -2) if head_minor else out).flatten(-2), proj, impl=linear_impl)
     if not residual:
         return branch()
     return branch(residual=x) if branch_scale == 1.0 else x + branch_scale * branch()
@@ -114,7 +116,7 @@ class BlockAttention(nn.Module):
         multi_query: one key and value head for all query heads (the authors' 32 px models).
         head_minor: the input of ``proj`` is ordered (head_dim, heads), as timm's NesT weights expect; otherwise
             (heads, head_dim), as everywhere else.
-        impl: see :func:`nest_fast.block_attention`.
+        impl: see :func:`nest_fast.block_attention`; "reference" is plain PyTorch for the projections too.
 
     Shape: ``(B, T, N, dim)`` → ``(B, T, N, dim)``. Parameters: ``qkv`` (q, k, v in this order) and ``proj``.
     """
@@ -300,7 +302,7 @@ def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
     attn, mlp = layer.attn, layer.mlp
     activation = gelu_of(mlp.act)
     dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
-    if activation is None or has_hooks(attn, mlp, *dropouts, *paths):
+    if activation is None or _is_reference(attn) or has_hooks(attn, mlp, *dropouts, *paths):
         return None
     if layer.training and not all(_never_drops(module) for module in dropouts):
         return None
@@ -345,7 +347,7 @@ def _add_norm(x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: nn.L
 def _can_chain(x: Tensor, layer: Any) -> bool:
     attn, mlp = layer.attn, layer.mlp
     dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
-    if gelu_of(mlp.act) is None or has_hooks(layer, attn, mlp, *dropouts, *paths):
+    if gelu_of(mlp.act) is None or _is_reference(attn) or has_hooks(layer, attn, mlp, *dropouts, *paths):
         return False
     if not all(map(_never_drops, dropouts)) or any(math.isnan(_drop_rate(path)) for path in paths):
         return False
@@ -415,6 +417,10 @@ def _are_plain(x: Tensor, norm: Any, *linears: nn.Module) -> bool:
     return all(module.weight.dtype == x.dtype for module in (norm, *linears))
 
 
+def _is_reference(attn: nn.Module) -> bool:
+    return getattr(attn, "impl", "auto") == "reference"
+
+
 def _never_drops(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or not module.training or getattr(module, "p", None) == 0.0
 
@@ -474,20 +480,31 @@ class TransformerLayer(nn.Module):
 class PatchEmbed(nn.Module):
     """Image to embedded patches, already in block order, by one matmul: ``(B, C, H, W)`` → ``(B, T, N, dim)``.
 
-    ``proj`` holds the weight ``(dim, C, p, p)`` and bias of the patch convolution that this computes.
+    ``proj`` holds the weight ``(dim, C, p, p)`` and bias of the patch convolution this computes; ``impl`` is "auto"
+    or "reference".
     """
 
     def __init__(
-        self, patch_size: int, block_size: tuple[int, int], in_chans: int, dim: int, device=None, dtype=None
+        self,
+        patch_size: int,
+        block_size: tuple[int, int],
+        in_chans: int,
+        dim: int,
+        device=None,
+        dtype=None,
+        *,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
+        _checks.choice("impl", impl, ("auto", "reference"))
         self.patch_size = patch_size
         self.block_size = block_size
+        self.impl = impl
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = patchify(x, self.patch_size, self.block_size)
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        patches = patchify(x, self.patch_size, self.block_size, impl=self.impl)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias, impl=self.impl)
 
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, block_size={self.block_size}"

@@ -116,7 +116,8 @@ class NesT(nn.Module):
         padding: of the max-pools: "symmetric" (timm's default) or "same" (the authors); None follows ``pad_type``.
         gelu: "exact" (timm) or "tanh" (the authors).
         multi_query: one key and value head for all query heads (the authors' 32 px models).
-        impl: who computes the operations, see :func:`nest_fast.block_attention`: "auto", "reference", ...
+        impl: who computes the operations, see :func:`nest_fast.block_attention`: "auto", ...; "reference" is plain
+            PyTorch throughout.
 
     Shape: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
 
@@ -176,7 +177,9 @@ class NesT(nn.Module):
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
-        self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], **dd)
+        self.impl = impl
+        patch_impl = "reference" if impl == "reference" else "auto"
+        self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], impl=patch_impl, **dd)
         self.levels: Any = nn.ModuleList()  # of NesTLevel
         for i in range(num_levels):
             pool = None
@@ -317,7 +320,7 @@ class NesT(nn.Module):
         kind, norm = type(self), self.norm
         if kind.forward_features is not NesT.forward_features or kind.forward_head is not NesT.forward_head:
             return False  # a subclass's own
-        if self.global_pool != "avg" or type(norm) not in LAYER_NORMS or norm.bias is None:
+        if self.impl == "reference" or self.global_pool != "avg" or type(norm) not in LAYER_NORMS or norm.bias is None:
             return False
         patched = "forward_features" in self.__dict__ or "forward_head" in self.__dict__
         return not patched and not has_hooks(norm)

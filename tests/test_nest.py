@@ -221,3 +221,14 @@ def test_bad_images_and_indices():
         model.forward_intermediates(torch.randn(1, 3, 32, 32), [2])
     with pytest.raises(ValueError, match=r"output_fmt: wanted one of 'NCHW', got 'NHWC'"):
         model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_reference_is_plain_pytorch_throughout(training):
+    model = nest_fast.nest_tiny_s16_32(impl="reference").train(training)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
+        model(x)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::gelu" in called
+    assert not {key for key in called if key.startswith(("nest_fast::", "mkldnn::_linear"))}
