@@ -32,11 +32,12 @@ def page(run: Run) -> str:
 
 
 def write_readme(run: Run, path: Path) -> None:
-    """Put the short tables between the markers of ``path``."""
+    """Put the short tables, one shape of every operation, between the markers of ``path``."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         sys.exit(f"{path}: wanted the markers {BEGIN!r} and {END!r} once each")
-    parts = [BEGIN, run.where, *(markdown(table) for _, table in headline_tables(run)), notes(run), END]
+    tables = [markdown(table) for _, table in headline_tables(run, every=False)]
+    parts = [BEGIN, run.where, *tables, notes(run), END]
     before, _, rest = text.partition(BEGIN)
     path.write_text(before + "\n\n".join(parts) + rest.partition(END)[2])
 

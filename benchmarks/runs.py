@@ -148,10 +148,15 @@ def best_other(rows: Iterable[Row]) -> Row | None:
 Table = list[list[str]]
 
 
-def short(run: Run, models: bool) -> Table:
-    """What a user gets, one line for each case and way to get it."""
+def short(run: Run, models: bool, every: bool = True) -> Table:
+    """What a user gets, one line for each case and way to get it; or for the first shape of every operation."""
     table = [["case", "", "speed", "against", "torch.compile", "best other", "error (its)", "of floor"]]
+    seen = set()
     for rows in run.cases():
+        kind = (rows[0].op, rows[0].dtype, rows[0].direction)
+        if kind in seen and not every:
+            continue
+        seen.add(kind)
         other, compiled = best_other(rows), best_other(row for row in rows if "compile" in row.peer)
         for row in rows:
             if row.peer not in HEADLINE or bool(row.items) != models:
@@ -214,10 +219,10 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-def headline_tables(run: Run) -> list[tuple[str, Table]]:
+def headline_tables(run: Run, every: bool = True) -> list[tuple[str, Table]]:
     found = (
         ("Models", short(run, models=True)),
-        ("Operations", short(run, models=False)),
+        ("Operations", short(run, models=False, every=every)),
         ("Scaling", scaling(run)),
     )
     return [(title, table) for title, table in found if len(table) > 1]
