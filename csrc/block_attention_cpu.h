@@ -24,4 +24,9 @@ struct BlockAttention {
   float scale;
 };
 
+// Its backward: q, k, v, out and lse as the forward left them. dk or dv with one head is the sum over q's.
+struct BlockAttentionBackward : BlockAttention {
+  Operand dout, dq, dk, dv;
+};
+
 }  // namespace nest_fast

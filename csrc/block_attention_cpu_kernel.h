@@ -1,5 +1,6 @@
-// softmax(scale * q @ k^T) @ v inside each image block and head, for short sequences: all scores of a strip of query
-// rows stay in cache, so there is no online softmax, and both products are one small matrix kernel on packed operands.
+// softmax(scale * q @ k^T) @ v inside each image block and head, and its backward, for short sequences: all scores of a
+// strip of rows stay in cache, so there is no online softmax, and the products are one small matrix kernel on packed
+// operands.
 // No include guard: included once per target, after its vector primitives, inside that target's namespace.
 //
 // The products, the scores among them, are laid out as panels of A are: (columns / kLanes, kRows, kLanes). cpu_matrix.h
@@ -150,4 +151,206 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+// --- backward ---
+
+// A strip is of keys here, so that its p and ds, transposed, are the left operands of dv and dk as they come. ds of
+// several strips is kept besides and then multiplied transposed back, so that dq is seldom loaded and stored.
+
+constexpr int64_t kKeptFloats = 1 << 14;
+constexpr int64_t kLongChain = 16 * kLanes;  // the bound of gradients is wider than the output's
+
+template <class T>
+inline float row_dot(const T* x, const T* y, int64_t dim) {
+  Vec total = zero();
+  for (int64_t d = 0; d < dim; d += kLanes)
+    total = mul_add(load_part(x + d, dim - d), load_part(y + d, dim - d), total);
+  return sum(total);
+}
+
+// 2^x as in Floats, a degree higher: no sum of such powers divides the error out, 8e-8, as in the forward.
+struct PreciseExp2 {
+  static constexpr float kExp2[] = {0x1.41fbbcp-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
+                                    0x1.ebfbdcp-3f,  0x1.62e43p-1f,   1};
+};
+
+// ROWS keys of scores s and of dp, all of `tokens` queries, become p = exp(scale * s - lse) and ds = p * (dp -
+// delta), packed as A, and in `kept` (keys' units, columns) ds as A transposed.
+template <class Op, int ROWS>
+inline void score_gradients(float* s, float* dp, int64_t tokens, float scale, const float* minus_lse,
+                            const float* delta, float* kept, int64_t columns) {
+  using Exp2 = std::conditional_t<std::is_same_v<typename Op::Element, float>, PreciseExp2, Op>;
+  constexpr int per_unit = Op::kPerUnit, unit_rows = (ROWS + per_unit - 1) / per_unit;
+  const int64_t vecs = ceil_div(tokens, kLanes);
+  const bool odd = tokens % per_unit != 0;  // The last unit then has a lane that is no score.
+  const Vec scales = broadcast(scale), log2_e = broadcast(1.44269504f);
+  float *unit_row = s, *dunit_row = dp;
+  for (int64_t i = 0; i < vecs; i += per_unit, unit_row += kPanel, dunit_row += kPanel) {
+    Vec p[ROWS * per_unit];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int j = 0; j < per_unit; ++j) {
+        // lse is subtracted first: times log2(e), two large numbers that are close would both be rounded.
+        p[r * per_unit + j] = broadcast(-std::numeric_limits<float>::infinity());
+        if (i + j < vecs)
+          p[r * per_unit + j] = mul(log2_e, mul_add(load(s + (i + j) * kPanel + r * kLanes), scales,
+                                                    load(minus_lse + (i + j) * kLanes)));
+      }
+    exp2_negative<Exp2>(p);
+    Vec across[unit_rows * per_unit][per_unit] = {};  // vectors of units of keys
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      Vec unit[per_unit], dunit[per_unit];
+#pragma GCC unroll 2
+      for (int j = 0; j < per_unit; ++j) {
+        unit[j] = p[r * per_unit + j];
+        dunit[j] = zero();
+        if (i + j < vecs)
+          dunit[j] = mul(unit[j], sub(load(dp + (i + j) * kPanel + r * kLanes), load(delta + (i + j) * kLanes)));
+        if (odd) {
+          unit[j] = keep_part(unit[j], tokens - (i + j) * kLanes);
+          dunit[j] = keep_part(dunit[j], tokens - (i + j) * kLanes);
+        }
+        across[r / per_unit * per_unit + j][r % per_unit] = dunit[j];
+      }
+      store(unit_row + r * kLanes, Op::from_floats(unit));
+      store(dunit_row + r * kLanes, Op::from_floats(dunit));
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < unit_rows; ++u)
+#pragma GCC unroll 2
+      for (int j = 0; j < per_unit; ++j)
+        if (i + j < vecs) store(kept + u * columns + (i + j) * kLanes, Op::interleave(across[u * per_unit + j]));
+  }
+}
+
+// c (rows, columns) times factor to x (rows, dim).
+template <class T>
+inline void store_rows(const float* c, int64_t columns, float factor, int64_t rows, T* x, int64_t stride, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, c += columns, x += stride)
+    for (int64_t d = 0; d < dim; d += kLanes) store_part(x + d, dim - d, mul(load(c + d), broadcast(factor)));
+}
+
+// The backward of one head after another.
+template <class Op>
+class HeadBackward {
+  using T = typename Op::Element;
+  static constexpr int kPerUnit = Op::kPerUnit;
+
+ public:
+  explicit HeadBackward(const BlockAttentionBackward& p) : p_(p) {
+    std::fill_n(minus_lse_, token_columns_, 0.f);
+    std::fill_n(delta_, token_columns_, 0.f);
+  }
+
+  // index counts through all blocks and heads. Those that share k or v come in order, from the first to the last.
+  void operator()(int64_t index) {
+    const int64_t head = index % p_.heads, block = index / p_.heads % p_.blocks, batch = index / p_.heads / p_.blocks;
+    const auto at = [&](const Operand& x) { return x.at<T>(batch, block, head); };
+    const T *k = at(p_.k), *v = at(p_.v);
+    T *dk = at(p_.dk), *dv = at(p_.dv);
+    prepare(at(p_.q), k, at(p_.out), at(p_.dout), p_.lse + index * p_.tokens);
+    for (int64_t begin = 0; begin < p_.tokens; begin += kept_rows_) {
+      const int64_t end = std::min(begin + kept_rows_, p_.tokens);
+      for (int64_t first = begin; first < end; first += strip_rows_) {
+        const int64_t rows = std::min(strip_rows_, end - first);
+        score_strip(k + first * p_.k.token_stride, v + first * p_.v.token_stride, rows,
+                    kept_ + (first - begin) / kPerUnit * token_columns_);
+        multiply<Op>(rows, scores_, douts_, dim_columns_, token_units_, kLongChain, {sums_, dim_columns_, kLanes});
+        finish_strip(p_.dv, dv, dv_, 1, head, first, rows);
+        multiply<Op>(rows, dscores_, queries_, dim_columns_, token_units_, kLongChain, {sums_, dim_columns_, kLanes});
+        finish_strip(p_.dk, dk, dk_, p_.scale, head, first, rows);
+      }
+      for (int64_t first = 0; first < p_.tokens; first += strip_rows_)
+        multiply_transposed<Op>(std::min(strip_rows_, p_.tokens - first), kept_ + first, token_columns_,
+                                keys_ + begin / kPerUnit * dim_columns_, dim_columns_,
+                                ceil_div(end - begin, kPerUnit), begin > 0,
+                                {dq_ + first * dim_columns_, dim_columns_, kLanes});
+    }
+    store_rows(dq_, dim_columns_, p_.scale, p_.tokens, at(p_.dq), p_.dq.token_stride, p_.dim);
+  }
+
+ private:
+  // Everything that the strips of a head share.
+  void prepare(const T* q, const T* k, const T* out, const T* dout, const float* lse) {
+    for (int64_t i = 0; i < p_.tokens; ++i) {
+      minus_lse_[i] = -lse[i];
+      delta_[i] = row_dot(dout + i * p_.dout.token_stride, out + i * p_.out.token_stride, p_.dim);
+    }
+    pack_transposed<Op>(q, p_.q.token_stride, p_.tokens, p_.dim, token_columns_, queries_transposed_);
+    pack_transposed<Op>(dout, p_.dout.token_stride, p_.tokens, p_.dim, token_columns_, douts_transposed_);
+    pack_columns<Op>(q, p_.q.token_stride, p_.tokens, p_.dim, dim_columns_, queries_);
+    pack_columns<Op>(dout, p_.dout.token_stride, p_.tokens, p_.dim, dim_columns_, douts_);
+    pack_columns<Op>(k, p_.k.token_stride, p_.tokens, p_.dim, dim_columns_, keys_);
+  }
+
+  // p and ds, transposed, of a strip of keys.
+  void score_strip(const T* k, const T* v, int64_t rows, float* kept) {
+    pack_rows<Op>(k, p_.k.token_stride, rows, p_.dim, 0, strip_);
+    multiply<Op>(rows, strip_, queries_transposed_, token_columns_, dim_units_, kChain, {scores_, kLanes, kPanel});
+    pack_rows<Op>(v, p_.v.token_stride, rows, p_.dim, 0, strip_);
+    multiply<Op>(rows, strip_, douts_transposed_, token_columns_, dim_units_, kChain, {dscores_, kLanes, kPanel});
+    constexpr int together = 4 / kPerUnit;
+    const auto some = [&]<int ROWS>(std::integral_constant<int, ROWS>, int64_t r) {
+      score_gradients<Op, ROWS>(scores_ + r * kLanes, dscores_ + r * kLanes, p_.tokens, p_.scale, minus_lse_,
+                                delta_, kept + r / kPerUnit * token_columns_, token_columns_);
+    };
+    int64_t r = 0;
+    for (; r + together <= rows; r += together) some(std::integral_constant<int, together>(), r);
+    for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
+  }
+
+  // The products in sums_, times factor, to rows of x, which is dk or dv of the head; where x is all heads' they are
+  // added up in `total` until the last.
+  void finish_strip(const Operand& operand, T* x, float* total, float factor, int64_t head, int64_t first,
+                    int64_t rows) {
+    const float* c = sums_;
+    if (operand.head_stride == 0) {
+      total += first * dim_columns_;
+      for (int64_t i = 0; i < rows * dim_columns_; i += kLanes)
+        store(total + i, head == 0 ? load(sums_ + i) : add(load(total + i), load(sums_ + i)));
+      if (head + 1 < p_.heads) return;
+      c = total;
+    }
+    store_rows(c, dim_columns_, factor, rows, x + first * operand.token_stride, operand.token_stride, p_.dim);
+  }
+
+  float* buffer(int64_t floats) {
+    memory_.emplace_back(floats);
+    return memory_.back().take(floats);
+  }
+
+  const BlockAttentionBackward& p_;
+  const int64_t strips_ = strips_per_head(p_.tokens);
+  const int64_t strip_rows_ = round_up(ceil_div(p_.tokens, strips_), kPerUnit);
+  const int64_t token_columns_ = round_up(p_.tokens, kLanes), token_units_ = ceil_div(p_.tokens, kPerUnit);
+  const int64_t dim_columns_ = round_up(p_.dim, kLanes), dim_units_ = ceil_div(p_.dim, kPerUnit);
+  const int64_t kept_rows_ =
+      strip_rows_ * std::clamp<int64_t>(kKeptFloats * kPerUnit / (strip_rows_ * token_columns_), 1, strips_);
+
+  std::vector<Scratch> memory_;
+  float* const queries_transposed_ = buffer(round_up(dim_units_, kLanes) * token_columns_);
+  float* const douts_transposed_ = buffer(round_up(dim_units_, kLanes) * token_columns_);
+  float* const queries_ = buffer(token_units_ * dim_columns_);
+  float* const douts_ = buffer(token_units_ * dim_columns_);
+  float* const keys_ = buffer(token_units_ * dim_columns_);
+  float* const minus_lse_ = buffer(token_columns_);
+  float* const delta_ = buffer(token_columns_);
+  float* const strip_ = buffer(kRows * round_up(dim_units_, kLanes));
+  float* const scores_ = buffer(kRows * token_columns_);
+  float* const dscores_ = buffer(kRows * token_columns_);
+  float* const kept_ = buffer(kept_rows_ / kPerUnit * token_columns_);
+  float* const sums_ = buffer(kRows * dim_columns_);
+  float* const dq_ = buffer(p_.tokens * dim_columns_);
+  float* const dk_ = buffer(p_.tokens * dim_columns_);
+  float* const dv_ = buffer(p_.tokens * dim_columns_);
+};
+
+// Heads [begin, end), counted through all blocks.
+template <class Op>
+void attend_backward(const BlockAttentionBackward& p, int64_t begin, int64_t end) {
+  HeadBackward<Op> backward(p);
+  for (int64_t index = begin; index < end; ++index) backward(index);
 }

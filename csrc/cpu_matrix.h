@@ -241,3 +241,57 @@ inline void exp2_negative(Vec (&x)[COUNT]) {
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) x[i] = mul(p[i], shift_to_exponent(rounded[i]));
 }
+
+// As multiply_tile, for an A that lies transposed: (units, rows), `stride` floats from one unit to the next.
+template <class Op, int ROWS, int VECS>
+inline void multiply_transposed_tile(const float* a, int64_t stride, const float* b, int64_t columns, int64_t units,
+                                     bool add_c, Sums c) {
+  Vec sums[ROWS][VECS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) sums[r][v] = zero();
+  for (int64_t u = 0; u < units; ++u, a += stride, b += columns) {
+    Vec right[VECS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec left = broadcast(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; ++v) sums[r][v] = Op::dot(left, right[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) {
+      float* sum = c.at + r * c.row + v * c.vec;
+      store(sum, add_c ? add(load(sum), sums[r][v]) : sums[r][v]);
+    }
+}
+
+template <class Op, int ROWS>
+void multiply_transposed_rows(const float* a, int64_t stride, const float* b, int64_t columns, int64_t units,
+                              bool add_c, Sums c) {
+  int64_t first = 0;
+  for (; first + kPair <= columns; first += kPair, c.at += 2 * c.vec)
+    multiply_transposed_tile<Op, ROWS, 2>(a, stride, b + first, columns, units, add_c, c);
+  if (first < columns) multiply_transposed_tile<Op, ROWS, 1>(a, stride, b + first, columns, units, add_c, c);
+}
+
+template <class Op, int... I>
+void multiply_transposed_by_rows(std::integer_sequence<int, I...>, int64_t rows, const float* a, int64_t stride,
+                                 const float* b, int64_t columns, int64_t units, bool add_c, Sums c) {
+  using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, bool, Sums);
+  static constexpr Multiply by_rows[] = {multiply_transposed_rows<Op, I + 1>...};
+  by_rows[rows - 1](a, stride, b, columns, units, add_c, c);
+}
+
+// c[rows, columns] = a^T @ b[units, columns], or its sum with c, as multiply.
+template <class Op>
+void multiply_transposed(int64_t rows, const float* a, int64_t stride, const float* b, int64_t columns, int64_t units,
+                         bool add_c, Sums c) {
+  multiply_transposed_by_rows<Op>(std::make_integer_sequence<int, kRows>(), rows, a, stride, b, columns, units, add_c,
+                                  c);
+}

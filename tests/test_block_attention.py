@@ -108,9 +108,30 @@ def test_bias_and_mask(impl, masked):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scale_and_double_backward_message(impl):
     skip_elsewhere(impl)
-    q, k, v = inputs()
+    q, k, v = (x.detach().requires_grad_() for x in inputs())
     out = block_attention(q, k, v, scale=0.5, impl=impl)
     assert relative_error(out, reference.block_attention(q.double(), k.double(), v.double(), scale=0.5)) < 1e-5
+    if impl != "sdpa":
+        (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(
+            RuntimeError, match="impl: wanted 'reference' for a derivative of block_attention's gradients"
+        ):
+            dq.sum().backward()
+
+
+@pytest.mark.skipif("cpp" not in IMPLS or DEVICE != "cpu", reason="the C++ kernel is for CPU tensors")
+def test_any_gradient_and_batches_of_them():
+    """Expanded and transposed output gradients, and several at once."""
+    leaf = torch.randn(2, 4, 16, 2, 16, requires_grad=True)
+    out = block_attention(leaf, leaf, leaf, impl="cpp")
+    golden = reference.block_attention(*(leaf.double(),) * 3)
+    douts = torch.randn(3, *out.mT.shape).mT
+    for dout in (torch.ones(()).expand(out.shape), douts[0]):
+        (got,), (wanted,) = (torch.autograd.grad(x, leaf, dout, retain_graph=True) for x in (out, golden))
+        assert relative_error(got, wanted) < 1e-5
+    (batched,) = torch.autograd.grad(out, leaf, douts, is_grads_batched=True, retain_graph=True)
+    for got, dout in zip(batched, douts, strict=True):
+        assert torch.equal(got, torch.autograd.grad(out, leaf, dout, retain_graph=True)[0])
 
 
 def test_dropout_drops_and_keeps_the_mean():
@@ -141,6 +162,11 @@ def test_opcheck(impl):
         q, k, v = (x.detach().requires_grad_() for x in inputs(kv_heads=kv_heads))
         arguments = (q, k, v, 0.25) if impl == "cpp" else (q, k, v, None, None, 0.25)
         torch.library.opcheck(op, arguments)
+        if impl == "cpp":
+            q, k, v = (x.detach() for x in (q, k, v))
+            out, lse = op(q, k, v, 0.25)
+            dout = torch.randn_like(out)
+            torch.library.opcheck(torch.ops.nest_fast.block_attention_cpp_bwd.default, (dout, q, k, v, out, lse, 0.25))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -128,20 +128,6 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def attention_gradients(dout, q, k, v, out, lse, scale):
-    heads = q.shape[3]
-    dout4, q4, k4, v4, out4 = (
-        x.float().flatten(0, 1).transpose(1, 2).expand(-1, heads, -1, -1) for x in (dout, q, k, v, out)
-    )
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout4, q4, k4, v4, out4, lse.flatten(0, 1), 0.0, False, scale=scale
-    )
-    dq, dk, dv = (x.transpose(1, 2).unflatten(0, q.shape[:2]) for x in grads)
-    if k.shape[3] < heads:
-        dk, dv = dk.sum(3, keepdim=True), dv.sum(3, keepdim=True)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 14
@@ -157,8 +143,8 @@ def _backward(ctx, dout, *_):
 
     q, k, v = in_heads(qkv).split((ctx.heads, ctx.kv_heads, ctx.kv_heads), 3)
     dattended = in_heads(dbranch @ proj_weight)
-    dqkv = attention_gradients(dattended, q, k, v, in_heads(attended), lse.unsqueeze(1), ctx.scale)
-    dqkv = torch.cat(dqkv, 3).view(qkv.shape)
+    gradients = (dattended, q, k, v, in_heads(attended), lse.unsqueeze(1), ctx.scale)
+    dqkv = torch.cat(torch.ops.nest_fast.block_attention_cpp_bwd(*gradients), 3).view(qkv.shape)
     y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
     dqkv_weight, dqkv_bias = dqkv.t() @ y, dqkv.sum(0) if ctx.biases[0] else None
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
