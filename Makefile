@@ -10,7 +10,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 RESULTS ?= results
-PYTEST  ?= -n 2
+PYTEST  ?= -n 2 --dist loadgroup
 
 ifeq ($(strip $(VENV)),)
 PY    := $(PYTHON)

@@ -1,4 +1,4 @@
-"""What the attention kernels cost on a GPU, found by compiling them without one.
+"""What the kernels cost on a GPU, found by compiling them without one.
 
 ``python scripts/kernel_resources.py`` prints registers, spills, shared memory and instruction counts of every shipped
 launch configuration for sm_80, sm_90 and sm_100; ``--json FILE`` writes them. The launchers run on meta tensors under a
@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 from nest_fast.kernels import _configs
+from nest_fast.kernels import block_aggregate as aggregation
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -56,6 +57,22 @@ class Case(NamedTuple):
         return f"{self.kind}-N{self.N}-d{self.head_dim}{heads}-{self.dtype}{'-biased' if self.biased else ''}"
 
 
+class Aggregation(NamedTuple):
+    """A launch of block aggregation to compile: "fwd", "train" (the forward that keeps what the gradient needs) or
+    "norm-pool", what follows the convolution, forward and backward."""
+
+    kind: str
+    C_in: int
+    C_out: int
+    dtype: str
+    grid: int = 2
+    block: int = 14
+
+    @property
+    def name(self) -> str:
+        return f"aggregate-{self.kind}-C{self.C_in}-{self.C_out}-{self.dtype}"
+
+
 class _OfflineDriver:
     """As much of a triton driver as compiling asks for."""
 
@@ -77,6 +94,7 @@ def compiling(architecture: int) -> Iterator[list]:
     """Inside, launches on meta tensors compile for sm_<architecture> and are appended as (kernel name, compiled)."""
     compiled: list = []
     run, device_architecture = JITFunction.run, _configs.architecture
+    callers = (_configs, aggregation)
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -84,19 +102,65 @@ def compiling(architecture: int) -> Iterator[list]:
         return kernel
 
     triton.runtime.driver.set_active(_OfflineDriver(architecture))
-    JITFunction.run, _configs.architecture = compile_only, lambda device: architecture
+    JITFunction.run = compile_only
+    for module in callers:
+        module.architecture = lambda device: architecture
     try:
         yield compiled
     finally:
-        JITFunction.run, _configs.architecture = run, device_architecture
+        JITFunction.run = run
+        for module in callers:
+            module.architecture = device_architecture
         triton.runtime.driver._active = None
 
 
-def launch(case: Case) -> None:
-    """Run the launcher of case on meta tensors; batch 2, q, k, v packed."""
-    dtype = DTYPES[case.dtype]
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
-    def empty(*shape, dtype=dtype):
+
+def launch(case: Case | Aggregation) -> None:
+    """Run the launcher of case on meta tensors."""
+    with _tf32(case.dtype == "tf32"):
+        if isinstance(case, Aggregation):
+            _launch_aggregation(case)
+        else:
+            _launch_attention(case)
+
+
+def _launch_aggregation(case: Aggregation) -> None:
+    """Batch 64 of level 1 (4 x 4 blocks of 14 x 14) or 2, with bias and position embedding."""
+
+    def empty(*shape, dtype=DTYPES[case.dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, T, N, C, block = 64, case.grid**2, case.block**2, case.C_out, (case.block, case.block)
+    vectors = [empty(C, dtype=torch.float32) for _ in range(3)]
+    pos_embed = empty(1, T // 4, N, C)
+    if case.kind == "norm-pool":
+        edge = case.grid * case.block
+        y = empty(B, edge, edge, C)
+        outs = aggregation.norm_pool_fwd(y, *vectors, pos_embed, block, 1e-6, False, True)
+        aggregation.norm_pool_bwd(outs[0], y, *vectors[:2], *outs[1:], block, False)
+        return
+    x, conv_weight, grid = empty(B, T, N, case.C_in), empty(C, case.C_in, 3, 3), (case.grid, case.grid)
+    aggregation.block_aggregate_fwd(
+        x, conv_weight, *vectors, pos_embed, grid, block, block, 1e-6, False, case.kind == "train"
+    )
+
+
+def _launch_attention(case: Case) -> None:
+    """Batch 2, q, k, v packed."""
+
+    def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     B, T, N, heads = 2, case.blocks, case.N, case.heads
@@ -104,16 +168,11 @@ def launch(case: Case) -> None:
     q, k, v = packed.split([heads, case.kv_heads, case.kv_heads], 3)
     bias = empty(heads, N, N) if case.biased else None
     mask = empty(T, N, N, dtype=torch.bool) if case.biased else None
-    tf32 = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
-    try:
-        if case.kind == "fwd":
-            block_attention_fwd(q, k, v, bias, mask, 0.125)
-        else:
-            out, lse = empty(*q.shape), empty(B, T, heads, N, dtype=torch.float32)
-            block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = tf32
+    if case.kind == "fwd":
+        block_attention_fwd(q, k, v, bias, mask, 0.125)
+    else:
+        out, lse = empty(*q.shape), empty(B, T, heads, N, dtype=torch.float32)
+        block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
 
 
 def figures(kernel) -> dict[str, int]:
@@ -170,11 +229,17 @@ MODELS = [
     Case("bwd", 16, 64, "bf16", heads=12, kv_heads=1),
 ]
 WINDOWS = [Case(kind, N, 32, "bf16", biased=True) for kind in ("fwd", "bwd") for N in (49, 64, 144, 196)]
+_WIDTHS = ((96, 192, 4), (128, 256, 4), (192, 384, 2), (256, 512, 2))  # C, C', edge of the grid of blocks
+_LAUNCHES = (("fwd", "bf16"), ("train", "bf16"), ("train", "tf32"), ("train", "fp32"), ("norm-pool", "bf16"))
+AGGREGATIONS = [
+    *(Aggregation(kind, C_in, C_out, dtype, grid) for kind, dtype in _LAUNCHES for C_in, C_out, grid in _WIDTHS),
+    Aggregation("norm-pool", 192, 384, "fp32"),
+]
 
 
-def shipped(architecture: int) -> list[Case]:
-    """The models' shapes, window models' with bias and mask, and the largest shape of every row of the table."""
-    cases = [*MODELS, *WINDOWS]
+def shipped(architecture: int) -> list[Case | Aggregation]:
+    """The models' shapes, window models' with bias and mask, the largest shape of every row of attention's table."""
+    cases: list[Case | Aggregation] = [*MODELS, *WINDOWS, *AGGREGATIONS]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION
@@ -194,7 +259,7 @@ def every_shape() -> Iterator[Case]:
             yield Case(kind, N, head_dim, dtype, biased=biased)
 
 
-def broken_bars(architecture: int, case: Case, row: dict[str, int]) -> list[str]:
+def broken_bars(architecture: int, case: Case | Aggregation, row: dict[str, int]) -> list[str]:
     """What no shipped configuration may do."""
     broken = []
     if row["spill_bytes"]:
@@ -203,7 +268,8 @@ def broken_bars(architecture: int, case: Case, row: dict[str, int]) -> list[str]
         broken.append(f"wants {row['shared_bytes']} bytes of shared memory")
     if row["tensor_memory"] > 512:
         broken.append(f"wants {row['tensor_memory']} columns of tensor memory")
-    if case.dtype != "fp32" and not row["HGMMA"] + row["HMMA"] + row["UTCMMA"]:
+    multiplies = case.dtype != "fp32" and case.kind != "norm-pool"
+    if multiplies and not row["HGMMA"] + row["HMMA"] + row["UTCMMA"]:
         broken.append("uses no matrix unit")
     return broken
 

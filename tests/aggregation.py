@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
+from nest_fast.kernels import block_aggregate
 from torch import Tensor
 
-from nest_fast.testing import assert_as_accurate, max_error, relative_error
+from nest_fast.testing import max_error, relative_error
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PADDINGS = ("symmetric", "same")
@@ -79,17 +81,45 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
 
 
+def _assert_errors(what: str, out: Tensor, plain: Tensor, exact: Tensor, plain_exact: Tensor, factor: float) -> None:
+    """Errors at most factor times plain PyTorch's: the L2 norm always, the largest where it does not hang on luck.
+
+    Among a few thousand float32 numbers the ratio of the largest errors is 0.6 to 2.2 from seed to seed, where that of
+    the norms is 0.9.
+    """
+    half = out.dtype != torch.float32
+    eps = torch.finfo(out.dtype).eps
+    error = relative_error(out, exact)
+    allowed = factor * relative_error(plain, plain_exact) + (eps / 8 if half else 0.0)
+    assert error <= allowed, f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
+    if out.numel() >= 2**14:
+        largest = max_error(out, exact)
+        allowed = factor * max_error(plain, plain_exact) + (2 * eps * exact.abs().max().item() if half else 0.0)
+        assert largest <= allowed, f"{what}: largest error {largest:.3e}, allowed {allowed:.3e}"
+
+
 def assert_forward(out: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Within the bounds against plain PyTorch of the same dtype, in the largest and in the mean square error."""
-    assert_as_accurate(out, plain, exact, 1.25)
-    band = 0.0 if out.dtype == torch.float32 else torch.finfo(out.dtype).eps / 8
-    assert relative_error(out, exact) <= 1.25 * relative_error(plain, exact) + band
+    """Within the bounds against plain PyTorch of the same dtype."""
+    assert out.shape == exact.shape
+    assert out.dtype == plain.dtype
+    _assert_errors("out", out, plain, exact, exact, 1.25)
 
 
 def assert_gradients(names, ours, plain, exact, plain_exact) -> None:
     """Each exact gradient took the maxima from where the other did: ours and plain PyTorch's differ in some places."""
     for name, got, other, want, other_want in zip(names, ours, plain, exact, plain_exact, strict=True):
+        assert got.shape == want.shape, name
         assert got.dtype == other.dtype, name
-        band = 0.0 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps * want.abs().max().item()
-        error, allowed = max_error(got, want), 2 * max_error(other, other_want) + band
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+        _assert_errors(name, got, other, want, other_want, 2)
+
+
+def for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles and few programs: the interpreter takes its time per operation, not per number.
+
+    What is shipped runs in tests of its own.
+    """
+    fused = block_aggregate.FusedConfig(pixels=512, block_k=128, piece=512, num_stages=1)
+    monkeypatch.setattr(block_aggregate, "_tile", lambda channels: {"PIXELS": 128, "num_warps": 4})
+    monkeypatch.setattr(block_aggregate, "_fused_config", lambda channels, dtype, device: (fused, "ieee"))
+    monkeypatch.setattr(block_aggregate, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(block_aggregate, "POOLED", 128)

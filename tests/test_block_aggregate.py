@@ -15,11 +15,13 @@ from aggregation import (
     convolve,
     double,
     draw,
+    for_the_interpreter,
     pool_at,
     pool_places,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nest_fast.kernels import block_aggregate as kernels
 
 from nest_fast import reference
 from nest_fast.ops import block_aggregate
@@ -36,16 +38,23 @@ NAMES = ("dx", "dconv_weight", "dconv_bias", "dnorm_weight", "dnorm_bias", "dpos
 
 
 @pytest.fixture(params=FAST)
-def impl(request):
+def impl(request, monkeypatch):
     if request.param == "cpp" and (DEVICE != "cpu" or not CPP_ISA):
         pytest.skip("the C++ kernel is for CPU tensors, on a processor with AVX2")
+    if DEVICE == "cpu":
+        for_the_interpreter(monkeypatch)
     return request.param
 
 
-@pytest.fixture(params=[*(f"cpp {isa}" for isa in ISAS), "two_step"])
-def impl_and_isa(request):
+IMPLS_AND_ISAS = (*(f"cpp {isa}" for isa in ISAS), "two_step", "triton")
+
+
+@pytest.fixture(params=IMPLS_AND_ISAS)
+def impl_and_isa(request, monkeypatch):
     """Every implementation, that in C++ with every set of instructions that this processor has."""
     impl, _, isa = request.param.partition(" ")
+    if DEVICE == "cpu":
+        for_the_interpreter(monkeypatch)
     if isa and DEVICE != "cpu":
         pytest.skip("the C++ kernel is for CPU tensors")
     if isa:
@@ -67,9 +76,10 @@ def run(impl, shape, padding="symmetric"):
 def places(impl, shape, padding, x, conv_weight, *rest):
     """Where in its window the implementation finds each maximum, as an image."""
     vectors = [v.float() for v in rest[:-1]]
-    if impl == "cpp":
+    if impl in ("cpp", "triton"):
         sizes = (shape.grid, shape.block, shape.block)
-        argmax = OPS.block_aggregate_cpp_fwd(x, conv_weight, *vectors, None, *sizes, 1e-6, padding == "same", True)[-1]
+        op = getattr(OPS, f"block_aggregate_{impl}_fwd")
+        argmax = op(x, conv_weight, *vectors, None, *sizes, 1e-6, padding == "same", True)[-1]
     else:
         y = convolve(reference.unblockify(x, shape.grid, shape.block), conv_weight, None)
         op = OPS.norm_pool_triton_fwd if DEVICE == "cuda" else OPS.norm_pool_cpp_fwd
@@ -98,15 +108,39 @@ SHAPES = [
     Shape(2, (2, 2), (7, 7), 192, 384),
     Shape(6, (2, 4), (5, 3), 24, 40),
     Shape(2, (2, 2), (4, 4), 256, 512),
-    Shape(9, (6, 2), (3, 7), 33, 70),
+    Shape(3, (6, 2), (3, 7), 33, 70),
 ]
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+EVERY = [(shape, dtype, padding) for shape in SHAPES for dtype in DTYPES for padding in PADDINGS]
+# Interpreted Triton is slow: all dtypes and paddings for one shape, the others once each.
+ONCE = [case for n, case in enumerate(EVERY) if case[0].C == 24 or n % 7 == 0]
+
+
+@pytest.mark.parametrize(
+    ("impl_and_isa", "shape", "dtype", "padding"),
+    [(name, *case) for name in IMPLS_AND_ISAS for case in (ONCE if name == "triton" else EVERY)],
+    indirect=["impl_and_isa"],
+    ids=str,
+)
 def test_outputs_and_gradients(impl_and_isa, shape, dtype, padding):
-    impl, tensors = impl_and_isa, inputs(shape, dtype)
+    impl, tensors = impl_and_isa, inputs(shape, DTYPES[dtype])
+    check(impl, shape, padding, tensors)
+
+
+@pytest.mark.parametrize(("C_out", "grid"), [(192, (2, 2)), (320, (2, 2)), (512, (2, 12))])
+def test_triton_as_it_is_shipped(monkeypatch, C_out, grid):
+    """The widest image is wider than the tile. The backward's tile has a test of its own."""
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 2)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "_tile", lambda channels: {"PIXELS": 128, "num_warps": 4})
+    shape = Shape(1, grid, (2, 3), 24, C_out)
+    check("triton", shape, "same", inputs(shape, torch.bfloat16))
+
+
+def check(impl, shape, padding, tensors):
+    """Output and gradients within the bounds, and flips no more than plain PyTorch's."""
+    dtype = tensors[0].dtype
     function, plain = run(impl, shape, padding), run("reference", shape, padding)
     wide = double(tensors)
     exact = plain(*wide)
@@ -123,26 +157,54 @@ def test_outputs_and_gradients(impl_and_isa, shape, dtype, padding):
     assert flips[0] <= flips[1] + 1e-3
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    B=st.integers(1, 3),
-    half_grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    block=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    C=st.integers(1, 70),
-    C_out=st.integers(8, 140),
-    dtype=st.sampled_from(list(DTYPES.values())),
-    padding=st.sampled_from(PADDINGS),
-    missing=st.sets(st.sampled_from(["conv_bias", "pos_embed"])),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape(impl_and_isa, B, half_grid, block, C, C_out, dtype, padding, missing, seed):
+def any_shape(examples, most):
+    """Half grids of ``most`` x ``most`` blocks at most."""
+    fuzz = given(
+        B=st.integers(1, 3),
+        half_grid=st.tuples(st.integers(1, most), st.integers(1, most)),
+        block=st.tuples(st.integers(1, most + 2), st.integers(1, most + 2)),
+        C=st.integers(1, 70),
+        C_out=st.integers(8, 140),
+        dtype=st.sampled_from(list(DTYPES.values())),
+        padding=st.sampled_from(PADDINGS),
+        missing=st.sets(st.sampled_from(["conv_bias", "pos_embed"])),
+        seed=st.integers(0, 2**16),
+    )
+    health = [HealthCheck.function_scoped_fixture]
+    return lambda test: settings(max_examples=examples, deadline=None, suppress_health_check=health)(fuzz(test))
+
+
+@pytest.mark.parametrize("impl_and_isa", IMPLS_AND_ISAS[:-1], indirect=True)
+@any_shape(120, most=3)
+def test_any_shape(impl_and_isa, **shape):
+    check_any_shape(impl_and_isa, **shape)
+
+
+@pytest.mark.parametrize("impl_and_isa", ["triton"], indirect=True)
+@any_shape(12, most=2)
+def test_any_shape_in_triton(impl_and_isa, **shape):
+    check_any_shape(impl_and_isa, **shape)
+
+
+@any_shape(6, most=1)
+def test_any_shape_in_triton_with_small_tiles(monkeypatch, **shape):
+    """Four columns by two rows: tiles beside and below each other."""
+    if DEVICE == "cpu":
+        config = kernels.FusedConfig(pixels=8, block_k=128, piece=64, num_stages=1)
+        monkeypatch.setattr(kernels, "_fused_config", lambda channels, dtype, device: (config, "ieee"))
+        monkeypatch.setattr(kernels, "POOLED", 2)
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 5)
+    check_any_shape("triton", **shape)
+
+
+def check_any_shape(impl, B, half_grid, block, C, C_out, dtype, padding, missing, seed):
     torch.manual_seed(seed)
     shape = Shape(B, (2 * half_grid[0], 2 * half_grid[1]), block, C, C_out)
     x, conv_weight, conv_bias, *norm, pos_embed = inputs(shape, dtype)
     tensors = (x, conv_weight, None if "conv_bias" in missing else conv_bias, *norm)
     pos_embed = None if "pos_embed" in missing else pos_embed
     options = {"grid_size": shape.grid, "block_size": block, "padding": padding}
-    out = block_aggregate(*tensors, **options, pos_embed=pos_embed, impl=impl_and_isa)
+    out = block_aggregate(*tensors, **options, pos_embed=pos_embed, impl=impl)
     wide = [None if t is None else t.double() for t in (*tensors, pos_embed)]
     exact = reference.block_aggregate(*wide[:5], **options, pos_embed=wide[5])
     plain = reference.block_aggregate(*tensors, **options, pos_embed=pos_embed)
@@ -263,7 +325,7 @@ def test_has_the_same_bits_for_any_number_of_threads(impl_and_isa):
     dout = torch.randn(3, 2, 15, 40, device=DEVICE).bfloat16()
     threads, results = torch.get_num_threads(), []
     # The convolution's gradients are the library's, which may divide its sums among threads.
-    ours = [0, 3, 4, 5, 6] if impl_and_isa == "two_step" else [0, 1, 3, 4, 5, 6]
+    ours = [0, 1, 3, 4, 5, 6] if impl_and_isa == "cpp" else [0, 3, 4, 5, 6]
     try:
         for number in (1, 2, 7):
             torch.set_num_threads(number)
@@ -297,19 +359,16 @@ def test_saves_no_more_than_plain_pytorch(impl):
     assert bytes_of[impl] <= bytes_of["reference"]
 
 
-def op_and_arguments(impl, training):
-    shape = Shape(2, (2, 4), (2, 3), 12, 20)
-    x, conv_weight, *rest = (t.requires_grad_(training) for t in inputs(shape))
-    if impl == "cpp":
-        sizes = (shape.grid, shape.block, shape.block)
-        return OPS.block_aggregate_cpp_fwd.default, (x, conv_weight, *rest, *sizes, 1e-6, False, training)
-    raise ValueError(impl)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("impl", ["cpp", "triton"], indirect=True)
+def test_opcheck(impl, training):
+    op = getattr(OPS, f"block_aggregate_{impl}_fwd").default
+    tensors = [t.requires_grad_(training) for t in inputs()]
+    torch.library.opcheck(op, (*tensors, (2, 4), (2, 3), (2, 3), 1e-6, False, training))
 
 
 @pytest.mark.skipif(not CPP_ISA or DEVICE != "cpu", reason="the C++ kernel cannot run")
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck(training):
-    torch.library.opcheck(*op_and_arguments("cpp", training))
+def test_opcheck_of_dx():
     conv_weight = inputs()[1]
     torch.library.opcheck(OPS.block_aggregate_cpp_dx.default, (torch.randn(2, 4, 12, 20), conv_weight, (2, 4), (2, 3)))
 
@@ -404,6 +463,18 @@ def test_auto_chooses(monkeypatch):
     assert choose(torch.float32) == "reference"
 
 
+def test_auto_on_a_gpu_is_what_its_table_says(monkeypatch):
+    class Properties:
+        major, minor = 9, 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    x = torch.empty(0, dtype=torch.bfloat16)
+    assert MODULE._on_gpu(x) == "two_step"
+    monkeypatch.setitem(MODULE._ON_GPU, (torch.bfloat16, (9, 0)), "triton")
+    assert MODULE._on_gpu(x) == "triton"
+    assert MODULE._on_gpu(x.float()) == "two_step"
+
+
 def test_two_step_runs_in_triton_where_there_is_no_extension(monkeypatch):
     monkeypatch.setattr(MODULE, "CPP_ISA", "")
     shape = Shape(1, (2, 2), (2, 2), 8, 16)
@@ -423,10 +494,15 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match=r"impl: 'cpp' cannot .*neither AVX-512 nor AVX2"):
             run("cpp", shape)(*inputs(shape))
+    wide = Shape(1, (2, 2), (1, 1), 8, 520)
+    with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*C' = 520 channels are over 512"):
+        run("triton", wide)(*inputs(wide))
     monkeypatch.setattr(MODULE._triton, "INTERPRETED", False)
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match=r"impl: 'two_step' cannot .*neither AVX-512 nor AVX2"):
             run("two_step", shape)(*inputs(shape))
+        with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*the tensor is on cpu"):
+            run("triton", shape)(*inputs(shape))
 
 
 GOOD = {
@@ -465,7 +541,7 @@ GOOD = {
             r"pos_embed: wanted shape \(1, 1, 6, 16\) for x of shape \(2, 4, 6, 8\), got \(1, 4, 6, 16\)",
         ),
         ({"padding": "valid"}, r"padding: wanted one of 'symmetric', 'same', got 'valid'"),
-        ({"impl": "cudnn"}, r"impl: wanted one of 'auto', 'reference', 'two_step', 'cpp', got 'cudnn'"),
+        ({"impl": "cudnn"}, r"impl: wanted one of 'auto', 'reference', 'triton', 'two_step', 'cpp', got 'cudnn'"),
     ],
 )
 def test_bad_input(change, message):

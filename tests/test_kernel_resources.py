@@ -1,4 +1,4 @@
-"""Every shipped launch configuration of the attention kernels, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""Every shipped launch configuration of the kernels, compiled for sm_80, sm_90 and sm_100 without a GPU.
 
 ``python tests/test_kernel_resources.py --update`` compiles again and writes what came out to kernel_resources.json:
 the commit that changes a kernel then shows what the change costs.
@@ -14,6 +14,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+# Of several processes that run tests one does all of these: compiling takes minutes.
+pytestmark = pytest.mark.xdist_group("kernel_resources")
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kernel_resources.py"
@@ -90,6 +93,27 @@ def test_models_waste_little_matrix_work_on_hopper():
         held = sum(size for _, size in _pieces(N, config.piece))
         assert not config.stream
         assert (full * config.block + tail) * held <= 1.35 * N * N
+
+
+@pytest.mark.parametrize("channels", ["C96-192", "C128-256", "C192-384", "C256-512"])
+@pytest.mark.parametrize("kind", ["fwd", "train"])
+def test_fused_aggregation_uses_hopper_matrix_instructions(kind, channels):
+    assert figures(90, f"aggregate-{kind}-{channels}-bf16 block_aggregate_fwd")["HGMMA"] > 0
+
+
+@pytest.mark.parametrize(("channels", "edge"), [(192, 56), (256, 56), (384, 28), (512, 28)])
+def test_fused_aggregation_wastes_little_matrix_work(channels, edge):
+    """At most 1.35 times the convolution's pixels, at batch 256, from the tiles that the launcher cuts."""
+    from nest_fast.kernels import block_aggregate as kernels
+
+    for (_, operands), table in kernels.FUSED.items():
+        config = next(config for most, config in table if channels <= most)
+        pairs = 256 * edge // 2
+        for programs in (108, 132, 148):  # multiprocessors of an A100, H100 and B200
+            cut = kernels._cut(pairs, edge, config.pixels, programs)
+            steps = -(-(cut.share + 1) // (cut.rows // 2))
+            computed = -(-pairs // cut.share) * cut.tiles * steps * config.pixels
+            assert computed <= 1.35 * 256 * edge**2, (operands, cut)
 
 
 def main() -> None:

@@ -11,25 +11,25 @@ from torch import Tensor
 from nest_fast import reference
 from nest_fast.ops import _checks, _extension, _triton
 from nest_fast.ops._vmap import fold, unfold
-from nest_fast.ops.blockify import unblockify
+from nest_fast.ops.blockify import blockify, unblockify
 
 __all__ = ["block_aggregate"]
 
-IMPLS = ("auto", "reference", "two_step", "cpp")
+IMPLS = ("auto", "reference", "triton", "two_step", "cpp")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Size2 = tuple[int, int]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define(
-    "block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias,"
-    " Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size, float eps, bool same,"
-    " bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)"
-)
-_LIB.define(
     "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor"
 )
-# What follows the convolution, by either of two who compute it.
+# Everything, and what follows the convolution, by either of two who compute it.
 for _part in ("cpp", "triton"):
+    _LIB.define(
+        f"block_aggregate_{_part}_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
+        " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
+        " float eps, bool same, bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)"
+    )
     _LIB.define(
         f"norm_pool_{_part}_fwd(Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, Tensor? pos_embed,"
         " SymInt[2] out_block_size, float eps, bool same, bool training)"
@@ -72,7 +72,8 @@ def block_aggregate(
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on channels-last
             memory. "two_step" is the library's convolution, then one kernel for all the rest: the extension's on a
             CPU, Triton's on a GPU (and on CPU tensors under ``TRITON_INTERPRET=1`` if there is no extension). "cpp" is
-            one kernel for everything, on a CPU, its convolution by Winograd's algorithm. Only "auto" may choose.
+            one kernel for everything, on a CPU, its convolution by Winograd's algorithm; "triton" is one for everything
+            on a GPU, C' at most 512, float32 in TF32 where torch's convolutions are. Only "auto" may choose.
 
     Returns:
         ``(B, T/4, N, C')``, or ``(B, H/2, W/2, C')`` of an image.
@@ -160,8 +161,8 @@ def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
     return reasons + _dtype_why_not(x)
 
 
-def _triton_why_not(x: Tensor, out_channels: int) -> list[str]:
-    too_wide = [f"C' = {out_channels} channels are over 1024"] if out_channels > 1024 else []
+def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
+    too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
     return _triton.why_not(x) + _dtype_why_not(x) + too_wide
 
 
@@ -172,11 +173,15 @@ def _dtype_why_not(x: Tensor) -> list[str]:
 
 
 def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = _triton_why_not(x, out_channels)
+    reasons = _triton_why_not(x, out_channels, 1024)
     return reasons and (_cpp_why_not(x, out_channels) if x.device.type == "cpu" else reasons)
 
 
-_WHY_NOT = {"cpp": _cpp_why_not, "two_step": _two_step_why_not}
+_WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
+
+# (dtype, compute capability) -> what "auto" takes on such a GPU. Neither was measured on any so far: where no row says
+# otherwise it is the library's convolution and one kernel for the rest.
+_ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
 def _choose(x: Tensor, out_channels: int) -> str:
@@ -189,11 +194,17 @@ def _choose(x: Tensor, out_channels: int) -> str:
         amx = _checks.autocast(x).dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
         return "two_step" if amx else "cpp"
     if x.device.type == "cuda":
-        reasons = _two_step_why_not(x, out_channels)
+        impl = _on_gpu(x)
+        reasons = _WHY_NOT[impl](x, out_channels)
         if not reasons:
-            return "two_step"
-        _say_once(f"block_aggregate runs plain PyTorch, since for two_step {'; '.join(reasons)}")
+            return impl
+        _say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
     return "reference"
+
+
+def _on_gpu(x: Tensor) -> str:
+    properties = torch.cuda.get_device_properties(x.device)
+    return _ON_GPU.get((_checks.autocast(x).dtype, (properties.major, properties.minor)), "two_step")
 
 
 def _require(impl: str, x: Tensor, out_channels: int) -> None:
@@ -239,11 +250,10 @@ def _run(
         # Under autocast the sum may be in another dtype than the rest.
         fused_pos = _dense(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
         fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
-    if impl == "cpp":
+    if impl != "two_step":
         x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
-        out = _OPS.block_aggregate_cpp_fwd(
-            x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training
-        )[0]
+        fused = _OPS.block_aggregate_cpp_fwd if impl == "cpp" else _OPS.block_aggregate_triton_fwd
+        out = fused(x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training)[0]
     else:
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
@@ -339,28 +349,27 @@ for _part in ("cpp", "triton"):
     torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 5), lib=_LIB)
 
 
-def _norm_pool_triton_fwd(*args):
-    from nest_fast.kernels import block_aggregate as kernels
+def _launch(launcher: str):
+    """What launches a kernel, imported with Triton at the first launch."""
 
-    return kernels.norm_pool_fwd(*args)
+    def launch(*args):
+        from nest_fast.kernels import block_aggregate as kernels
 
+        return getattr(kernels, launcher)(*args)
 
-def _norm_pool_triton_bwd(*args):
-    from nest_fast.kernels import block_aggregate as kernels
-
-    return kernels.norm_pool_bwd(*args)
+    return launch
 
 
 for _key in _triton.DISPATCH_KEYS:
-    _LIB.impl("norm_pool_triton_fwd", _norm_pool_triton_fwd, _key)
-    _LIB.impl("norm_pool_triton_bwd", _norm_pool_triton_bwd, _key)
+    _LIB.impl("norm_pool_triton_fwd", _launch("norm_pool_fwd"), _key)
+    _LIB.impl("norm_pool_triton_bwd", _launch("norm_pool_bwd"), _key)
+    _LIB.impl("block_aggregate_triton_fwd", _launch("block_aggregate_fwd"), _key)
 
 
-# --- registration: everything in one C++ kernel -----------------------------------------------------------------------
+# --- registration: everything in one kernel ---------------------------------------------------------------------------
 
 
-@torch.library.register_fake("nest_fast::block_aggregate_cpp_fwd", lib=_LIB)
-def _cpp_fwd_fake(
+def _fused_fwd_fake(
     x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid, block, out_block, eps, same, training
 ):
     B, H, W, C = x.shape[0], grid[0] * block[0], grid[1] * block[1], conv_weight.shape[0]
@@ -373,7 +382,7 @@ def _cpp_dx_fake(dy, conv_weight, grid, block):
     return dy.new_empty((dy.shape[0], grid[0] * grid[1], block[0] * block[1], conv_weight.shape[1]))
 
 
-def _cpp_setup(ctx, inputs, output):
+def _fused_setup(ctx, inputs, output):
     x, conv_weight, conv_bias, norm_weight, _, _, ctx.grid, ctx.block, ctx.out_block, _, ctx.same, ctx.training = inputs
     _, *saved = output
     ctx.save_for_backward(x, conv_weight, conv_bias, norm_weight, *saved)
@@ -381,28 +390,45 @@ def _cpp_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _cpp_autograd(ctx, dout, *_):
-    if dout is None:
-        return (None,) * 12
-    x, conv_weight, conv_bias, norm_weight, y, *statistics = ctx.saved_tensors
-    dy, *dparams = _norm_pool_gradients(ctx, _OPS.norm_pool_cpp_bwd, dout, y, conv_bias, norm_weight, *statistics)
-    need_dx, need_dweight, *_, need_dpos = ctx.needs_input_grad[:6]
-    dx = _OPS.block_aggregate_cpp_dx(dy, conv_weight, ctx.grid, ctx.block) if need_dx else None
-    dweight = None
-    if need_dweight:
-        _, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2),
-            unblockify(x, ctx.grid, ctx.block).permute(0, 3, 1, 2),
-            conv_weight,
-            None,
-            *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, transposed, its padding, groups
-            [False, True, False],
-        )
-    dpos_embed = dout.sum(0, keepdim=True) if need_dpos else None
-    return dx, dweight, *dparams, dpos_embed, *(None,) * 6
+def _library_gradients(dy, x, conv_weight, grid, block, wanted):
+    """dx and dweight by the library's convolution; None for what is not wanted."""
+    if not any(wanted):
+        return None, None
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2),
+        unblockify(x, grid, block).permute(0, 3, 1, 2),
+        conv_weight,
+        None,
+        *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, transposed, its padding, groups
+        [*wanted, False],
+    )
+    return blockify(dx.permute(0, 2, 3, 1), block) if wanted[0] else None, dweight
 
 
-torch.library.register_autograd("nest_fast::block_aggregate_cpp_fwd", _cpp_autograd, setup_context=_cpp_setup, lib=_LIB)
-torch.library.register_vmap("nest_fast::block_aggregate_cpp_fwd", _vmap(_OPS.block_aggregate_cpp_fwd, 6), lib=_LIB)
+def _fused_autograd(part):
+    norm_pool_bwd = getattr(_OPS, f"norm_pool_{part}_bwd")
+
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 12
+        x, conv_weight, conv_bias, norm_weight, y, *statistics = ctx.saved_tensors
+        dy, *dparams = _norm_pool_gradients(ctx, norm_pool_bwd, dout, y, conv_bias, norm_weight, *statistics)
+        need_dx, need_dweight, *_, need_dpos = ctx.needs_input_grad[:6]
+        own_dx = need_dx and part == "cpp"
+        wanted = [need_dx and not own_dx, need_dweight]
+        dx, dweight = _library_gradients(dy, x, conv_weight, ctx.grid, ctx.block, wanted)
+        if own_dx:
+            dx = _OPS.block_aggregate_cpp_dx(dy, conv_weight, ctx.grid, ctx.block)
+        dpos_embed = dout.sum(0, keepdim=True) if need_dpos else None
+        return dx, dweight, *dparams, dpos_embed, *(None,) * 6
+
+    return backward
+
+
+for _part in ("cpp", "triton"):
+    _fwd = f"block_aggregate_{_part}_fwd"
+    torch.library.register_fake(f"nest_fast::{_fwd}", _fused_fwd_fake, lib=_LIB)
+    torch.library.register_autograd(f"nest_fast::{_fwd}", _fused_autograd(_part), setup_context=_fused_setup, lib=_LIB)
+    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 6), lib=_LIB)
 
 CPP_ISA = _extension.cpp_isa

@@ -133,12 +133,12 @@ def _backward(ctx, dout, _):
     # Sums over chunks in float32, whatever the dtype.
     dfc1, dfc2 = (torch.zeros_like(weight, dtype=torch.float32) for weight in (fc1_weight, fc2_weight))
     dfc1_bias = torch.zeros(hidden.shape[1], device=x.device)
-    chunks = math.ceil(hidden.nbytes / CHUNK_BYTES)
-    rows = max(1, math.ceil(len(x) / max(1, chunks)))
-    for d, h, y_part, dy_part in zip(*(t.split(rows) for t in (dout, hidden, y, dy)), strict=True):
+    chunks = max(1, math.ceil(int(x.shape[0]) * hidden.shape[1] * hidden.element_size() / CHUNK_BYTES))
+    for d, h, y_part, dy_part in zip(*(t.chunk(chunks) for t in (dout, hidden, y, dy)), strict=True):
         d = d if ctx.branch_scale == 1.0 else d * ctx.branch_scale
         _add_product(dfc2, d.t(), F.gelu(h, approximate=ctx.approximate))
-        dh = torch.ops.aten.gelu_backward(d @ fc2_weight, h, approximate=ctx.approximate)
+        # From narrow to wide oneDNN's product is the faster one, up to twice; elsewhere the two are alike.
+        dh = torch.ops.aten.gelu_backward(linear(d, fc2_weight.t()), h, approximate=ctx.approximate)
         _add_product(dfc1, dh.t(), y_part)
         dfc1_bias += dh.sum(0)
         torch.mm(dh, fc1_weight, out=dy_part)
