@@ -25,7 +25,8 @@ from nest_fast.kernels import block_aggregate as kernels
 
 from nest_fast import reference
 from nest_fast.ops import block_aggregate
-from nest_fast.ops.block_aggregate import CPP_ISA, IMPLS
+from nest_fast.ops._extension import cpp_isa as CPP_ISA
+from nest_fast.ops.block_aggregate import IMPLS
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
@@ -459,7 +460,7 @@ def test_auto_chooses(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         assert choose(torch.float32) == ("two_step" if CPP_ISA else "reference")
-    monkeypatch.setattr(MODULE, "CPP_ISA", "")
+    monkeypatch.setattr(MODULE._extension, "cpp_isa", "")
     assert choose(torch.float32) == "reference"
 
 
@@ -476,7 +477,7 @@ def test_auto_on_a_gpu_is_what_its_table_says(monkeypatch):
 
 
 def test_two_step_runs_in_triton_where_there_is_no_extension(monkeypatch):
-    monkeypatch.setattr(MODULE, "CPP_ISA", "")
+    monkeypatch.setattr(MODULE._extension, "cpp_isa", "")
     shape = Shape(1, (2, 2), (2, 2), 8, 16)
     tensors = inputs(shape)
     dout = torch.randn(1, 1, 4, 16, device=DEVICE)
@@ -490,7 +491,7 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
     for impl in FAST:
         with pytest.raises(RuntimeError, match=f"impl: '{impl}' cannot run block_aggregate here: .*torch.float64"):
             run(impl, shape)(*(x.double() for x in inputs(shape)))
-    monkeypatch.setattr(MODULE, "CPP_ISA", "")
+    monkeypatch.setattr(MODULE._extension, "cpp_isa", "")
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match=r"impl: 'cpp' cannot .*neither AVX-512 nor AVX2"):
             run("cpp", shape)(*inputs(shape))

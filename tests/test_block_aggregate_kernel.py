@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from nest_fast.kernels import block_aggregate as kernels
 
 from nest_fast import reference
-from nest_fast.ops.block_aggregate import CPP_ISA
+from nest_fast.ops._extension import cpp_isa as CPP_ISA
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast

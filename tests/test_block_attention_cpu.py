@@ -135,17 +135,15 @@ def test_any_shape_and_layout(isa, dtype, B, T, N, heads, d, multi_query, layout
     exact = gradients(golden, (q, k, v), dout)
     theirs = gradients(plain, (q, k, v), dout)
     factors = (1.5, *(3 if dtype == torch.float32 else 2,) * 3)
-    results = list(zip((q, q, k, v), ours, theirs, exact, factors, strict=True))
-    if N == 1:  # dq and dk are zero, or what rounding leaves of a difference
-        for x, other in ((ours[1], k), (ours[2], q)):
-            assert x.abs().max() <= 8 * torch.finfo(dtype).eps * dout.norm() * v.norm() * other.norm()
-        results = [results[0], results[3]]
-    for like, our, their, wanted, factor in results:
+    # With few keys a softmax is often all but decided: dq and dk are then differences that cancel, wholly for N = 1.
+    noise = 8 * torch.finfo(dtype).eps * (dout.double().norm() * v.double().norm()).item() if N < 16 else 0.0
+    slack = (0.0, noise * k.double().norm().item(), noise * q.double().norm().item(), 0.0)
+    for like, our, their, wanted, factor, more in zip((q, q, k, v), ours, theirs, exact, factors, slack, strict=True):
         assert our.is_contiguous()
         assert our.shape == like.shape
+        error, others = ((x.double() - wanted).norm().item() for x in (our, their))
         # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
-        allowed = factor * relative_error(their, wanted) + torch.finfo(dtype).eps
-        assert relative_error(our, wanted) <= allowed
+        assert error <= factor * others + torch.finfo(dtype).eps * wanted.norm().item() + more
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

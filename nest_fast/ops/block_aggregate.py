@@ -151,14 +151,7 @@ def _check_parameters(
 
 
 def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = []
-    if _extension.cpu_error is not None:
-        reasons.append(_extension.cpu_error)
-    elif not CPP_ISA:
-        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}, not on a CPU")
-    return reasons + _dtype_why_not(x)
+    return _extension.cpp_why_not("x", x) + _dtype_why_not(x)
 
 
 def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
@@ -430,5 +423,3 @@ for _part in ("cpp", "triton"):
     torch.library.register_fake(f"nest_fast::{_fwd}", _fused_fwd_fake, lib=_LIB)
     torch.library.register_autograd(f"nest_fast::{_fwd}", _fused_autograd(_part), setup_context=_fused_setup, lib=_LIB)
     torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 6), lib=_LIB)
-
-CPP_ISA = _extension.cpp_isa
