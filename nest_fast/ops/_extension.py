@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "use_layer", "wants_gradients"]
+__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "use_layer", "wants_gradients"]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("cpp_isa() -> str")
@@ -45,6 +45,10 @@ def _isa() -> str:
 cpp_isa = _isa()
 
 
+# Whether PyTorch's matmuls in bfloat16 have a matrix unit. Asked once: the compiler cannot trace the question.
+has_amx = torch.cpu._is_amx_tile_supported()
+
+
 def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
     """Why the C++ kernels cannot take ``x``, dtype and shape aside."""
     reasons = []
@@ -70,7 +74,7 @@ def use_layer(op: str, impl: str, x: torch.Tensor, weights: list[torch.Tensor | 
         raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
     if impl == "cpp" or reasons:
         return impl == "cpp"
-    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    if x.dtype == torch.bfloat16 and has_amx:
         return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
     # A compiler that sees plain PyTorch decides itself what to keep for the gradient.
     return not (torch.compiler.is_compiling() and wants_gradients(x, *weights))

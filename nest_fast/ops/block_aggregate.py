@@ -184,7 +184,7 @@ def _choose(x: Tensor, out_channels: int) -> str:
         if _cpp_why_not(x, out_channels):
             return "reference"
         # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
-        amx = _checks.autocast(x).dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        amx = _checks.autocast(x).dtype == torch.bfloat16 and _extension.has_amx
         return "two_step" if amx else "cpp"
     if x.device.type == "cuda":
         impl = _on_gpu(x)
