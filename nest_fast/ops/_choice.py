@@ -1,4 +1,4 @@
-"""The choice between Triton and plain PyTorch, for the passes between the matmuls."""
+"""Choices that several operations share: Triton or plain PyTorch for a pass, C++ or the library's own for a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _checks, _triton
+from nest_fast.ops import _checks, _extension, _triton
 
 IMPLS = ("auto", "reference", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,6 +39,29 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
     if reasons:
         _say_once(f"{op} runs plain PyTorch, since for triton {'; '.join(reasons)}")
     return not reasons
+
+
+def use_layer(op: str, impl: str, x: Tensor, weights: list[Tensor | None]) -> bool:
+    """Whether ``impl``, "auto" or "cpp", means the C++ kernel of the layer ``op``; an error if that cannot run."""
+    reasons = _extension.cpp_why_not("x", x)
+    if x.dtype not in _KERNEL_DTYPES:
+        reasons.append(f"dtype {x.dtype} is none of float32, float16, bfloat16")
+    if _checks.in_functorch():
+        reasons.append("torch.func is transforming")
+    if torch.is_autocast_enabled(x.device.type):
+        reasons.append("autocast is on")
+    if impl == "cpp" and reasons:
+        raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
+    if impl == "cpp" or reasons:
+        return impl == "cpp"
+    if x.dtype == torch.bfloat16 and _extension.has_amx:
+        return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
+    # A compiler that sees plain PyTorch decides itself what to keep for the gradient.
+    return not (torch.compiler.is_compiling() and wants_gradients(x, *weights))
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 _SAID: set[str] = set()

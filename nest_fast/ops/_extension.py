@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "use_layer", "wants_gradients"]
+__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx"]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("cpp_isa() -> str")
@@ -59,26 +59,3 @@ def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
     if x.device.type != "cpu":
         reasons.append(f"{name} is on {x.device}, not on a CPU")
     return reasons
-
-
-def use_layer(op: str, impl: str, x: torch.Tensor, weights: list[torch.Tensor | None]) -> bool:
-    """Whether ``impl``, "auto" or "cpp", means the C++ kernel of the layer ``op``; an error if that cannot run."""
-    reasons = cpp_why_not("x", x)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {x.dtype} is none of float32, float16, bfloat16")
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        reasons.append("torch.func is transforming")
-    if torch.is_autocast_enabled(x.device.type):
-        reasons.append("autocast is on")
-    if impl == "cpp" and reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
-    if impl == "cpp" or reasons:
-        return impl == "cpp"
-    if x.dtype == torch.bfloat16 and has_amx:
-        return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
-    # A compiler that sees plain PyTorch decides itself what to keep for the gradient.
-    return not (torch.compiler.is_compiling() and wants_gradients(x, *weights))
-
-
-def wants_gradients(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

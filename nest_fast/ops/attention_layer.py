@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _extension
+from nest_fast.ops import _checks, _choice
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
 
@@ -89,7 +89,7 @@ def attention_layer(
             branch_scale=branch_scale,
             eps=eps,
         )
-    if _extension.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
+    if _choice.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
         out, *_ = torch.ops.nest_fast.attention_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
@@ -100,7 +100,7 @@ def attention_layer(
             _checks.dense_rows(proj_weight),
             proj_bias,
             *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
-            _extension.wants_gradients(x, *(weight for weight, _ in weights.values())),
+            _choice.wants_gradients(x, *(weight for weight, _ in weights.values())),
         )
         return out.view(x.shape)
     y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _extension
+from nest_fast.ops import _checks, _choice
 from nest_fast.ops.linear import linear
 
 __all__ = ["mlp_layer"]
@@ -82,7 +82,7 @@ def mlp_layer(
             branch_scale=branch_scale,
             eps=eps,
         )
-    if _extension.use_layer("mlp_layer", impl, x, given):
+    if _choice.use_layer("mlp_layer", impl, x, given):
         out, _ = torch.ops.nest_fast.mlp_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
@@ -94,7 +94,7 @@ def mlp_layer(
             _checks.dense_rows(fc2_weight),
             fc2_bias,
             branch_scale,
-            _extension.wants_gradients(x, *given),
+            _choice.wants_gradients(x, *given),
         )
         return out.view(x.shape)
     y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation=activation)
