@@ -2,8 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, so that a green run stays green; HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("stable", derandomize=True)
+hypothesis.settings.register_profile("explore", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -210,8 +210,8 @@ def check_any_shape(impl, B, half_grid, block, C, C_out, dtype, padding, missing
     exact = reference.block_aggregate(*wide[:5], **options, pos_embed=wide[5])
     plain = reference.block_aggregate(*tensors, **options, pos_embed=pos_embed)
     assert out.shape == exact.shape
-    # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
-    assert relative_error(out, exact) <= 1.25 * relative_error(plain, exact) + torch.finfo(dtype).eps
+    # In a handful of numbers the error of either is luck, of sums that happen to cancel: some roundings are allowed.
+    assert relative_error(out, exact) <= 1.25 * relative_error(plain, exact) + 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("wanted", range(6), ids=NAMES)

@@ -191,9 +191,9 @@ def check_any_shape(part, B, grid, block, C, dtype, padding, seed):
     exact = plain(*(x.double() for x in inputs), block=block, padding=padding)
     out, _, _, argmax = launch(part, *inputs, block=block, padding=padding)
     quiet, *empty = launch(part, *inputs, block=block, padding=padding, training=False)
-    # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
+    # In a handful of numbers the error of either is luck, of sums that happen to cancel: some roundings are allowed.
     error = relative_error(plain(*inputs, block=block, padding=padding), exact)
-    assert relative_error(out, exact) <= 1.25 * error + torch.finfo(dtype).eps
+    assert relative_error(out, exact) <= 1.25 * error + 8 * torch.finfo(dtype).eps
     assert torch.equal(out, quiet)
     assert all(x.numel() == 0 for x in empty)
     assert argmax.max() < 9

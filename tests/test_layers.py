@@ -101,8 +101,8 @@ def test_as_accurate_as_plain_pytorch(isa, dtype, case):
 def test_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
     torch.manual_seed(seed)
     C = heads * head_dim
-    # In a handful of numbers plain PyTorch may have no error at all: the rounding of the result is allowed.
-    slack = 4 * torch.finfo(dtype).eps
+    # In a handful of numbers the error of either is luck, of sums that happen to cancel: some roundings are allowed.
+    slack = 16 * torch.finfo(dtype).eps
     for function, (tensors, options) in (
         (attention_layer, attention_inputs(*lead, C, heads, multi_query, dtype)),
         (mlp_layer, mlp_inputs(*lead, C, hidden, activation, dtype)),
