@@ -64,7 +64,7 @@ struct Kernels {
    isa::norm_pool<isa::op::Element>, isa::norm_pool_bwd<isa::op::Element>, isa::op::kPerUnit, isa::kLanes}
 constexpr ByDtype<Kernels> kKernels[] = {NEST_FAST_BY_ISA(NEST_FAST_KERNELS)};
 
-// --- checks -----------------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 struct Size2 {
   int64_t h, w;
@@ -124,7 +124,7 @@ Size2 half_grid(int64_t height, int64_t width, Size2 block) {
   return {height / 2 / block.h, width / 2 / block.w};
 }
 
-// --- the operations ---------------------------------------------------------------------------------------------------
+// --- the operations --------------------------------------------------------------------------------------------------
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // out, y, mean, rstd, argmax
 

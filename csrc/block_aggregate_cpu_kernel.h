@@ -10,7 +10,7 @@
 
 constexpr int64_t kChain = 16 * kLanes;
 
-// --- the convolution --------------------------------------------------------------------------------------------------
+// --- the convolution -------------------------------------------------------------------------------------------------
 
 // G g G^T of the filters g, for pairs [begin, end) of vectors of output channels.
 template <class Op>
@@ -190,7 +190,7 @@ class Given {
   const Aggregate& p_;
 };
 
-// --- what follows it --------------------------------------------------------------------------------------------------
+// --- what follows it -------------------------------------------------------------------------------------------------
 
 using Ints = decltype(Vec{} < Vec{});
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
@@ -351,7 +351,7 @@ void convolve(const Aggregate& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- its gradient -----------------------------------------------------------------------------------------------------
+// --- its gradient ----------------------------------------------------------------------------------------------------
 
 // Rows [begin, end) of the convolution's output, counted through all images.
 template <class T>

@@ -76,35 +76,53 @@ struct Sums {
   int64_t row, vec;
 };
 
-// c[ROWS, VECS] = a[ROWS, units] @ b[units, VECS], or its sum with c, with every sum in a register.
+// c[ROWS, VECS], with every sum in a register.
 template <class Op, int ROWS, int VECS>
-inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t units, bool add_c, Sums c) {
-  Vec sums[ROWS][VECS];
+class Tile {
+ public:
+  Tile() {
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) sums[r][v] = zero();
-  for (; units > 0; units -= kLanes, a += kPanel) {
-    const int64_t steps = std::min<int64_t>(units, kLanes);
-    for (int64_t u = 0; u < steps; ++u, b += columns) {
-      Vec right[VECS];
+      for (int v = 0; v < VECS; ++v) sums_[r][v] = zero();
+  }
+
+  // Adds the product of one unit: a is its column, `stride` floats from one row to the next, b its row.
+  void add_unit(const float* a, int64_t stride, const float* b) {
+    Vec right[VECS];
 #pragma GCC unroll 2
-      for (int v = 0; v < VECS; ++v) right[v] = load(b + v * kLanes);
+    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec left = broadcast(a[r * kLanes + u]);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec left = broadcast(a[r * stride]);
 #pragma GCC unroll 2
-        for (int v = 0; v < VECS; ++v) sums[r][v] = Op::dot(left, right[v], sums[r][v]);
-      }
+      for (int v = 0; v < VECS; ++v) sums_[r][v] = Op::dot(left, right[v], sums_[r][v]);
     }
   }
+
+  void store_to(Sums c, bool add_c) const {
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) {
-      float* sum = c.at + r * c.row + v * c.vec;
-      store(sum, add_c ? add(load(sum), sums[r][v]) : sums[r][v]);
-    }
+      for (int v = 0; v < VECS; ++v) {
+        float* sum = c.at + r * c.row + v * c.vec;
+        store(sum, add_c ? add(load(sum), sums_[r][v]) : sums_[r][v]);
+      }
+  }
+
+ private:
+  Vec sums_[ROWS][VECS];
+};
+
+// c[ROWS, VECS] = a[ROWS, units] @ b[units, VECS], or its sum with c.
+template <class Op, int ROWS, int VECS>
+inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t units, bool add_c, Sums c) {
+  Tile<Op, ROWS, VECS> tile;
+  for (; units > 0; units -= kLanes, a += kPanel) {
+    const int64_t steps = std::min<int64_t>(units, kLanes);
+    for (int64_t u = 0; u < steps; ++u, b += columns) tile.add_unit(a + u, kLanes, b);
+  }
+  tile.store_to(c, add_c);
 }
 
 // As multiply; a long chain of additions loses precision, so it is cut after `chain` units, a multiple of kLanes.
@@ -120,18 +138,22 @@ void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t u
   }
 }
 
-template <class Op, int... I>
-void multiply_by_rows(std::integer_sequence<int, I...>, int64_t rows, const float* a, const float* b, int64_t columns,
-                      int64_t units, int64_t chain, Sums c) {
-  using Multiply = void (*)(const float*, const float*, int64_t, int64_t, int64_t, Sums);
-  static constexpr Multiply by_rows[] = {multiply_exactly<Op, I + 1>...};
-  by_rows[rows - 1](a, b, columns, units, chain, c);
+// use(ROWS) with the ROWS, 1 to kRows, that `rows` is, as a constant.
+template <class Use, int... I>
+void with_constant(std::integer_sequence<int, I...>, int64_t rows, const Use& use) {
+  using Call = void (*)(const Use&);
+  static constexpr Call by_rows[] = {[](const Use& use) { use(std::integral_constant<int, I + 1>()); }...};
+  by_rows[rows - 1](use);
+}
+template <class Use>
+void with_constant_rows(int64_t rows, const Use& use) {
+  with_constant(std::make_integer_sequence<int, kRows>(), rows, use);
 }
 
 // c[rows, columns] = a[rows, units] @ b[units, columns], for at most kRows rows and columns that fill vectors.
 template <class Op>
 void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t units, int64_t chain, Sums c) {
-  multiply_by_rows<Op>(std::make_integer_sequence<int, kRows>(), rows, a, b, columns, units, chain, c);
+  with_constant_rows(rows, [=](auto count) { multiply_exactly<Op, count>(a, b, columns, units, chain, c); });
 }
 
 // x itself where ROWS x SIZE elements can be read there, otherwise a copy of the rows x count there are, zeros around.
@@ -140,7 +162,7 @@ inline const T* readable(const T* x, int64_t& stride, int64_t rows, int64_t coun
   if (rows >= ROWS && count >= SIZE) return x;
   std::memset(copy, 0, sizeof(copy));
   rows = std::min<int64_t>(rows, ROWS);
-  count = std::min<int64_t>(count, SIZE);
+  count = std::clamp<int64_t>(count, 0, SIZE);
   for (int64_t r = 0; r < rows; ++r) std::memcpy(copy[r], x + r * stride, count * sizeof(T));
   stride = SIZE;
   return copy[0];
@@ -197,10 +219,11 @@ void pack_columns(const typename Op::Element* x, int64_t stride, int64_t rows, i
     }
 }
 
-// LayerNorm of the `channels` floats in z, in place; whole vectors of z are read and written.
 struct Statistics {
   float mean, rstd;
 };
+
+// LayerNorm of the `channels` floats in z, in place; whole vectors of z are read and written.
 template <class T>
 inline Statistics layer_norm(float* z, int64_t channels, const T* weight, const T* bias, float eps) {
   Vec total = zero(), squares = zero();
@@ -246,29 +269,9 @@ inline void exp2_negative(Vec (&x)[COUNT]) {
 template <class Op, int ROWS, int VECS>
 inline void multiply_transposed_tile(const float* a, int64_t stride, const float* b, int64_t columns, int64_t units,
                                      bool add_c, Sums c) {
-  Vec sums[ROWS][VECS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) sums[r][v] = zero();
-  for (int64_t u = 0; u < units; ++u, a += stride, b += columns) {
-    Vec right[VECS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) right[v] = load(b + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const Vec left = broadcast(a[r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < VECS; ++v) sums[r][v] = Op::dot(left, right[v], sums[r][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) {
-      float* sum = c.at + r * c.row + v * c.vec;
-      store(sum, add_c ? add(load(sum), sums[r][v]) : sums[r][v]);
-    }
+  Tile<Op, ROWS, VECS> tile;
+  for (int64_t u = 0; u < units; ++u, a += stride, b += columns) tile.add_unit(a, 1, b);
+  tile.store_to(c, add_c);
 }
 
 template <class Op, int ROWS>
@@ -280,18 +283,10 @@ void multiply_transposed_rows(const float* a, int64_t stride, const float* b, in
   if (first < columns) multiply_transposed_tile<Op, ROWS, 1>(a, stride, b + first, columns, units, add_c, c);
 }
 
-template <class Op, int... I>
-void multiply_transposed_by_rows(std::integer_sequence<int, I...>, int64_t rows, const float* a, int64_t stride,
-                                 const float* b, int64_t columns, int64_t units, bool add_c, Sums c) {
-  using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, bool, Sums);
-  static constexpr Multiply by_rows[] = {multiply_transposed_rows<Op, I + 1>...};
-  by_rows[rows - 1](a, stride, b, columns, units, add_c, c);
-}
-
 // c[rows, columns] = a^T @ b[units, columns], or its sum with c, as multiply.
 template <class Op>
 void multiply_transposed(int64_t rows, const float* a, int64_t stride, const float* b, int64_t columns, int64_t units,
                          bool add_c, Sums c) {
-  multiply_transposed_by_rows<Op>(std::make_integer_sequence<int, kRows>(), rows, a, stride, b, columns, units, add_c,
-                                  c);
+  with_constant_rows(
+      rows, [=](auto count) { multiply_transposed_rows<Op, count>(a, stride, b, columns, units, add_c, c); });
 }
