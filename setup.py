@@ -104,7 +104,7 @@ class BuildParts(build_ext):
             compile_flags = f"{FLAGS} -ccbin {cxx} -Xcompiler -fPIC -DUSE_CUDA --threads 4 {gencode(compiler)}"
             link_flags = f"-ccbin {cxx} -Xlinker --no-as-needed"
         else:
-            compiler, compile_flags, link_flags = cxx, f"{FLAGS} -fPIC -fopenmp", "-fopenmp"
+            compiler, compile_flags, link_flags = cxx, f"{FLAGS} -fPIC -fvisibility=hidden -fopenmp", "-fopenmp"
         build = ROOT / "build" / ext.name.rpartition(".")[2]
         build.mkdir(parents=True, exist_ok=True)
         objects = {f"{Path(source).name}.o": f"../../{source}" for source in ext.sources}

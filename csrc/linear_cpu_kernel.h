@@ -42,11 +42,12 @@ void pack_input(const typename Op::Element* x, int64_t stride, int64_t rows, int
   }
 }
 
-// Rows of x as A, in tiles of at most kRows rows.
+// Rows of x as A, in tiles of at most kRows rows. All but the last have an even number: neighbours can be a unit.
 struct Tiles {
   int64_t rows, count, tile_rows;
 
-  explicit Tiles(int64_t rows) : rows(rows), count(ceil_div(rows, kRows)), tile_rows(ceil_div(rows, count)) {}
+  explicit Tiles(int64_t rows)
+      : rows(rows), count(ceil_div(rows, kRows)), tile_rows(round_up(ceil_div(rows, count), 2)) {}
   int64_t first(int64_t tile) const { return tile * tile_rows; }
   int64_t size(int64_t tile) const { return std::min(tile_rows, rows - first(tile)); }
 };
@@ -58,8 +59,8 @@ void pack_tiles(const Tiles& tiles, const typename Op::Element* x, int64_t strid
     pack_input<Op>(x + tiles.first(tile) * stride, stride, tiles.size(tile), features, norm, row, a);
 }
 
-// x Phi(x), Phi by a rational function of x^2 with an error below 3e-8.
-inline Vec gelu(Vec x) {
+// Phi(x) by a rational function of x^2 with an error below 3e-8.
+inline Vec normal_cdf(Vec x) {
   const Vec t = mul(x, x);
   Vec p = broadcast(0x1.7f1230p-25f), q = broadcast(0x1.3ca834p-20f);
   for (const float c : {0x1.a613c8p-17f, 0x1.6239fap-12f, 0x1.3286c0p-7f, 0x1.15ee7ep-4f, 0x1.988452p-1f})
@@ -69,16 +70,26 @@ inline Vec gelu(Vec x) {
   const Vec half = broadcast(0.5f), phi = mul_add(mul(x, half), p / q, half);
   // Further out it is 0 or 1 in float32. NaN is neither further out nor within.
   const Vec bound = broadcast(5.6f);
-  return mul(x, x > bound ? broadcast(1) : x < -bound ? zero() : phi);
+  return x > bound ? broadcast(1) : x < -bound ? zero() : phi;
 }
 
-// x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is the formula with tanh.
+inline Vec gelu(Vec x) { return mul(x, normal_cdf(x)); }
+
+// 2 sqrt(2 / pi) (x + 0.044715 x^3): the formula with tanh is x times the logistic function of it.
+inline Vec logistic_argument(Vec x) {
+  return mul(x, mul_add(mul(x, x), broadcast(2 * 0.7978845608f * 0.044715f), broadcast(2 * 0.7978845608f)));
+}
+
+// e^-|u|.
+inline Vec decay(Vec u) {
+  Vec x[] = {mul(u > zero() ? -u : u, broadcast(1.44269504f))};
+  exp2_negative<Floats<float>>(x);
+  return x[0];
+}
+
 inline Vec gelu_tanh(Vec x) {
-  const Vec u = mul(x, mul_add(mul(x, x), broadcast(2 * 0.7978845608f * 0.044715f), broadcast(2 * 0.7978845608f)));
-  Vec decay[] = {mul(u > zero() ? -u : u, broadcast(1.44269504f))};
-  exp2_negative<Floats<float>>(decay);
-  const Vec one = broadcast(1);
-  return mul(x, (u > zero() ? one : decay[0]) / add(one, decay[0]));
+  const Vec u = logistic_argument(x), d = decay(u), one = broadcast(1);
+  return mul(x, (u > zero() ? one : d) / add(one, d));
 }
 
 inline Vec activate(Activation activation, Vec x) { return activation == kGelu ? gelu(x) : gelu_tanh(x); }

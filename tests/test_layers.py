@@ -1,7 +1,6 @@
 """attention_layer and mlp_layer: every implementation against float64, registration, choosing, errors."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -179,11 +178,16 @@ def test_reads_nothing_around_the_inputs(isa, dtype):
     for function, tensors, options in both():
         tensors = [t.to(dtype) for t in tensors]
         guarded = []
-        for t in tensors:
+        for t in (torch.randn_like(tensors[0]), *tensors):
             guard = t.new_full((t.numel() + 128,), math.nan)
             guarded.append(guard[64:-64].view(t.shape).copy_(t))
-        out = function(*guarded, **options, impl="cpp")
-        assert torch.equal(out, function(*tensors, **options, impl="cpp"))
+        results = []
+        for dout, *leaves in (guarded, [t.clone() for t in guarded]):
+            leaves = [t.requires_grad_() for t in leaves]
+            out = function(*leaves, **options, impl="cpp")
+            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+        assert all(map(torch.equal, *results))
+        assert not any(x.isnan().any() for x in results[0])
 
 
 @needs_cpp
@@ -201,30 +205,119 @@ def test_strided_operands():
 NAMES = ("x", "norm_weight", "norm_bias", "weight", "bias", "weight 2", "bias 2")
 
 
+def assert_accurate_gradients(function, tensors, options, slack=0.0):
+    """The L2 error of each gradient at most twice plain PyTorch's."""
+    dout = torch.randn_like(tensors[0])
+    given = [t for t in tensors if t is not None]
+
+    def run(*t, impl):
+        t = iter(t)
+        return function(*(None if x is None else next(t) for x in tensors), **options, impl=impl)
+
+    ours, plain = (gradients(lambda *t, impl=impl: run(*t, impl=impl), given, dout) for impl in ("cpp", "reference"))
+    exact = gradients(lambda *t: run(*t, impl="reference"), [t.double() for t in given], dout)
+    with torch.no_grad():
+        assert torch.equal(run(*given, impl="cpp"), ours[0])
+    names = ("out", *(name for name, x in zip(NAMES, tensors, strict=True) if x is not None))
+    for name, a, b, golden in zip(names, ours, plain, exact, strict=True):
+        assert a.dtype == given[0].dtype, name
+        assert a.shape == golden.shape, name
+        error, theirs = relative_error(a, golden), relative_error(b, golden)
+        assert error <= 2 * theirs + slack, f"{name}: error {error:.3e}, plain PyTorch's {theirs:.3e}"
+
+
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
-    [attention_inputs(2, 4, 49, 64, 2), attention_inputs(3, 2, 16, 96, 3, True), mlp_inputs(3, 2, 49, 64, 256)],
-    ids=["attention", "attention-mq", "mlp"],
+    [
+        attention_inputs(2, 4, 49, 64, 2),
+        attention_inputs(3, 2, 16, 96, 3, True),
+        attention_inputs(1, 70, 16, 256, 4),  # several chunks of rows, the last one shorter
+        mlp_inputs(3, 2, 49, 64, 256),
+        mlp_inputs(1, 3, 61, 32, 8192, "gelu_tanh"),  # several chunks
+    ],
+    ids=["attention", "attention-mq", "attention-long", "mlp", "mlp-wide-tanh"],
 )
-def test_gradients_are_as_accurate_as_plain_pytorchs(isa, dtype, case, monkeypatch):
+def test_gradients_are_as_accurate_as_plain_pytorchs(isa, dtype, case):
     tensors, options = [t.to(dtype) for t in case[0]], case[1] | {"branch_scale": 1.7}
-    function = attention_layer if "num_heads" in options else mlp_layer
-    monkeypatch.setattr(sys.modules["nest_fast.ops.mlp_layer"], "CHUNK_BYTES", 2**14)  # several, the last one shorter
-    dout = torch.randn_like(tensors[0])
-    ours, plain = (
-        gradients(lambda *t, impl=impl: function(*t, **options, impl=impl), tensors, dout)
-        for impl in ("cpp", "reference")
-    )
-    wide = [t.double() for t in tensors]
-    exact = gradients(lambda *t: function(*t, **options, impl="reference"), wide, dout)
-    with torch.no_grad():
-        assert torch.equal(function(*tensors, **options, impl="cpp"), ours[0])
-    for name, a, b, golden in zip(("out", *NAMES), ours, plain, exact, strict=True):
-        assert a.dtype == dtype, name
-        error, theirs = relative_error(a, golden), relative_error(b, golden)
-        assert error <= 2 * theirs, f"{name}: error {error:.3e}, plain PyTorch's {theirs:.3e}"
+    assert_accurate_gradients(attention_layer if "num_heads" in options else mlp_layer, tensors, options)
+
+
+@needs_cpp
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lead=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 30)),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(4, 33),
+    hidden=st.integers(1, 90),
+    multi_query=st.booleans(),
+    biases=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_gradients_of_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
+    torch.manual_seed(seed)
+    C = heads * head_dim
+    slack = 64 * torch.finfo(dtype).eps  # luck, as in the forward's fuzz, of longer chains
+    for function, (tensors, options) in (
+        (attention_layer, attention_inputs(*lead, C, heads, multi_query, dtype)),
+        (mlp_layer, mlp_inputs(*lead, C, hidden, activation, dtype)),
+    ):
+        if not biases:
+            tensors[4] = tensors[6] = None
+        assert_accurate_gradients(function, tensors, options, slack)
+
+
+@needs_cpp
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_slope_of_gelu_everywhere(isa, activation):
+    """dx of fc2(activation(hidden)) with fc1 = fc2 = 1 and dout = 1 is the activation's derivative."""
+    hidden = torch.cat([torch.linspace(-14, 14, 50001), torch.tensor([-1e18, -100.0, 100.0, 1e18])]).view(-1, 1)
+    one, dout = torch.ones(1, 1), torch.ones_like(hidden)
+    ours, *_ = OPS.mlp_layer_cpp_bwd(dout, dout, hidden, one, activation, one)
+    wide = hidden.double().requires_grad_()
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    torch.nn.functional.gelu(wide, approximate=approximate).sum().backward()
+    assert (ours - wide.grad).abs().max() < 2e-6
+    assert OPS.mlp_layer_cpp_bwd(one, one, one * math.nan, one, activation, one)[0].isnan()
+
+
+@needs_cpp
+def test_gradients_have_the_same_bits_for_any_number_of_threads(isa):
+    threads = torch.get_num_threads()
+    for function, tensors, options in both():
+        dout, results = torch.randn_like(tensors[0]), []
+        try:
+            for number in (1, 2, 64):
+                torch.set_num_threads(number)
+                results.append(gradients(lambda *t, f=function, o=options: f(*t, **o, impl="cpp"), tensors, dout))
+        finally:
+            torch.set_num_threads(threads)
+        for name, *same in zip(("out", *NAMES), *results, strict=True):
+            if name.startswith("norm"):  # PyTorch's, a sum for each thread
+                torch.testing.assert_close(same[1:], same[:1] * 2)
+            else:
+                assert all(torch.equal(same[0], other) for other in same[1:]), name
+
+
+@needs_cpp
+def test_gradients_of_nothing_are_zeros():
+    for function, tensors, options in both():
+        empty = [tensors[0][:0], *tensors[1:]]
+        out, dx, *others = gradients(lambda *t, f=function, o=options: f(*t, **o, impl="cpp"), empty, empty[0])
+        assert out.shape == dx.shape == (0, 3, 5, 24)
+        assert not any(map(torch.any, others))
+
+
+@needs_cpp
+def test_gradients_have_no_gradients():
+    for function, tensors, options in both():
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        (dx,) = torch.autograd.grad(function(*leaves, **options, impl="cpp").sum(), leaves[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match=f"impl: wanted 'reference' for a derivative of {function.__name__}'s"):
+            dx.square().sum().backward()
 
 
 @needs_cpp
@@ -328,6 +421,15 @@ def test_opcheck(training):
     torch.library.opcheck(OPS.mlp_layer_cpp.default, call)
 
 
+@needs_cpp
+def test_opcheck_of_the_backward():
+    rows, packed, hidden = torch.randn(30, 24), torch.randn(30, 72), torch.randn(30, 40)
+    fc1, fc2, qkv, proj = (torch.randn(size) for size in ((40, 24), (24, 40), (72, 24), (24, 24)))
+    torch.library.opcheck(OPS.mlp_layer_cpp_bwd.default, (rows, rows, hidden, fc1, "gelu", fc2))
+    call = (rows, rows, packed, rows, torch.randn(6, 3, 5), qkv, proj, 5, 3, 3, 0.3)
+    torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, call)
+
+
 def test_compiles_and_exports_with_a_dynamic_batch():
     class Layer(torch.nn.Module):
         def __init__(self, function, tensors, options):
@@ -404,6 +506,14 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
         call = (rows, norm, norm_bias, 1e-6, qkv, bias, proj, proj_bias, tokens, heads, kv, 0.3, 1.0, False)
         return OPS.attention_layer_cpp(*call)
 
+    hidden, packed, lse = torch.zeros(30, 40), torch.zeros(30, 72), torch.zeros(6, 3, 5)
+
+    def mlp_backward(x=rows, hidden=hidden, fc1=others[3], fc2=others[5]):
+        return OPS.mlp_layer_cpp_bwd(rows, x, hidden, fc1, "gelu", fc2)
+
+    def attention_backward(packed=packed, attended=rows, lse=lse, qkv=qkv):
+        return OPS.attention_layer_cpp_bwd(rows, rows, packed, attended, lse, qkv, proj, 5, 3, 3, 0.3)
+
     for message, wrong in {
         "x: wanted dense rows": lambda: attention(rows.t().contiguous().t()),
         "tokens: wanted a divisor of 30 rows, got 4": lambda: attention(tokens=4),
@@ -419,6 +529,17 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
         'activation: wanted "gelu" or "gelu_tanh", got "relu"': lambda: OPS.mlp_layer_cpp(
             rows, norm_weight, norm_bias, 1e-6, others[3], None, "relu", others[5], None, 1.0, False
         ),
+        "hidden: wanted 2 dimensions, the last 40": lambda: mlp_backward(hidden=rows),
+        "hidden: wanted 30 contiguous rows as dout has, got 29": lambda: mlp_backward(hidden=hidden[:29]),
+        "hidden: wanted 30 contiguous rows as dout has, got 30 with gaps": lambda: mlp_backward(hidden=packed[:, :40]),
+        "x: wanted 2 dimensions, the last 24": lambda: mlp_backward(x=rows[:, :23]),
+        "fc2_weight: wanted 2 dimensions, the last 39": lambda: mlp_backward(fc1=others[3][:39]),
+        "fc2_weight: wanted 24 rows, got 23": lambda: mlp_backward(fc2=others[5][:23]),
+        "x: wanted 30 rows as dout has, got 29": lambda: mlp_backward(x=rows[:29]),
+        "lse: wanted 90": lambda: attention_backward(lse=lse[:5]),
+        "qkv: wanted 2 dimensions, the last 72": lambda: attention_backward(packed=rows),
+        "attended: wanted dtype Float, got Half": lambda: attention_backward(attended=rows.half()),
+        "qkv_weight: wanted 72 rows, got 71": lambda: attention_backward(qkv=qkv[:71]),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

@@ -20,6 +20,11 @@ _LIB.define(
     " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
     " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)"
 )
+_LIB.define(
+    "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
+    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale)"
+    " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight, Tensor dproj_bias)"
+)
 
 
 def attention_layer(
@@ -119,6 +124,13 @@ def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, pro
     return x.new_empty((rows, C)), qkv, attended, x.new_empty((kept // tokens, heads, tokens), dtype=torch.float32)
 
 
+@torch.library.register_fake("nest_fast::attention_layer_cpp_bwd", lib=_LIB)
+def _fake_bwd(dout, x, qkv, attended, lse, qkv_weight, proj_weight, *rest):
+    biases = dout.new_empty(qkv.shape[1]), dout.new_empty(dout.shape[1])
+    weights = qkv_weight.new_empty(qkv_weight.shape), proj_weight.new_empty(proj_weight.shape)
+    return x.new_empty(x.shape), weights[0], biases[0], weights[1], biases[1]
+
+
 def _setup(ctx, inputs, output):
     x, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, *sizes = inputs
     ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale, ctx.branch_scale, ctx.training = sizes
@@ -135,23 +147,23 @@ def _backward(ctx, dout, *_):
         raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
     x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
     C = x.shape[1]
-    dbranch = dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale
-    dproj_weight, dproj_bias = dbranch.t() @ attended, dbranch.sum(0) if ctx.biases[1] else None
-
-    def in_heads(rows: Tensor) -> Tensor:
-        return rows.view(-1, 1, ctx.tokens, rows.shape[1] * ctx.heads // C, C // ctx.heads)
-
-    q, k, v = in_heads(qkv).split((ctx.heads, ctx.kv_heads, ctx.kv_heads), 3)
-    dattended = in_heads(dbranch @ proj_weight)
-    gradients = (dattended, q, k, v, in_heads(attended), lse.unsqueeze(1), ctx.scale)
-    dqkv = torch.cat(torch.ops.nest_fast.block_attention_cpp_bwd(*gradients), 3).view(qkv.shape)
     y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
-    dqkv_weight, dqkv_bias = dqkv.t() @ y, dqkv.sum(0) if ctx.biases[0] else None
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dqkv @ qkv_weight, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
+    dbranch = _checks.dense_rows(dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale)
+    dy, dqkv, dqkv_bias, dproj, dproj_bias = torch.ops.nest_fast.attention_layer_cpp_bwd(
+        *(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight), *(ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale)
     )
-    weights = (dqkv_weight, dqkv_bias, dproj_weight, dproj_bias)
-    return dx + dout, dnorm_weight, dnorm_bias, None, *weights, *(None,) * 6
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
+    )
+    biases = [bias if given else None for bias, given in zip((dqkv_bias, dproj_bias), ctx.biases, strict=True)]
+    return dx.add_(dout), dnorm_weight, dnorm_bias, None, dqkv, biases[0], dproj, biases[1], *(None,) * 6
 
 
 torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("impl: wanted 'reference' for a derivative of attention_layer's gradients, got a kernel")
+
+
+torch.library.register_autograd("nest_fast::attention_layer_cpp_bwd", _no_double_backward, lib=_LIB)

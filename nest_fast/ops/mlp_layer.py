@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
@@ -22,6 +19,10 @@ _LIB.define(
     "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
     " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
     " -> (Tensor out, Tensor hidden)"
+)
+_LIB.define(
+    "mlp_layer_cpp_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor fc1_weight, str activation, Tensor fc2_weight)"
+    " -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)"
 )
 
 
@@ -108,17 +109,20 @@ def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_
     return x.new_empty(x.shape), x.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
 
 
+@torch.library.register_fake("nest_fast::mlp_layer_cpp_bwd", lib=_LIB)
+def _fake_bwd(dout, x, hidden, fc1_weight, activation, fc2_weight):
+    biases = dout.new_empty(hidden.shape[1]), dout.new_empty(dout.shape[1])
+    weights = fc1_weight.new_empty(fc1_weight.shape), fc2_weight.new_empty(fc2_weight.shape)
+    return x.new_empty(x.shape), weights[0], biases[0], weights[1], biases[1]
+
+
 def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest = inputs
+    x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, ctx.activation, fc2_weight, fc2_bias, *rest = inputs
     ctx.branch_scale, ctx.training = rest
-    ctx.approximate = "tanh" if activation == "gelu_tanh" else "none"
     ctx.biases = fc1_bias is not None, fc2_bias is not None
     ctx.save_for_backward(x, norm_weight, norm_bias, fc1_weight, fc2_weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-
-
-CHUNK_BYTES = 8 << 20  # of the hidden rows that the backward has at a time, so that they stay in cache
 
 
 def _backward(ctx, dout, _):
@@ -129,33 +133,22 @@ def _backward(ctx, dout, _):
     x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
     C = x.shape[1]
     y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
-    dy = torch.empty_like(x)
-    # Sums over chunks in float32, whatever the dtype.
-    dfc1, dfc2 = (torch.zeros_like(weight, dtype=torch.float32) for weight in (fc1_weight, fc2_weight))
-    dfc1_bias = torch.zeros(hidden.shape[1], device=x.device)
-    chunks = max(1, math.ceil(int(x.shape[0]) * hidden.shape[1] * hidden.element_size() / CHUNK_BYTES))
-    for d, h, y_part, dy_part in zip(*(t.chunk(chunks) for t in (dout, hidden, y, dy)), strict=True):
-        d = d if ctx.branch_scale == 1.0 else d * ctx.branch_scale
-        _add_product(dfc2, d.t(), F.gelu(h, approximate=ctx.approximate))
-        # From narrow to wide oneDNN's product is the faster one, up to twice; elsewhere the two are alike.
-        dh = torch.ops.aten.gelu_backward(linear(d, fc2_weight.t()), h, approximate=ctx.approximate)
-        _add_product(dfc1, dh.t(), y_part)
-        dfc1_bias += dh.sum(0)
-        torch.mm(dh, fc1_weight, out=dy_part)
+    dbranch = _checks.dense_rows(dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale)
+    dy, dfc1, dfc1_bias, dfc2, dfc2_bias = torch.ops.nest_fast.mlp_layer_cpp_bwd(
+        dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight
+    )
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
         dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
     )
-    dfc2_bias = dout.sum(0) * ctx.branch_scale
-    biases = [db.to(x.dtype) if given else None for db, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True)]
-    weights = (dfc1.to(x.dtype), biases[0], None, dfc2.to(x.dtype), biases[1])
-    return dx.add_(dout), dnorm_weight, dnorm_bias, None, *weights, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+    biases = [bias if given else None for bias, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True)]
+    return dx.add_(dout), dnorm_weight, dnorm_bias, None, dfc1, biases[0], None, dfc2, biases[1], None, None
 
 
 torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError("impl: wanted 'reference' for a derivative of mlp_layer's gradients, got a kernel")
+
+
+torch.library.register_autograd("nest_fast::mlp_layer_cpp_bwd", _no_double_backward, lib=_LIB)
