@@ -1,13 +1,15 @@
 """Whole models on photographs: timm's NesT as shipped against nest_fast, inference and training step.
 
-Stochastic depth is off, so that a training step has one right result; it is the forward and the backward pass, the
-optimizer being the same for all. The training step on CUDA is mixed precision: fp32 parameters under bf16 autocast.
+A training step is the forward and the backward pass, the optimizer being the same for all. With stochastic depth
+("drop path", as timm ships its models) every peer draws the same numbers in its first call, which is checked, and in
+each after it; otherwise it is off. On CUDA the step is mixed precision: fp32 parameters under bf16 autocast.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,10 @@ from nest_fast.testing import import_timm
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
-    """timm's or nest_fast's model ``op`` on images of ``px`` x ``px`` pixels."""
+    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, with stochastic depth up to the rate ``drop_path``."""
 
     px: int
+    drop_path: float = 0.0
     compile: bool = True
 
     @property
@@ -41,9 +44,15 @@ def cases():
     if DEVICE == "cpu":
         for dtype in DTYPES:
             yield ModelCase(op="nest_tiny", name="224 px", batch=8, dtype=dtype, px=224)
-        yield ModelCase(
-            op="nest_tiny", name="224 px", batch=4, dtype=torch.float32, px=224, backward=True, compile=False
-        )
+        step: dict[str, Any] = {
+            "op": "nest_tiny",
+            "dtype": torch.float32,
+            "px": 224,
+            "backward": True,
+            "compile": False,
+        }
+        yield ModelCase(name="224 px", batch=4, **step)
+        yield ModelCase(name="224 px drop path", batch=4, drop_path=0.5, **step)
         for dtype in DTYPES:
             yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=16, dtype=dtype, px=32, compile=False)
         return
@@ -119,9 +128,9 @@ def _original(case: ModelCase) -> nn.Module:
     """The model all peers of a case have the weights of; what is initialised to ones and zeros would hide mistakes."""
     torch.manual_seed(0)
     if case.op.endswith("_s16_32"):
-        model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=0.0)
+        model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=case.drop_path)
     else:
-        model = import_timm().create_model(case.op, img_size=case.px, drop_path_rate=0.0)
+        model = import_timm().create_model(case.op, img_size=case.px, drop_path_rate=case.drop_path)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -132,7 +141,8 @@ def _original(case: ModelCase) -> nn.Module:
 
 def _nest(case: ModelCase, original: nn.Module) -> nn.Module:
     weight = next(original.parameters())
-    model = getattr(nest_fast, case.op)(img_size=case.px, drop_path_rate=0.0, device=weight.device, dtype=weight.dtype)
+    options = {"img_size": case.px, "drop_path_rate": case.drop_path}
+    model = getattr(nest_fast, case.op)(**options, device=weight.device, dtype=weight.dtype)
     model.load_state_dict(original.state_dict())  # the same format as timm's
     return model.train(original.training)
 
@@ -164,8 +174,11 @@ def _four_d(original: nn.Module) -> nn.Module:
 
 def _run(case: ModelCase, model: nn.Module, mode: str | None = None) -> Run:
     function = model if mode is None else compiled(model, mode)
+    seeds = itertools.count()
 
     def call(images: Tensor) -> Tensor:
+        if case.drop_path:
+            torch.manual_seed(next(seeds))
         with torch.autocast(DEVICE, torch.bfloat16, enabled=case.amp):
             return function(images)
 

@@ -115,8 +115,9 @@ inline Activated activate_with_slope(Activation activation, Vec x) {
   return {mul(x, logistic), mul_add(mul(mul(x, mul(d, inverse)), inverse), du, logistic)};
 }
 
-// c is the gradient of what the activation gave for these rows and columns of `hidden`. Stores the gradient of `hidden`,
-// as columns of the next product's A and to panels, from row `at` of the chunk on, and what the activation gave to panels.
+// c is the gradient of what the activation gave for these rows and columns of `hidden`. Stores the gradient of
+// `hidden`, as columns of the next product's A and to panels, from row `at` of the chunk on; and what the activation
+// gave, to panels.
 template <class Op>
 void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const typename Op::Element* hidden,
                            Activation activation, float* a, int64_t at, const Panels& gradient, const Panels& value) {
