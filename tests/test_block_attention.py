@@ -1,18 +1,19 @@
 """block_attention as an operation: what each ``impl`` computes, how one is chosen, torch features, bad input."""
 
 import math
-import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
-from nest_fast import block_attention, reference
-from nest_fast.ops import _extension
+from nest_fast import bias_gelu, block_aggregate, block_attention, reference
+from nest_fast.ops import _choice, _extension
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
 IMPLS = ["sdpa"]
@@ -210,15 +211,23 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
 
 
 def test_auto_says_once_why_it_does_without_triton(monkeypatch):
-    """On CUDA what Triton cannot take goes to SDPA with one warning; here the device is only pretended."""
-    module = sys.modules["nest_fast.ops.block_attention"]
-    monkeypatch.setattr(module, "_SAID", set())
-    with warnings.catch_warnings(record=True) as caught:
+    """With fake tensors of a GPU: what Triton cannot take goes elsewhere, with one warning at the caller's line."""
+    monkeypatch.setattr(_choice, "_SAID", set())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        q, x = torch.empty(1, 1, 400, 1, 32, device="cuda"), torch.empty(1, 4, 4, 1032, device="cuda")
+        conv_weight, vector = torch.empty(1032, 1032, 3, 3, device="cuda"), torch.empty(1032, device="cuda")
         for _ in range(3):
-            module._say_once("block_attention runs scaled_dot_product_attention, since for triton N = 400 is over 256")
-    assert len(caught) == 1
-    assert "N = 400" in str(caught[0].message)
+            block_attention(q, q, q)
+            block_aggregate(x, conv_weight, None, vector, vector)
+            bias_gelu(x.double(), None)
+    assert [str(warning.message) for warning in caught] == [
+        "block_attention runs scaled_dot_product_attention, since for triton N = 400 tokens are over 256",
+        "block_aggregate runs plain PyTorch, since for two_step C' = 1032 channels are over 1024",
+        "bias_gelu runs plain PyTorch, since for triton dtype torch.float64 is none of float32, float16, bfloat16",
+    ]
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 GOOD = (2, 4, 16, 2, 16)

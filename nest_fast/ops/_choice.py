@@ -37,7 +37,7 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
     if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _checks.in_functorch():
         return False
     if reasons:
-        _say_once(f"{op} runs plain PyTorch, since for triton {'; '.join(reasons)}")
+        say_once(f"{op} runs plain PyTorch, since for triton {'; '.join(reasons)}")
     return not reasons
 
 
@@ -67,7 +67,8 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 _SAID: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _SAID:
+def say_once(message: str) -> None:
+    """Warn at the line that called the operation; the operation calls the function that calls this one."""
+    if message not in _SAID and not torch.compiler.is_compiling():
         _SAID.add(message)
         warnings.warn(message, stacklevel=4)

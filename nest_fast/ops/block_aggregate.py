@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops import _checks, _choice, _extension, _triton
 from nest_fast.ops._vmap import fold, unfold
 from nest_fast.ops.blockify import blockify, unblockify
 
@@ -191,7 +189,7 @@ def _choose(x: Tensor, out_channels: int) -> str:
         reasons = _WHY_NOT[impl](x, out_channels)
         if not reasons:
             return impl
-        _say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
+        _choice.say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
     return "reference"
 
 
@@ -204,15 +202,6 @@ def _require(impl: str, x: Tensor, out_channels: int) -> None:
     reasons = _WHY_NOT[impl](x, out_channels) if impl in _WHY_NOT else []
     if reasons:
         raise RuntimeError(f"impl: {impl!r} cannot run block_aggregate here: {'; '.join(reasons)}")
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _SAID and not torch.compiler.is_compiling():
-        _SAID.add(message)
-        warnings.warn(message, stacklevel=4)
 
 
 # --- computing -------------------------------------------------------------------------------------------------------

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops import _checks, _choice, _extension, _triton
 from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["block_attention"]
@@ -158,7 +156,7 @@ def _choose(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: floa
         reasons = _triton_why_not(q, bias, mask, dropout_p)
         if not reasons:
             return "triton"
-        _say_once(f"block_attention runs scaled_dot_product_attention, since for triton {'; '.join(reasons)}")
+        _choice.say_once(f"block_attention runs scaled_dot_product_attention, since for triton {'; '.join(reasons)}")
     return "sdpa"
 
 
@@ -166,15 +164,6 @@ def _require(impl: str, q: Tensor, bias: Tensor | None, mask: Tensor | None, dro
     reasons = _WHY_NOT[impl](q, bias, mask, dropout_p) if impl in _WHY_NOT else []
     if reasons:
         raise RuntimeError(f"impl: {impl!r} cannot run block_attention here: {'; '.join(reasons)}")
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _SAID and not torch.compiler.is_compiling():
-        _SAID.add(message)
-        warnings.warn(message, stacklevel=4)
 
 
 # --- the library's attention ------------------------------------------------------------------------------------------
