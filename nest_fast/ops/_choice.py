@@ -11,7 +11,7 @@ from torch import Tensor
 from nest_fast.ops import _checks, _extension, _triton
 
 IMPLS = ("auto", "reference", "triton")
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Iterable[str] = ()) -> bool:
@@ -26,12 +26,9 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
     if impl == "reference":
         return False
     given = [x for x in tensors if x is not None]
-    strange = dict.fromkeys(x.dtype for x in given if x.dtype not in _KERNEL_DTYPES)
-    reasons = _triton.why_not(given[0])
-    reasons += [f"dtype {dtype} is none of float32, float16, bfloat16" for dtype in strange] + list(others)
+    reasons = [*_triton.why_not(given[0]), *dtype_why_not(*(x.dtype for x in given)), *others]
     if impl == "triton":
-        if reasons:
-            raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
+        require(op, impl, reasons)
         return True
     # A compiler that sees plain PyTorch makes the same single pass of it, and fuses what stands around it as well.
     if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _checks.in_functorch():
@@ -43,21 +40,38 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
 
 def use_layer(op: str, impl: str, x: Tensor, weights: list[Tensor | None]) -> bool:
     """Whether ``impl``, "auto" or "cpp", means the C++ kernel of the layer ``op``; an error if that cannot run."""
-    reasons = _extension.cpp_why_not("x", x)
-    if x.dtype not in _KERNEL_DTYPES:
-        reasons.append(f"dtype {x.dtype} is none of float32, float16, bfloat16")
-    if _checks.in_functorch():
-        reasons.append("torch.func is transforming")
-    if torch.is_autocast_enabled(x.device.type):
-        reasons.append("autocast is on")
-    if impl == "cpp" and reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
-    if impl == "cpp" or reasons:
-        return impl == "cpp"
+    reasons = [*_extension.cpp_why_not("x", x), *dtype_why_not(x.dtype), *mode_why_not(x)]
+    if impl == "cpp":
+        require(op, impl, reasons)
+        return True
+    if reasons:
+        return False
     if x.dtype == torch.bfloat16 and _extension.has_amx:
         return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
     # A compiler that sees plain PyTorch decides itself what to keep for the gradient.
     return not (torch.compiler.is_compiling() and wants_gradients(x, *weights))
+
+
+def dtype_why_not(*dtypes: torch.dtype) -> list[str]:
+    """Why kernels of KERNEL_DTYPES cannot take ``dtypes``."""
+    strange = dict.fromkeys(dtype for dtype in dtypes if dtype not in KERNEL_DTYPES)
+    return [f"dtype {dtype} is none of float32, float16, bfloat16" for dtype in strange]
+
+
+def mode_why_not(x: Tensor) -> list[str]:
+    """What is on in PyTorch that does not reach inside a kernel."""
+    reasons = []
+    if _checks.in_functorch():
+        reasons.append("torch.func is transforming")
+    if torch.is_autocast_enabled(x.device.type):
+        reasons.append("autocast is on")
+    return reasons
+
+
+def require(op: str, impl: str, reasons: list[str]) -> None:
+    """An error where there are reasons why ``impl``, which was asked for, cannot run ``op``."""
+    if reasons:
+        raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {'; '.join(reasons)}")
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,6 @@ from nest_fast.ops.blockify import blockify, unblockify
 __all__ = ["block_aggregate"]
 
 IMPLS = ("auto", "reference", "triton", "two_step", "cpp")
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Size2 = tuple[int, int]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
@@ -93,8 +92,8 @@ def block_aggregate(
         _checks.alike("pos_embed", pos_embed, "x", x)
     if impl == "auto":
         impl = _choose(x, conv_weight.shape[0])
-    else:
-        _require(impl, x, conv_weight.shape[0])
+    elif impl in _WHY_NOT:
+        _choice.require("block_aggregate", impl, _WHY_NOT[impl](x, conv_weight.shape[0]))
     if impl == "reference":
         grid_size, block_size = sizes or (None, None)
         return reference.block_aggregate(
@@ -149,18 +148,12 @@ def _check_parameters(
 
 
 def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
-    return _extension.cpp_why_not("x", x) + _dtype_why_not(x)
+    return _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype)
 
 
 def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
     too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
-    return _triton.why_not(x) + _dtype_why_not(x) + too_wide
-
-
-def _dtype_why_not(x: Tensor) -> list[str]:
-    if _checks.autocast(x).dtype in _KERNEL_DTYPES:
-        return []
-    return [f"dtype {x.dtype} is none of float32, float16, bfloat16"]
+    return _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
 
 
 def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:
@@ -198,12 +191,6 @@ def _on_gpu(x: Tensor) -> str:
     return _ON_GPU.get((_checks.autocast(x).dtype, (properties.major, properties.minor)), "two_step")
 
 
-def _require(impl: str, x: Tensor, out_channels: int) -> None:
-    reasons = _WHY_NOT[impl](x, out_channels) if impl in _WHY_NOT else []
-    if reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run block_aggregate here: {'; '.join(reasons)}")
-
-
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +205,7 @@ def _run(
     pos_embed: Tensor | None,
 ) -> Tensor:
     given = (x, conv_weight, *vectors, pos_embed)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    training = _choice.wants_gradients(*given)
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
     x, conv_weight = _dense(_checks.autocast(x)), _checks.autocast(conv_weight)
     vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]

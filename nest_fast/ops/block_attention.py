@@ -13,7 +13,6 @@ from nest_fast.ops._vmap import fold, unfold
 __all__ = ["block_attention"]
 
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)")
@@ -70,8 +69,8 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == "auto":
         impl = _choose(q, bias, mask, dropout_p)
-    else:
-        _require(impl, q, bias, mask, dropout_p)
+    elif impl in _WHY_NOT:
+        _choice.require("block_attention", impl, _WHY_NOT[impl](q, bias, mask, dropout_p))
     if impl == "reference":
         out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
         return out.contiguous()
@@ -121,9 +120,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
-    reasons = _extension.cpp_why_not("q", q)
-    if q.dtype not in _KERNEL_DTYPES:
-        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
+    reasons = _extension.cpp_why_not("q", q) + _choice.dtype_why_not(q.dtype)
     if bias is not None or mask is not None:
         reasons.append("it takes no bias or mask")
     if dropout_p:
@@ -132,9 +129,7 @@ def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p:
 
 
 def _triton_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
-    reasons = _triton.why_not(q)
-    if q.dtype not in _KERNEL_DTYPES:
-        reasons.append(f"dtype {q.dtype} is none of float32, float16, bfloat16")
+    reasons = _triton.why_not(q) + _choice.dtype_why_not(q.dtype)
     if q.shape[2] > 256:
         reasons.append(f"N = {q.shape[2]} tokens are over 256")
     if q.shape[-1] > 128:
@@ -158,12 +153,6 @@ def _choose(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: floa
             return "triton"
         _choice.say_once(f"block_attention runs scaled_dot_product_attention, since for triton {'; '.join(reasons)}")
     return "sdpa"
-
-
-def _require(impl: str, q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> None:
-    reasons = _WHY_NOT[impl](q, bias, mask, dropout_p) if impl in _WHY_NOT else []
-    if reasons:
-        raise RuntimeError(f"impl: {impl!r} cannot run block_attention here: {'; '.join(reasons)}")
 
 
 # --- the library's attention ------------------------------------------------------------------------------------------

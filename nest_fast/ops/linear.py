@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks
+from nest_fast.ops import _checks, _choice
 
 __all__ = ["linear"]
 
@@ -46,16 +46,9 @@ def linear(
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
     """
     _check(x, weight, bias, activation, residual, impl)
-    if impl == "reference":
-        use_onednn = False
-    elif impl == "auto":
-        use_onednn = not torch.compiler.is_compiling() and not _onednn_why_not(x, weight, bias, residual)
-    else:
-        reasons = _onednn_why_not(x, weight, bias, residual)
-        if reasons:
-            raise RuntimeError(f"impl: {impl!r} cannot run linear here: {'; '.join(reasons)}")
-        use_onednn = True
-    if not use_onednn:
+    if impl == "onednn":
+        _choice.require("linear", impl, _onednn_why_not(x, weight, bias, residual))
+    elif impl == "reference" or torch.compiler.is_compiling() or _onednn_why_not(x, weight, bias, residual):
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
@@ -89,13 +82,9 @@ def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         reasons.append("this torch has no oneDNN, or it is switched off")
     if x.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"dtype {x.dtype} is neither float32 nor bfloat16")
-    if _checks.in_functorch():
-        reasons.append("torch.func is transforming")
-    if torch.is_autocast_enabled(x.device.type):
-        reasons.append("autocast is on")
+    reasons += _choice.mode_why_not(x)
     if x.numel() == 0:
         reasons.append("x is empty")
-    tensors = (x, weight, bias, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if _choice.wants_gradients(x, weight, bias, residual):
         reasons.append("gradients are wanted")
     return reasons
