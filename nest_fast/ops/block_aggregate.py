@@ -207,7 +207,7 @@ def _run(
     given = (x, conv_weight, *vectors, pos_embed)
     training = _choice.wants_gradients(*given)
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
-    x, conv_weight = _dense(_checks.autocast(x)), _checks.autocast(conv_weight)
+    x, conv_weight = _checks.dense_rows(_checks.autocast(x)), _checks.autocast(conv_weight)
     vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]
     # An image is one block, whose output is one block of half its size.
     H, W = x.shape[1:3]
@@ -217,7 +217,7 @@ def _run(
     fused_pos = pos_embed
     if pos_embed is not None:
         # Under autocast the sum may be in another dtype than the rest.
-        fused_pos = _dense(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
+        fused_pos = _checks.dense_rows(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
         fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
     if impl != "two_step":
         x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
@@ -226,17 +226,13 @@ def _run(
     else:
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
-        y = _dense(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
+        y = _checks.dense_rows(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
         norm_pool = _OPS.norm_pool_triton_fwd if _cpp_why_not(x, 0) else _OPS.norm_pool_cpp_fwd
         out = norm_pool(y, *vectors, fused_pos, out_block, eps, same, training)[0]
     out = out.unflatten(2, image_shape).squeeze(1) if image_shape else out
     if autocast and kind == "cuda":
         out = out.float()  # as layer_norm gives it there
     return out if pos_embed is None or fused_pos is not None else out + pos_embed
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- registration: what follows the convolution, in C++ and in Triton -------------------------------------------------
@@ -276,7 +272,7 @@ def _norm_pool_gradients(ctx, op, dout, y, conv_bias, norm_weight, mean, rstd, a
     """dy, then the gradients of conv_bias, norm_weight and norm_bias."""
     if not ctx.training:
         raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
-    dy, dparams = op(_dense(dout), y, conv_bias, norm_weight, mean, rstd, argmax, ctx.out_block, ctx.same)
+    dy, dparams = op(_checks.dense_rows(dout), y, conv_bias, norm_weight, mean, rstd, argmax, ctx.out_block, ctx.same)
     dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
     return dy, None if conv_bias is None else dconv_bias, dnorm_weight, dnorm_bias
 

@@ -76,7 +76,7 @@ def block_attention(
         return out.contiguous()
     if impl == "sdpa":
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
-    q, k, v = (_unit_stride(_checks.autocast(x)) for x in (q, k, v))
+    q, k, v = (_checks.dense_rows(_checks.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
         return torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, scale)[0]
     return torch.ops.nest_fast.block_attention_triton_fwd(q, k, v, bias, mask, scale)[0]
@@ -110,10 +110,6 @@ def _check(
         _checks.device("mask", mask, "q", q)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: wanted a probability between 0 and 1, got {dropout_p}")
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -218,7 +214,7 @@ def _cpp_setup(ctx, inputs, output):
 def _cpp_bwd(ctx, dout, _dlse):
     if dout is None:
         return None, None, None, None
-    return *torch.ops.nest_fast.block_attention_cpp_bwd(_unit_stride(dout), *ctx.saved_tensors, ctx.scale), None
+    return *torch.ops.nest_fast.block_attention_cpp_bwd(_checks.dense_rows(dout), *ctx.saved_tensors, ctx.scale), None
 
 
 torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
