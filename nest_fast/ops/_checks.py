@@ -99,6 +99,12 @@ def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
 
 
+def training(given: bool) -> None:
+    """An error where the forward was not told that a gradient would be asked for, and kept nothing for it."""
+    if not given:
+        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+
+
 def in_functorch() -> bool:
     """Whether ``torch.func`` is transforming: its gradients cannot pass through a registered operation."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

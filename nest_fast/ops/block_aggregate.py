@@ -270,8 +270,7 @@ def _norm_pool_setup(ctx, inputs, output):
 
 def _norm_pool_gradients(ctx, op, dout, y, conv_bias, norm_weight, mean, rstd, argmax):
     """dy, then the gradients of conv_bias, norm_weight and norm_bias."""
-    if not ctx.training:
-        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    _checks.training(ctx.training)
     dy, dparams = op(_checks.dense_rows(dout), y, conv_bias, norm_weight, mean, rstd, argmax, ctx.out_block, ctx.same)
     dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
     return dy, None if conv_bias is None else dconv_bias, dnorm_weight, dnorm_bias
