@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton
-from nest_fast.ops._vmap import fold, unfold
+from nest_fast.ops import _checks, _choice, _extension, _triton, _vmap
 from nest_fast.ops.blockify import blockify, unblockify
 
 __all__ = ["block_aggregate"]
@@ -286,23 +285,6 @@ def _norm_pool_autograd(op):
     return backward
 
 
-def _vmap(op, tensors):
-    """vmap of ``op``, whose first ``tensors`` arguments are tensors: only the first has a batch dimension."""
-
-    def vmap(info, in_dims, *args):
-        size = info.batch_size
-        if all(dim is None for dim in in_dims[1:tensors]):
-            outs = [unfold(out, size) for out in op(fold(args[0], in_dims[0], size), *args[1:])]
-        else:  # the kernel knows one set of parameters, so one call each
-            pairs = zip(args[:tensors], in_dims, strict=False)
-            slices = [[x] * size if dim is None else x.unbind(dim) for x, dim in pairs]
-            calls = [op(*one, *args[tensors:]) for one in zip(*slices, strict=True)]
-            outs = [torch.stack(out) for out in zip(*calls, strict=True)]
-        return tuple(outs), (0,) * len(outs)
-
-    return vmap
-
-
 for _part in ("cpp", "triton"):
     _fwd, _bwd = f"norm_pool_{_part}_fwd", f"norm_pool_{_part}_bwd"
     torch.library.register_fake(f"nest_fast::{_fwd}", _norm_pool_fwd_fake, lib=_LIB)
@@ -310,7 +292,7 @@ for _part in ("cpp", "triton"):
     torch.library.register_autograd(
         f"nest_fast::{_fwd}", _norm_pool_autograd(getattr(_OPS, _bwd)), setup_context=_norm_pool_setup, lib=_LIB
     )
-    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 5), lib=_LIB)
+    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap.batching_rule(getattr(_OPS, _fwd), 1, 5), lib=_LIB)
 
 
 def _launch(launcher: str):
@@ -393,4 +375,4 @@ for _part in ("cpp", "triton"):
     _fwd = f"block_aggregate_{_part}_fwd"
     torch.library.register_fake(f"nest_fast::{_fwd}", _fused_fwd_fake, lib=_LIB)
     torch.library.register_autograd(f"nest_fast::{_fwd}", _fused_autograd(_part), setup_context=_fused_setup, lib=_LIB)
-    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap(getattr(_OPS, _fwd), 6), lib=_LIB)
+    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap.batching_rule(getattr(_OPS, _fwd), 1, 6), lib=_LIB)

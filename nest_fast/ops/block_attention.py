@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton
-from nest_fast.ops._vmap import fold, unfold
+from nest_fast.ops import _checks, _choice, _extension, _triton, _vmap
 
 __all__ = ["block_attention"]
 
@@ -28,6 +27,7 @@ _LIB.define(
     "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
     " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 )
+_OPS = torch.ops.nest_fast
 
 
 def block_attention(
@@ -78,8 +78,8 @@ def block_attention(
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
     q, k, v = (_checks.dense_rows(_checks.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
-        return torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, scale)[0]
-    return torch.ops.nest_fast.block_attention_triton_fwd(q, k, v, bias, mask, scale)[0]
+        return _OPS.block_attention_cpp_fwd(q, k, v, scale)[0]
+    return _OPS.block_attention_triton_fwd(q, k, v, bias, mask, scale)[0]
 
 
 def _check(
@@ -214,23 +214,18 @@ def _cpp_setup(ctx, inputs, output):
 def _cpp_bwd(ctx, dout, _dlse):
     if dout is None:
         return None, None, None, None
-    return *torch.ops.nest_fast.block_attention_cpp_bwd(_checks.dense_rows(dout), *ctx.saved_tensors, ctx.scale), None
+    return *_OPS.block_attention_cpp_bwd(_checks.dense_rows(dout), *ctx.saved_tensors, ctx.scale), None
 
 
 torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
 
 
-def _cpp_vmap(op):
-    def vmap(info, in_dims, *args):
-        tensors = [fold(x, dim, info.batch_size) for x, dim in zip(args[:-1], in_dims, strict=False)]
-        outs = op(*tensors, args[-1])
-        return tuple(unfold(out, info.batch_size) for out in outs), (0,) * len(outs)
-
-    return vmap
-
-
-for _op in ("block_attention_cpp_fwd", "block_attention_cpp_bwd"):
-    torch.library.register_vmap(f"nest_fast::{_op}", _cpp_vmap(getattr(torch.ops.nest_fast, _op)), lib=_LIB)
+torch.library.register_vmap(
+    "nest_fast::block_attention_cpp_fwd", _vmap.batching_rule(_OPS.block_attention_cpp_fwd, 3, 3), lib=_LIB
+)
+torch.library.register_vmap(
+    "nest_fast::block_attention_cpp_bwd", _vmap.batching_rule(_OPS.block_attention_cpp_bwd, 6, 6), lib=_LIB
+)
 
 
 # --- registration: the Triton kernels ---------------------------------------------------------------------------------
@@ -277,7 +272,7 @@ def _triton_autograd(ctx, dout, _dlse):
         return None, None, None, None, None, None
     q, k, v, bias, mask, out, lse = ctx.saved_tensors
     need_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = torch.ops.nest_fast.block_attention_triton_bwd(
+    dq, dk, dv, dbias = _OPS.block_attention_triton_bwd(
         dout.contiguous(), q, k, v, out, lse, bias, mask, ctx.scale, need_dbias
     )
     return dq, dk, dv, dbias if need_dbias else None, None, None
@@ -286,19 +281,6 @@ def _triton_autograd(ctx, dout, _dlse):
 torch.library.register_autograd(
     "nest_fast::block_attention_triton_fwd", _triton_autograd, setup_context=_triton_setup, lib=_LIB
 )
-
-
-def _triton_vmap(info, in_dims, q, k, v, bias, mask, scale):
-    size, op = info.batch_size, torch.ops.nest_fast.block_attention_triton_fwd
-    if in_dims[3] is None and in_dims[4] is None:
-        q, k, v = (fold(x, dim, size) for x, dim in zip((q, k, v), in_dims, strict=False))
-        out, lse = op(q, k, v, bias, mask, scale)
-        return (unfold(out, size), unfold(lse, size)), (0, 0)
-    # A bias or mask of its own for each: the kernel knows one, so one call each.
-    tensors = zip((q, k, v, bias, mask), in_dims, strict=False)
-    slices = [[x] * size if dim is None else x.unbind(dim) for x, dim in tensors]
-    outs, lses = zip(*(op(*one, scale) for one in zip(*slices, strict=True)), strict=True)
-    return (torch.stack(outs), torch.stack(lses)), (0, 0)
-
-
-torch.library.register_vmap("nest_fast::block_attention_triton_fwd", _triton_vmap, lib=_LIB)
+torch.library.register_vmap(
+    "nest_fast::block_attention_triton_fwd", _vmap.batching_rule(_OPS.block_attention_triton_fwd, 3, 5), lib=_LIB
+)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _triton
-from nest_fast.ops._vmap import fold, unfold
+from nest_fast.ops import _checks, _choice, _triton, _vmap
 
 __all__ = ["add_layer_norm", "layer_norm_mean"]
 
@@ -135,25 +134,6 @@ def _normed_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else dtype
 
 
-def _vmap(op, batched: int, tensors: int):
-    """vmap of ``op``, whose first ``batched`` arguments have a batch dimension; up to ``tensors`` are parameters."""
-
-    def vmap(info, in_dims, *args):
-        size = info.batch_size
-        if all(dim is None for dim in in_dims[batched:tensors]):
-            pairs = zip(args[:batched], in_dims, strict=False)
-            folded = [x if x is None else fold(x, dim, size) for x, dim in pairs]
-            outs = [unfold(out, size) for out in op(*folded, *args[batched:])]
-        else:  # the kernel knows one set of parameters, so one call each
-            pairs = zip(args[:tensors], in_dims, strict=False)
-            slices = [[x] * size if dim is None else x.unbind(dim) for x, dim in pairs]
-            calls = [op(*one, *args[tensors:]) for one in zip(*slices, strict=True)]
-            outs = [torch.stack(out) for out in zip(*calls, strict=True)]
-        return tuple(outs), (0,) * len(outs)
-
-    return vmap
-
-
 # --- registration: add_layer_norm -------------------------------------------------------------------------------------
 
 
@@ -216,7 +196,7 @@ torch.library.register_autograd(
     "nest_fast::add_layer_norm_triton_fwd", _add_autograd, setup_context=_add_setup, lib=_LIB
 )
 torch.library.register_vmap(
-    "nest_fast::add_layer_norm_triton_fwd", _vmap(_OPS.add_layer_norm_triton_fwd, 3, 6), lib=_LIB
+    "nest_fast::add_layer_norm_triton_fwd", _vmap.batching_rule(_OPS.add_layer_norm_triton_fwd, 3, 6), lib=_LIB
 )
 
 
@@ -268,7 +248,7 @@ torch.library.register_autograd(
     "nest_fast::layer_norm_mean_triton_fwd", _mean_autograd, setup_context=_mean_setup, lib=_LIB
 )
 torch.library.register_vmap(
-    "nest_fast::layer_norm_mean_triton_fwd", _vmap(_OPS.layer_norm_mean_triton_fwd, 1, 3), lib=_LIB
+    "nest_fast::layer_norm_mean_triton_fwd", _vmap.batching_rule(_OPS.layer_norm_mean_triton_fwd, 1, 3), lib=_LIB
 )
 
 for _key in _triton.DISPATCH_KEYS:
