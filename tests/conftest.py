@@ -6,9 +6,11 @@ import hypothesis
 import pytest
 import torch
 
+# Interpreted kernels take their time, and fixtures only choose an implementation, the same for every example.
+shared = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 # The same examples in every run, so that a green run stays green; HYPOTHESIS_PROFILE=explore looks for new ones.
-hypothesis.settings.register_profile("stable", derandomize=True)
-hypothesis.settings.register_profile("explore", print_blob=True)
+hypothesis.settings.register_profile("stable", shared, derandomize=True)
+hypothesis.settings.register_profile("explore", shared, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 
 if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from aggregation import (
     pool_at,
     pool_places,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import block_aggregate as kernels
 
@@ -171,8 +171,7 @@ def any_shape(examples, most):
         missing=st.sets(st.sampled_from(["conv_bias", "pos_embed"])),
         seed=st.integers(0, 2**16),
     )
-    health = [HealthCheck.function_scoped_fixture]
-    return lambda test: settings(max_examples=examples, deadline=None, suppress_health_check=health)(fuzz(test))
+    return lambda test: settings(max_examples=examples)(fuzz(test))
 
 
 @pytest.mark.parametrize("impl_and_isa", IMPLS_AND_ISAS[:-1], indirect=True)

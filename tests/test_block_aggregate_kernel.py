@@ -22,7 +22,7 @@ from aggregation import (
     pool_places,
     windows,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import block_aggregate as kernels
 
@@ -168,8 +168,7 @@ def any_shape(examples, most):
         padding=st.sampled_from(PADDINGS),
         seed=st.integers(0, 2**16),
     )
-    health = [HealthCheck.function_scoped_fixture]
-    return lambda test: settings(max_examples=examples, deadline=None, suppress_health_check=health)(fuzz(test))
+    return lambda test: settings(max_examples=examples)(fuzz(test))
 
 
 @pytest.mark.parametrize("part", ISAS, indirect=True)

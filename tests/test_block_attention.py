@@ -52,7 +52,7 @@ def test_outputs_and_gradients(impl, kv_heads, dtype):
     assert ours[0].is_contiguous()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     impl=st.sampled_from([i for i in IMPLS if i != "triton"]),
     B=st.integers(0, 3),

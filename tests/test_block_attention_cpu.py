@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_fast import reference
@@ -102,7 +102,7 @@ def test_lse_and_any_scale(isa, dtype, scale):
         assert_as_accurate(*each, 3 if dtype == torch.float32 else 2, name)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),

@@ -189,7 +189,7 @@ def test_kernels_stay_inside_their_buffers(C, dtype, monkeypatch):
         assert torch.equal(a, b), n
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     B=st.integers(1, 5),
     middle=st.lists(st.integers(1, 9), max_size=2),
