@@ -1,21 +1,11 @@
-"""What the tests of the passes between the matmuls share: the measure, guard bands, and compiling without a GPU."""
+"""What the tests of the passes between the matmuls share: the measure, layouts, and compiling without a GPU."""
 
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ROOT = Path(__file__).parents[1]
-
-
-def in_double(tensors):
-    return [x if x is None else x.double() for x in tensors]
+from common import ROOT, run_python
 
 
 def differentiate(function, inputs, douts):
@@ -44,29 +34,6 @@ def assert_accurate(names, ours, plain, golden, outputs, slack=0.0):
         band = 0.0 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps * g.abs().max().item()
         bound = (1.25 if n < outputs else 2) * theirs + band + slack * g.norm().item()
         assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch's {theirs:.3e}, allowed {bound:.3e}"
-
-
-class Guarded:
-    """torch.empty and clone that put NaN round and into every buffer, and tell whether the bands stayed NaN."""
-
-    BAND = 1024
-
-    def __init__(self):
-        self.buffers = []
-
-    def empty(self, shape, *, dtype, device):
-        size = torch.Size(shape)
-        buffer = torch.full((size.numel() + 2 * self.BAND,), math.nan, dtype=dtype, device=device)
-        self.buffers.append(buffer)
-        return buffer[self.BAND : self.BAND + size.numel()].view(size)
-
-    def clone(self, x):
-        return None if x is None else self.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-
-    def assert_bands_untouched(self):
-        for buffer in self.buffers:
-            assert buffer[: self.BAND].isnan().all()
-            assert buffer[-self.BAND :].isnan().all()
 
 
 def strided(x):
@@ -107,7 +74,4 @@ def compile_offline(launches):
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     indented = "".join(f"        {line}\n" for line in launches.strip().splitlines())
-    command = [sys.executable, "-c", COMPILE.format(launches=indented)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_python("-c", COMPILE.format(launches=indented), cwd=ROOT, env=environment))

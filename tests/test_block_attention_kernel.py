@@ -1,23 +1,19 @@
 """The Triton launchers against float64: on a CPU in the interpreter (conftest switches it on), on a GPU compiled."""
 
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import _configs
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
 
 from nest_fast import reference
-from nest_fast.testing import assert_as_accurate, max_error
+from nest_fast.testing import assert_as_accurate, gradients, max_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 
 
@@ -52,9 +48,8 @@ def sdpa(q, k, v, *, scale, bias=None, mask=None):
 
 def differentiate(function, dout, q, k, v, bias, mask, scale):
     """(out, dq, dk, dv[, dbias]) by autograd."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v) + (() if bias is None else (bias,))]
-    out = function(*leaves[:3], scale=scale, bias=leaves[3] if len(leaves) > 3 else None, mask=mask)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    leaves = (q, k, v) if bias is None else (q, k, v, bias)
+    return gradients(lambda q, k, v, b=None: function(q, k, v, scale=scale, bias=b, mask=mask), leaves, dout)
 
 
 def launch(dout, q, k, v, bias, mask, scale):
@@ -67,13 +62,9 @@ def launch(dout, q, k, v, bias, mask, scale):
     return results, lse
 
 
-def in_double(*tensors):
-    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
-
-
 def golden_lse(q, k, bias, mask, scale):
     """The logarithm of the softmax denominators, and the weights, (B, T, heads, N[, N]), in float64."""
-    q, k, bias, mask = in_double(q, k, bias, mask)
+    q, k, bias, mask = in_double((q, k, bias, mask))
     scores = scale * torch.einsum("btnhd,btmhd->bthnm", q, k.expand_as(q))
     scores = scores if bias is None else scores + bias
     if mask is not None:
@@ -87,7 +78,7 @@ def check(dout, q, k, v, bias, mask, scale):
     inputs = (dout, q, k, v, bias, mask)
     ours, lse = launch(*inputs, scale)
     plain = differentiate(sdpa, *inputs, scale)
-    golden = differentiate(reference.block_attention, *in_double(*inputs), scale)
+    golden = differentiate(reference.block_attention, *in_double(inputs), scale)
     for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
         assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if q.dtype == torch.float32 else 2, name)
     torch.testing.assert_close(lse.double(), golden_lse(q, k, bias, mask, scale)[0], rtol=1e-5, atol=1e-5)
@@ -100,7 +91,7 @@ def check_rounding(dout, q, k, v, bias, mask, scale):
     """
     inputs = (dout, q, k, v, bias, mask)
     ours, lse = launch(*inputs, scale)
-    golden = differentiate(reference.block_attention, *in_double(*inputs), scale)
+    golden = differentiate(reference.block_attention, *in_double(inputs), scale)
     wide_lse, weights = golden_lse(q, k, bias, mask, scale)
     torch.testing.assert_close(lse.double(), wide_lse, rtol=1e-5, atol=1e-5)
     d, q, k, v = (x.double().abs().expand_as(q).transpose(2, 3) for x in (dout, q, k, v))
@@ -225,41 +216,12 @@ def test_block_attention_takes_masks_by_group():
     assert all(map(torch.equal, grouped, repeated))
 
 
-class Guarded:
-    """torch.empty and clone that put NaN round and into every buffer, and tell whether the bands stayed NaN."""
-
-    BAND = 1024
-
-    def __init__(self):
-        self.buffers = []
-
-    def empty(self, shape, *, dtype, device):
-        size = torch.Size(shape)
-        buffer = torch.full((size.numel() + 2 * self.BAND,), float("nan"), dtype=dtype, device=device)
-        self.buffers.append(buffer)
-        return buffer[self.BAND : self.BAND + size.numel()].view(size)
-
-    def clone(self, x):
-        return self.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-
-    def assert_bands_untouched(self):
-        for buffer in self.buffers:
-            assert buffer[: self.BAND].isnan().all()
-            assert buffer[-self.BAND :].isnan().all()
-
-
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize(("N", "dtype"), [(1, torch.float32), (17, torch.float32), (52, torch.float16)])
-def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads, monkeypatch):
+def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads):
     inputs = draw(1, 2, N, 3, 24, dtype, kv_heads=kv_heads, bias=True, mask="additive")
     wanted, lse = launch(*inputs, 0.25)
-    guarded = Guarded()
-    inputs = [guarded.clone(x) for x in inputs]
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", guarded.empty)
-        got, got_lse = launch(*inputs, 0.25)
-    guarded.assert_bands_untouched()
-    assert len(guarded.buffers) >= 6 + 5
+    got, got_lse = in_guarded_memory(lambda copy: launch(*map(copy, inputs), 0.25))
     for x, y in zip([*got, got_lse], [*wanted, lse], strict=True):
         assert torch.equal(x, y)
 
@@ -342,14 +304,7 @@ def test_block_attention_offsets_are_64_bit():
         assert all(map(torch.equal, got, wanted))
         print("equal")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        check=False,
-    )
-    assert done.stdout == "equal\n", done.stderr
+    assert run_python("-c", textwrap.dedent(program)) == "equal\n"
 
 
 def test_limits_are_what_the_kernels_take():
@@ -362,7 +317,7 @@ def test_block_attention_of_many_blocks(blocks):
     dout, q, k, v, _, _ = draw(1, blocks, 16, 3, 64, torch.bfloat16, kv_heads=1)
     ours, _ = launch(dout, q, k, v, None, None, 0.125)
     plain = differentiate(sdpa, dout, q, k, v, None, None, 0.125)
-    golden = differentiate(reference.block_attention, *in_double(dout, q, k, v), None, None, 0.125)
+    golden = differentiate(reference.block_attention, *in_double((dout, q, k, v)), None, None, 0.125)
     for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
         assert_as_accurate(x, y, g, 1.5 if name == "out" else 2, name)
 

@@ -5,19 +5,11 @@ import math
 
 import pytest
 import torch
+from common import DEVICE, DTYPES, in_double, in_guarded_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import layer_norm as kernels
-from passes import (
-    DEVICE,
-    DTYPES,
-    Guarded,
-    assert_accurate,
-    compile_offline,
-    differentiate,
-    in_double,
-    strided,
-)
+from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import add_layer_norm, layer_norm_mean, reference
 from nest_fast.ops import layer_norm as ops
@@ -167,7 +159,7 @@ def test_expanded_gradients_are_read():
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("C", [1, 20, 33])
-def test_kernels_stay_inside_their_buffers(C, dtype, monkeypatch):
+def test_kernels_stay_inside_their_buffers(C, dtype):
     (x, branch, weight, bias, branch_bias), scale, douts = draw((3, 15, C), dtype)
 
     def everything(copy):
@@ -180,12 +172,7 @@ def test_kernels_stay_inside_their_buffers(C, dtype, monkeypatch):
         return [total, normed, mean, rstd, *grads, *pooled, *mean_grads]
 
     wanted = everything(lambda t: t)
-    guarded = Guarded()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", guarded.empty)
-        got = everything(guarded.clone)
-    guarded.assert_bands_untouched()
-    for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
+    for n, (a, b) in enumerate(zip(in_guarded_memory(everything), wanted, strict=True)):
         assert torch.equal(a, b), n
 
 
