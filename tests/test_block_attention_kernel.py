@@ -1,20 +1,21 @@
 """The Triton launchers against float64: on a CPU in the interpreter (conftest switches it on), on a GPU compiled."""
 
+import functools
 import textwrap
 
 import pytest
 import torch
-import torch.nn.functional as F
 from common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import _configs
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
 
-from nest_fast import reference
+from nest_fast import block_attention, reference
 from nest_fast.testing import assert_as_accurate, gradients, max_error
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")
+sdpa = functools.partial(block_attention, impl="sdpa")  # 4-D scaled_dot_product_attention, the measure of accuracy
 
 
 def draw(B, T, N, heads, head_dim, dtype, *, kv_heads=None, bias=False, mask=None):
@@ -30,20 +31,6 @@ def draw(B, T, N, heads, head_dim, dtype, *, kv_heads=None, bias=False, mask=Non
     elif mask == "additive":
         mask = torch.randn(T, N, N, dtype=dtype, device=DEVICE)
     return dout, q, k, v, bias, mask
-
-
-def sdpa(q, k, v, *, scale, bias=None, mask=None):
-    """Plain PyTorch in the dtype of q: 4-D scaled_dot_product_attention."""
-    B, T, _, heads, _ = q.shape
-    q, k, v = (x.expand(-1, -1, -1, heads, -1).flatten(0, 1).transpose(1, 2) for x in (q, k, v))
-    added = None if bias is None else bias.unsqueeze(0)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-        mask = mask.repeat(B * T // mask.shape[0], 1, 1).unsqueeze(1)
-        added = mask if added is None else added + mask
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
-    return out.transpose(1, 2).unflatten(0, (B, T))
 
 
 def differentiate(function, dout, q, k, v, bias, mask, scale):
