@@ -1,5 +1,6 @@
 """Inputs and oracles that the tests of block aggregation share."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from nest_fast.testing import max_error, relative_error
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PADDINGS = ("symmetric", "same")
 
 
@@ -49,8 +49,16 @@ def draw(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]
     return tuple((torch.randn(size) * scale).to(dtype) for size, scale in zip(sizes, scales, strict=True))
 
 
-def double(tensors) -> tuple[Tensor, ...]:
-    return tuple(x.double() for x in tensors)
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """``x`` (4-D) in other memory whose channels are dense, by name."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 8), math.nan)
+    wide[..., 4:-4] = x
+    return {
+        "padded channels": wide[..., 4:-4],
+        "second and third dimension swapped": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "images last": x.movedim(0, 2).contiguous().movedim(2, 0),
+        "every second of the second dimension": x.repeat_interleave(2, 1)[:, ::2],
+    }
 
 
 def windows(z: Tensor, padding: str) -> Tensor:

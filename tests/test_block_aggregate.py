@@ -5,35 +5,32 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from aggregation import (
-    DTYPES,
     PADDINGS,
     Shape,
     assert_forward,
     assert_gradients,
     convolve,
-    double,
     draw,
     for_the_interpreter,
+    layouts,
     pool_at,
     pool_places,
 )
+from common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import block_aggregate as kernels
 
 from nest_fast import reference
 from nest_fast.ops import block_aggregate
-from nest_fast.ops._extension import cpp_isa as CPP_ISA
 from nest_fast.ops.block_aggregate import IMPLS
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
 MODULE = sys.modules["nest_fast.ops.block_aggregate"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALL_ISAS = ("avx512_bf16", "avx512", "avx2")
-ISAS = ALL_ISAS[ALL_ISAS.index(CPP_ISA) :] if CPP_ISA else ()
 FAST = [impl for impl in IMPLS if impl not in ("auto", "reference")]
 NAMES = ("dx", "dconv_weight", "dconv_bias", "dnorm_weight", "dnorm_bias", "dpos_embed")
 
@@ -58,11 +55,8 @@ def impl_and_isa(request, monkeypatch):
         for_the_interpreter(monkeypatch)
     if isa and DEVICE != "cpu":
         pytest.skip("the C++ kernel is for CPU tensors")
-    if isa:
-        OPS.cpp_set_isa(isa)
-    yield impl
-    if isa:
-        OPS.cpp_set_isa(CPP_ISA)
+    with instructions(isa):
+        yield impl
 
 
 def inputs(shape=None, dtype=torch.float32):
@@ -143,7 +137,7 @@ def check(impl, shape, padding, tensors):
     """Output and gradients within the bounds, and flips no more than plain PyTorch's."""
     dtype = tensors[0].dtype
     function, plain = run(impl, shape, padding), run("reference", shape, padding)
-    wide = double(tensors)
+    wide = in_double(tensors)
     exact = plain(*wide)
     dout = torch.randn_like(exact).to(dtype)
     ours, theirs = gradients(function, tensors, dout), gradients(plain, tensors, dout)
@@ -205,7 +199,7 @@ def check_any_shape(impl, B, half_grid, block, C, C_out, dtype, padding, missing
     pos_embed = None if "pos_embed" in missing else pos_embed
     options = {"grid_size": shape.grid, "block_size": block, "padding": padding}
     out = block_aggregate(*tensors, **options, pos_embed=pos_embed, impl=impl)
-    wide = [None if t is None else t.double() for t in (*tensors, pos_embed)]
+    wide = in_double((*tensors, pos_embed))
     exact = reference.block_aggregate(*wide[:5], **options, pos_embed=wide[5])
     plain = reference.block_aggregate(*tensors, **options, pos_embed=pos_embed)
     assert out.shape == exact.shape
@@ -243,20 +237,10 @@ def test_an_image_is_what_its_blocks_are(impl, padding):
     assert torch.equal(reference.blockify(of_image[-1], (2, 3)), of_blocks[-1])
 
 
-def layouts(x):
-    """x in other memory, by name."""
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 8), math.nan)
-    wide[..., 4:-4] = x
-    return {
-        "padded tokens": wide[..., 4:-4],
-        "tokens before blocks": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "images last": x.movedim(0, 2).contiguous().movedim(2, 0),
-        "channels first": x.movedim(-1, 1).contiguous().movedim(1, -1),
-        "every second block": x.repeat_interleave(2, 1)[:, ::2],
-    }
-
-
 def test_reads_every_layout(impl):
+    def strided(x):
+        return {**layouts(x), "channels first": x.movedim(-1, 1).contiguous().movedim(1, -1)}
+
     shape = Shape(2, (2, 4), (2, 3), 12, 20)
     x, conv_weight, *vectors, pos_embed = inputs(shape)
     dout = torch.randn(2, 2, 6, 20, device=DEVICE)
@@ -271,24 +255,18 @@ def test_reads_every_layout(impl):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
     wanted = outputs(x, conv_weight, vectors, pos_embed, dout)
-    for name, view in layouts(x).items():
+    for name, view in strided(x).items():
         same(outputs(view, conv_weight, vectors, pos_embed, dout), f"x, {name}")
-    for name, view in layouts(dout).items():
+    for name, view in strided(dout).items():
         same(outputs(x, conv_weight, vectors, pos_embed, view), f"dout, {name}")
     channels_last = conv_weight.contiguous(memory_format=torch.channels_last)
-    strided = [torch.stack([v, v], 1)[:, 0] for v in vectors]
-    same(outputs(x, channels_last, strided, layouts(pos_embed)["channels first"], dout), "parameters")
+    every_second = [torch.stack([v, v], 1)[:, 0] for v in vectors]
+    same(outputs(x, channels_last, every_second, strided(pos_embed)["channels first"], dout), "parameters")
     leaf = x.clone().requires_grad_()  # the gradient of sum() has strides of 0
     run(impl, shape)(leaf, conv_weight, *vectors, pos_embed).sum().backward()
     dense = x.clone().requires_grad_()
     run(impl, shape)(dense, conv_weight, *vectors, pos_embed).backward(torch.ones_like(dout))
     torch.testing.assert_close(leaf.grad, dense.grad)
-
-
-def guarded(x):
-    """x inside a flat tensor of NaN."""
-    guard = x.new_full((x.numel() + 128,), math.nan)
-    return guard[64:-64].view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("C", [1, 17, 32])
@@ -323,18 +301,12 @@ def test_has_the_same_bits_for_any_number_of_threads(impl_and_isa):
     shape = Shape(3, (4, 2), (5, 3), 24, 40)
     tensors = inputs(shape, torch.bfloat16)
     dout = torch.randn(3, 2, 15, 40, device=DEVICE).bfloat16()
-    threads, results = torch.get_num_threads(), []
     # The convolution's gradients are the library's, which may divide its sums among threads.
     ours = [0, 1, 3, 4, 5, 6] if impl_and_isa == "cpp" else [0, 3, 4, 5, 6]
-    try:
-        for number in (1, 2, 7):
-            torch.set_num_threads(number)
-            results.append(gradients(run(impl_and_isa, shape), tensors, dout))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
+    first, *others = with_threads(lambda: gradients(run(impl_and_isa, shape), tensors, dout))
+    for other in others:
         for n in ours:
-            assert torch.equal(results[0][n], other[n]), ("out", *NAMES)[n]
+            assert torch.equal(first[n], other[n]), ("out", *NAMES)[n]
 
 
 def test_of_nothing(impl):
@@ -349,14 +321,8 @@ def test_of_nothing(impl):
 def test_saves_no_more_than_plain_pytorch(impl):
     shape = Shape(4, (4, 4), (4, 4), 32, 64)
     tensors = [x.requires_grad_() for x in inputs(shape)]
-    bytes_of = {}
-    for i in (impl, "reference"):
-        saved = {}
-        pack = lambda x, saved=saved: saved.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()})  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            run(i, shape)(*tensors)
-        bytes_of[i] = sum(saved.values())
-    assert bytes_of[impl] <= bytes_of["reference"]
+    ours, plain = (saved_bytes(lambda i=i: run(i, shape)(*tensors)) for i in (impl, "reference"))
+    assert 0 < ours <= plain
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -398,13 +364,13 @@ class Aggregation(torch.nn.Module):
 
     def forward(self, x):
         function = run(self.impl, Shape(1, (2, 4), (2, 3), 12, 20))
-        return function(x, *(getattr(self, f"p{n}") for n in range(5)))
+        return function(x, *self.buffers())
 
 
 def test_exports_with_a_dynamic_batch(impl):
     module = Aggregation(impl)
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(module, (inputs()[0],), dynamic_shapes=((({0: batch}),),)[0]).module()
+    exported = torch.export.export(module, (inputs()[0],), dynamic_shapes=({0: batch},)).module()
     for B in (1, 5):
         x = inputs(Shape(B, (2, 4), (2, 3), 12, 20))[0]
         torch.testing.assert_close(exported(x), module(x))
@@ -578,6 +544,3 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()
-    with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
-        OPS.cpp_set_isa("mmx")
-    assert OPS.cpp_isa() == CPP_ISA

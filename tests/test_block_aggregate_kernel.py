@@ -4,35 +4,29 @@ The Triton kernels run in the interpreter on a CPU (conftest switches it on), co
 """
 
 import math
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from aggregation import (
-    DTYPES,
     PADDINGS,
     assert_forward,
     assert_gradients,
     for_the_interpreter,
+    layouts,
     pool_at,
     pool_places,
     windows,
 )
+from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import block_aggregate as kernels
 
 from nest_fast import reference
-from nest_fast.ops._extension import cpp_isa as CPP_ISA
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
-ALL_ISAS = ("avx512_bf16", "avx512", "avx2")
-ISAS = ALL_ISAS[ALL_ISAS.index(CPP_ISA) :] if CPP_ISA else ()
 NAMES = ("out", "dy", "dconv_bias", "dnorm_weight", "dnorm_bias", "dpos_embed")
 
 
@@ -40,7 +34,7 @@ class Part:
     """The two operations of one who computes them, on the device where they run."""
 
     def __init__(self, name):
-        self.isa = None if name == "triton" else name
+        self.isa = "" if name == "triton" else name
         self.kind = "triton" if name == "triton" else "cpp"
         self.device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
         self.fwd = getattr(OPS, f"norm_pool_{self.kind}_fwd")
@@ -50,13 +44,10 @@ class Part:
 @pytest.fixture(params=["triton", *ISAS])
 def part(request, monkeypatch):
     part = Part(request.param)
-    if part.isa:
-        OPS.cpp_set_isa(part.isa)
-    elif part.device == "cpu":
+    if part.kind == "triton" and part.device == "cpu":
         for_the_interpreter(monkeypatch)
-    yield part
-    if part.isa:
-        OPS.cpp_set_isa(CPP_ISA)
+    with instructions(part.isa):
+        yield part
 
 
 def draw(B, H, W, C, dtype=torch.float32, device="cpu", blocks=1):
@@ -88,7 +79,7 @@ def check(part, inputs, block, padding):
     options = {"block": block, "padding": padding}
     out, mean, rstd, argmax = launch(part, *inputs, **options)
     places = image_of(argmax, inputs[0], block)
-    exact_inputs = [None if x is None else x.double() for x in inputs]
+    exact_inputs = in_double(inputs)
     given = [x for x in inputs if x is not None]
     missing = [n for n, x in enumerate(inputs) if x is None]
 
@@ -103,7 +94,7 @@ def check(part, inputs, block, padding):
     dout = torch.randn_like(out)
     ours = gradients(lambda *x: launch(part, *full(x), **options)[0], given, dout)
     theirs = gradients(lambda *x: plain(*full(x), **options), given, dout)
-    wide = [x.double() for x in given]
+    wide = in_double(given)
     exact = gradients(lambda *x: plain(*full(x), **options, argmax=places), wide, dout)
     theirs_exact = gradients(lambda *x: plain(*full(x), **options, argmax=plain_places), wide, dout)
     assert torch.equal(ours[0], out)
@@ -187,7 +178,7 @@ def check_any_shape(part, B, grid, block, C, dtype, padding, seed):
     torch.manual_seed(seed)
     blocks = grid[0] * grid[1]
     inputs = draw(B, 2 * grid[0] * block[0], 2 * grid[1] * block[1], C, dtype, part.device, blocks)
-    exact = plain(*(x.double() for x in inputs), block=block, padding=padding)
+    exact = plain(*in_double(inputs), block=block, padding=padding)
     out, _, _, argmax = launch(part, *inputs, block=block, padding=padding)
     quiet, *empty = launch(part, *inputs, block=block, padding=padding, training=False)
     # In a handful of numbers the error of either is luck, of sums that happen to cancel: some roundings are allowed.
@@ -240,18 +231,6 @@ def test_padding_never_wins(part, padding):
     assert (chosen.expand(-1, 16, -1, -1, -1).gather(2, place) == 0).all()
 
 
-def layouts(x):
-    """x in other memory, by name."""
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 8), math.nan)
-    wide[..., 4:-4] = x
-    return {
-        "padded pixels": wide[..., 4:-4],
-        "columns before rows": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "images last": x.movedim(0, 2).contiguous().movedim(2, 0),
-        "every second row": x.repeat_interleave(2, 1)[:, ::2],
-    }
-
-
 def test_norm_pool_reads_every_layout(part):
     y, *rest = draw(2, 8, 12, 24, device=part.device, blocks=4)
     options = {"block": (2, 3), "padding": "symmetric"}
@@ -267,12 +246,6 @@ def test_norm_pool_reads_every_layout(part):
         assert all(map(torch.equal, part.bwd(view, y, *vectors, *wanted[1:], (2, 3), False), gradient)), name
     for name, view in layouts(rest[3]).items():
         assert torch.equal(launch(part, y, *rest[:3], view, **options)[0], wanted[0]), name
-
-
-def guarded(x):
-    """x inside a flat tensor of NaN, or of 255."""
-    guard = x.new_full((x.numel() + 128,), 255 if x.dtype == torch.uint8 else math.nan)
-    return guard[64:-64].view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("C", [1, 16, 33])
@@ -301,17 +274,14 @@ def test_norm_pool_of_nothing(part):
 def test_norm_pool_has_the_same_bits_for_any_number_of_threads(part):
     y, *rest = draw(3, 20, 12, 24, torch.bfloat16, part.device)
     dout = torch.randn(3, 1, 60, 24, device=part.device).bfloat16()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 7):
-            torch.set_num_threads(number)
-            outs = launch(part, y, *rest, block=(10, 6), padding="symmetric")
-            bwd = part.bwd(dout, y, rest[0].float(), rest[1].float(), *outs[1:], (10, 6), False)
-            results.append((*outs, *bwd))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+
+    def compute():
+        outs = launch(part, y, *rest, block=(10, 6), padding="symmetric")
+        return *outs, *part.bwd(dout, y, rest[0].float(), rest[1].float(), *outs[1:], (10, 6), False)
+
+    first, *others = with_threads(compute)
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -371,6 +341,4 @@ print("right")
 def test_norm_pool_offsets_are_64_bit():
     """In a process of its own, since an offset of 32 bits is an access violation. Virtual memory only."""
     parts = ("triton", "cpp") if CPP_ISA else ("triton",)
-    code = textwrap.dedent(SPARSE.format(parts=parts))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert result.stdout.strip() == "right", result.stderr
+    assert run_python("-c", SPARSE.format(parts=parts)) == "right\n"
