@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.testing
+from common import CPP_ISA, DEVICE, in_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,15 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
 from nest_fast import bias_gelu, block_aggregate, block_attention, reference
-from nest_fast.ops import _choice, _extension
+from nest_fast.ops import _choice, _triton
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
 IMPLS = ["sdpa"]
-if _extension.cpp_isa:
+if CPP_ISA and DEVICE == "cpu":
     IMPLS.append("cpp")
-if torch.cuda.is_available() or nest_fast.ops._triton.INTERPRETED:
+if DEVICE == "cuda" or _triton.INTERPRETED:
     IMPLS.append("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(B=2, T=4, N=16, heads=2, d=16, kv_heads=None, dtype=torch.float32):
@@ -31,19 +32,13 @@ def inputs(B=2, T=4, N=16, heads=2, d=16, kv_heads=None, dtype=torch.float32):
     return packed.split((heads, kv_heads, kv_heads), dim=3)
 
 
-def skip_elsewhere(impl):
-    if impl == "cpp" and DEVICE != "cpu":
-        pytest.skip("the C++ kernel is for CPU tensors")
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kv_heads", [3, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients(impl, kv_heads, dtype):
-    skip_elsewhere(impl)
     q, k, v = inputs(N=20, heads=3, d=24, kv_heads=kv_heads, dtype=dtype)
     dout = torch.randn_like(q)
-    golden = gradients(reference.block_attention, (x.double() for x in (q, k, v)), dout)
+    golden = gradients(reference.block_attention, in_double((q, k, v)), dout)
     plain = gradients(lambda *a: block_attention(*a, impl="sdpa"), (q, k, v), dout)
     ours = gradients(lambda *a: block_attention(*a, impl=impl), (q, k, v), dout)
     factors = (1.5, *(3 if dtype == torch.float32 else 2,) * 3)
@@ -79,39 +74,31 @@ def test_any_shape_and_layout(impl, B, T, N, heads, d, multi_query, layout, seed
     assert out.shape == q.shape
     assert out.is_contiguous()
     if B:
-        assert relative_error(out, reference.block_attention(*(x.double() for x in (q, k, v)))) < 1e-5
+        assert relative_error(out, reference.block_attention(*in_double((q, k, v)))) < 1e-5
 
 
 @pytest.mark.parametrize("impl", [i for i in IMPLS if i != "cpp"])
 @pytest.mark.parametrize("masked", [None, "float", "bool"])
 def test_bias_and_mask(impl, masked):
     q, k, v = inputs()
-    bias = torch.randn(2, 16, 16, device=DEVICE, requires_grad=True)
+    bias = torch.randn(2, 16, 16, device=DEVICE)
     mask = {None: None, "float": torch.randn(2, 16, 16), "bool": torch.rand(2, 16, 16) > 0.5}[masked]
     if masked == "bool":
         mask |= torch.eye(16, dtype=torch.bool)
     mask = mask if mask is None else mask.to(DEVICE)
     dout = torch.randn_like(q)
-
-    def run(call, *tensors):
-        leaves = [x.detach().clone().requires_grad_() for x in tensors]
-        out = call(*leaves[:3], bias=leaves[3], mask=mask if mask is None or masked == "bool" else mask.to(out_dtype))
-        return (out, *torch.autograd.grad(out, leaves, dout.to(out.dtype)))
-
-    out_dtype = torch.float64
-    golden = run(reference.block_attention, *(x.double() for x in (q, k, v, bias)))
-    out_dtype = torch.float32
-    ours = run(lambda *a, **kw: block_attention(*a, impl=impl, **kw), q, k, v, bias)
+    *wide, wide_mask = in_double((q, k, v, bias, mask))
+    golden = gradients(lambda q, k, v, b: reference.block_attention(q, k, v, bias=b, mask=wide_mask), wide, dout)
+    ours = gradients(lambda q, k, v, b: block_attention(q, k, v, bias=b, mask=mask, impl=impl), (q, k, v, bias), dout)
     for got, want in zip(ours, golden, strict=True):
         assert relative_error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scale_and_double_backward_message(impl):
-    skip_elsewhere(impl)
     q, k, v = (x.detach().requires_grad_() for x in inputs())
     out = block_attention(q, k, v, scale=0.5, impl=impl)
-    assert relative_error(out, reference.block_attention(q.double(), k.double(), v.double(), scale=0.5)) < 1e-5
+    assert relative_error(out, reference.block_attention(*in_double((q, k, v)), scale=0.5)) < 1e-5
     if impl != "sdpa":
         (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         with pytest.raises(
@@ -120,7 +107,7 @@ def test_scale_and_double_backward_message(impl):
             dq.sum().backward()
 
 
-@pytest.mark.skipif("cpp" not in IMPLS or DEVICE != "cpu", reason="the C++ kernel is for CPU tensors")
+@pytest.mark.skipif("cpp" not in IMPLS, reason="the C++ kernel is for CPU tensors")
 def test_any_gradient_and_batches_of_them():
     """Expanded and transposed output gradients, and several at once."""
     leaf = torch.randn(2, 4, 16, 2, 16, requires_grad=True)
@@ -144,8 +131,7 @@ def test_dropout_drops_and_keeps_the_mean():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_special_values_spread_as_in_softmax(impl):
-    """NaN in one block stays in that block; an infinite score takes all the weight or none."""
-    skip_elsewhere(impl)
+    """NaN in one block stays in that block."""
     q, k, v = (x.clone() for x in inputs())
     q[0, 1, 3, 0, 0] = math.nan
     out = block_attention(q, k, v, impl=impl)
@@ -157,7 +143,6 @@ def test_special_values_spread_as_in_softmax(impl):
 
 @pytest.mark.parametrize("impl", [i for i in IMPLS if i != "sdpa"])
 def test_opcheck(impl):
-    skip_elsewhere(impl)
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs(kv_heads=kv_heads))
@@ -172,7 +157,6 @@ def test_opcheck(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_in_one_graph(impl):
-    skip_elsewhere(impl)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: block_attention(*a, impl=impl), fullgraph=True, backend=counter)
@@ -184,7 +168,6 @@ def test_compiles_in_one_graph(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_vmap_over_the_batch(impl):
-    skip_elsewhere(impl)
     q, k, v = (torch.stack([x, x + 1]) for x in inputs())
     out = torch.vmap(lambda a, b: block_attention(a, b, v[0], impl=impl))(q, k)
     for i in range(2):
@@ -202,12 +185,11 @@ def test_vmap_over_biases(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
-    skip_elsewhere(impl)
     q, k, v = inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         out = block_attention(q, k.bfloat16(), v, impl=impl)
     assert out.dtype == torch.bfloat16
-    assert relative_error(out, reference.block_attention(q.double(), k.double(), v.double())) < 0.02
+    assert relative_error(out, reference.block_attention(*in_double((q, k, v)))) < 0.02
 
 
 def test_auto_says_once_why_it_does_without_triton(monkeypatch):
@@ -264,9 +246,9 @@ def test_bad_input(change, message):
 
 
 def test_an_explicit_choice_never_falls_back():
-    q, k, v = (x.double() for x in inputs())
-    for impl, reason in (("cpp", "float64"), ("triton", "float64")):
-        with pytest.raises(RuntimeError, match=f"impl: '{impl}' cannot run block_attention here: .*{reason}"):
+    q, k, v = in_double(inputs())
+    for impl in ("cpp", "triton"):
+        with pytest.raises(RuntimeError, match=f"impl: '{impl}' cannot run block_attention here: .*float64"):
             block_attention(q, k, v, impl=impl)
     with pytest.raises(RuntimeError, match=r"impl: 'cpp' cannot .*: it takes no bias or mask"):
         block_attention(*inputs(), bias=torch.zeros(2, 16, 16, device=DEVICE), impl="cpp")
