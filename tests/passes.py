@@ -23,7 +23,7 @@ def differentiate(function, inputs, douts):
 
 
 def assert_accurate(names, ours, plain, golden, outputs, slack=0.0):
-    """L2 errors against float64: outputs within 1.25 of plain PyTorch's, gradients within 2; see the test plan.
+    """L2 errors against float64: outputs within 1.25 of plain PyTorch's, gradients within 2.
 
     ``slack`` more of the golden norm is for tensors so small that plain PyTorch's error is a matter of luck.
     """

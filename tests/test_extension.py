@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import CPP_ISA, ROOT, run_python
 
 import nest_fast
 from nest_fast.ops import _extension
 
-ROOT = Path(__file__).resolve().parent.parent
+OPS = torch.ops.nest_fast
 PACKAGE = Path(nest_fast.__file__).parent
 
 # Runs in a fresh interpreter: says what loaded, and that the operations work either way.
@@ -35,15 +36,8 @@ print(_extension.cuda_error)
 
 
 def report(folder, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    return run_python("-c", REPORT, cwd=folder, env=environment).splitlines()
 
 
 @pytest.fixture
@@ -92,8 +86,14 @@ library = torch.library.Library("nest_fast", "FRAGMENT")
 library.define("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor")
 print(tuple(torch.ops.nest_fast.patchify(torch.zeros(1, 3, 8, 8), (2, 2), (2, 2)).shape))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "(1, 4, 4, 12)", result.stderr
+    assert run_python("-c", code) == "(1, 4, 4, 12)\n"
+
+
+@pytest.mark.skipif(not CPP_ISA, reason="there are no C++ kernels")
+def test_instructions_that_the_processor_has_not_are_refused():
+    with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
+        OPS.cpp_set_isa("mmx")
+    assert OPS.cpp_isa() == CPP_ISA
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -76,9 +76,14 @@ def test_gradients(case):
     assert compared == sum(key.startswith("grad/") for key in golden) - 2  # q and kv make one qkv, weight and bias
 
 
+def parameters(name):
+    """A golden file's parameters, by the authors' names."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+
+
 def test_from_jax_reads_trees_and_says_what_is_missing(tmp_path):
-    with np.load(GOLDEN / "mha_s16_64.npz") as arrays:
-        flat = {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+    flat = parameters("mha_s16_64")
     nested = {}
     for path, value in flat.items():
         node = nested
@@ -98,8 +103,7 @@ def test_from_jax_reads_trees_and_says_what_is_missing(tmp_path):
 
 
 def test_from_jax_wants_depths_where_widths_do_not_tell():
-    with np.load(GOLDEN / "mqa_s16_32.npz") as arrays:
-        flat = {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+    flat = parameters("mqa_s16_32")
     extra = {k.replace("Block_3", "Block_4"): v for k, v in flat.items() if "EncoderNDBlock_3" in k}
     with pytest.raises(ValueError, match="depths: wanted one value a level"):
         nest_fast.weights.from_jax(flat | extra)
@@ -109,8 +113,7 @@ def test_from_jax_wants_depths_where_widths_do_not_tell():
 
 def test_from_jax_reads_flax_checkpoints(tmp_path):
     serialization = pytest.importorskip("flax.serialization", reason="flax is not installed")
-    with np.load(GOLDEN / "mha_s16_64.npz") as arrays:
-        flat = {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+    flat = parameters("mha_s16_64")
     path = tmp_path / "ckpt-39.flax"
     path.write_bytes(serialization.msgpack_serialize({"optimizer": {"target": flat}}))
     got, wanted = nest_fast.weights.from_jax(path), nest_fast.weights.from_jax(flat)

@@ -1,13 +1,10 @@
 """The layer rule, and that importing nest_fast needs nothing but torch."""
 
 import ast
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from common import ROOT, run_python
 
-ROOT = Path(__file__).parent.parent
 # What each module of nest_fast may import of nest_fast: reference ← ops ← modules ← nest ← integrations.
 ALLOWED = {
     "reference": set(),
@@ -83,12 +80,11 @@ except RuntimeError as error:
 else:
     raise AssertionError("impl='cpp' ran without the extension")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+    run_python("-c", code)
 
 
 def test_info_prints_what_loaded():
-    command = [sys.executable, "-m", "nest_fast.info"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT.parent).stdout.splitlines()
+    lines = run_python("-m", "nest_fast.info").splitlines()
     names = [line[:16].strip() for line in lines]
     assert names == [
         "python", "nest_fast", "torch", "triton", "timm", "numpy",
