@@ -43,9 +43,7 @@ def _cpu_extension() -> str:
 
     if _extension.cpu_error is not None:
         return f"not loaded: {_extension.cpu_error}"
-    from nest_fast.ops._extension import cpp_isa
-
-    return f"loaded, its kernels use {cpp_isa or 'nothing: no AVX2 on this processor'}"
+    return f"loaded, its kernels use {_extension.cpp_isa or 'nothing: no AVX2, or no GCC 11 that built it'}"
 
 
 def _cuda_extension() -> str:

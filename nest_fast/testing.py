@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["assert_as_accurate", "import_timm", "max_error", "relative_error"]
+__all__ = ["assert_as_accurate", "gradients", "import_timm", "max_error", "relative_error"]
 
 
 def max_error(x: Tensor, golden: Tensor) -> float:
@@ -52,11 +51,6 @@ def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], dout: T
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     return (out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype)))
-
-
-def in_double(module: nn.Module) -> nn.Module:
-    """A float64 copy of ``module``: the golden version of it."""
-    return copy.deepcopy(module).double()
 
 
 def import_timm() -> ModuleType:

@@ -16,9 +16,10 @@ __all__ = ["accelerate", "restore"]
 def accelerate(model: nn.Module) -> Report:
     """Make the NesT layers inside ``model`` fast, in place: same parameters, state dict, hooks and outputs.
 
-    Replaces the computation of timm's ``nest.Attention``, ``ConvPool``, ``NestLevel`` and ``PatchEmbed`` by giving the
-    instances a subclass of their own class; nothing of timm is patched, no tensor is copied or moved. Doing it twice
-    changes nothing. Layers that someone subclassed or patched are left alone and reported.
+    Replaces the computation of timm's ``nest.Attention``, ``TransformerLayer``, ``ConvPool``, ``NestLevel`` and
+    ``PatchEmbed`` by giving the instances a subclass of their own class; nothing of timm is patched, no tensor is
+    copied or moved. Doing it twice changes nothing. Layers that someone subclassed or patched are left alone and
+    reported.
 
     Args:
         model: timm's NesT, or any module with one inside.
@@ -30,7 +31,9 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: there is nothing in ``model`` to replace.
     """
-    _check(model)
+    _check_module(model)
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"model: wanted one with timm's NesT layers, got {type(model).__name__} and no timm installed")
     from nest_fast.integrations import timm
 
     return timm.accelerate(model)
@@ -42,8 +45,7 @@ def restore(model: nn.Module) -> int:
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if importlib.util.find_spec("timm") is None:
         return 0
     from nest_fast.integrations import timm
@@ -51,8 +53,6 @@ def restore(model: nn.Module) -> int:
     return timm.restore(model)
 
 
-def _check(model: object) -> None:
+def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
-    if importlib.util.find_spec("timm") is None:
-        raise ValueError(f"model: wanted one with timm's NesT layers, got {type(model).__name__} and no timm installed")

@@ -175,7 +175,7 @@ def _score_mask(bias: Tensor | None, mask: Tensor | None, blocks: int, dtype: to
     return scores.repeat(blocks // mask.shape[0], 1, 1, 1)
 
 
-# --- registration: of both kernels -----------------------------------------------------------------------------------
+# --- registration: both kernels --------------------------------------------------------------------------------------
 
 
 def _no_double_backward(ctx, *grads):
