@@ -25,7 +25,7 @@ from nest_fast.testing import import_timm
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
-    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, with stochastic depth up to the rate ``drop_path``."""
+    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``."""
 
     px: int
     drop_path: float = 0.0

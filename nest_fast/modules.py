@@ -172,7 +172,7 @@ class BlockAggregation(nn.Module):
     Args:
         in_channels, out_channels: C and C'.
         padding: of the max-pool, "symmetric" (timm) or "same" (the authors, timm's ``_jx`` models).
-        eps: of the LayerNorm.
+        norm_layer: called as ``norm_layer(channels, device=, dtype=)``; builds an affine ``torch.nn.LayerNorm``.
         impl: see :func:`nest_fast.block_aggregate`.
 
     Shape: with ``grid_size`` given to ``forward``, blocks ``(B, T, N, C)`` → ``(B, T/4, N, C')``, ``pos_embed``

@@ -218,6 +218,14 @@ def test_each_gradient_alone(impl, wanted):
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_have_no_gradients(impl):
+    shape = Shape(1, (2, 2), (2, 2), 8, 8)
+    leaves = [x.requires_grad_() for x in inputs(shape)]
+    (dx,) = torch.autograd.grad(run(impl, shape)(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="impl: wanted 'reference' for a derivative of block_aggregate's gradients"):
+        dx.square().sum().backward()
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_an_image_is_what_its_blocks_are(impl, padding):
     shape = Shape(2, (2, 4), (2, 3), 12, 20)

@@ -1,10 +1,8 @@
 """blockify, unblockify and patchify: bit-exact against the reference, in every dtype, layout and torch feature."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from common import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +130,7 @@ def test_blockify_adds_infinities_and_nans(dtype, impl):
     torch.testing.assert_close(out, reference.blockify(image, 2) + pos, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_fuzz(data):
     """Random sizes, permuted and offset memory, all three operations and the inverse of the third."""
@@ -235,8 +233,7 @@ def test_offsets_of_64_bits():
     """In a process of its own, since an offset of 32 bits is an access violation."""
     if _extension.cpu_error is not None:
         pytest.skip(_extension.cpu_error)
-    result = subprocess.run([sys.executable, "-c", SPARSE], capture_output=True, text=True)
-    assert result.stdout.strip() == "right", result.stderr
+    assert run_python("-c", SPARSE) == "right\n"
 
 
 @pytest.mark.gpu

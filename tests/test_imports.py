@@ -91,3 +91,15 @@ def test_info_prints_what_loaded():
         "processor", "GPU", "extension, CPU", "extension, CUDA", "Triton kernels",
     ]  # fmt: skip
     assert not any("failed:" in line for line in lines)
+
+
+def test_every_operation_says_what_its_gradient_is():
+    """One that does not, a backward most likely, would make gradients of gradients wrong, with a warning at most."""
+    code = """
+import torch, nest_fast
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nest_fast::")]
+assert len(names) > 20, names
+without = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")]
+assert set(without) <= {"nest_fast::cpp_isa", "nest_fast::cpp_set_isa"}, without
+"""
+    run_python("-c", code)

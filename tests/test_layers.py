@@ -1,11 +1,13 @@
 """attention_layer and mlp_layer: every implementation against float64, registration, choosing, errors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import HealthCheck, given, settings
+from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_fast import attention_layer, mlp_layer, reference
@@ -13,18 +15,13 @@ from nest_fast.ops import _extension
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
-ALL_ISAS = ("avx512_bf16", "avx512", "avx2")
-BEST = _extension.cpp_isa
-ISAS = ALL_ISAS[ALL_ISAS.index(BEST) :] if BEST else ()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_cpp = pytest.mark.skipif(not BEST, reason="the extension is not built, or the processor has no AVX2")
+needs_cpp = pytest.mark.skipif(not CPP_ISA, reason="the extension is not built, or the processor has no AVX2")
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=needs_cpp)])
 def isa(request):
-    OPS.cpp_set_isa(request.param)
-    yield request.param
-    OPS.cpp_set_isa(BEST)
+    with instructions(request.param):
+        yield
 
 
 def vectors(*sizes):
@@ -55,7 +52,7 @@ def assert_accurate(function, tensors, options, slack=0.0):
     """The L2 error at most 1.25 of plain PyTorch's, of the branch alone: x itself would hide it."""
     with torch.no_grad():
         ours, plain = (function(*tensors, **options, impl=impl) for impl in ("cpp", "reference"))
-        wide = [None if t is None else t.double() for t in tensors]
+        wide = in_double(tensors)
         exact = function(*wide, **options, impl="reference")
     error, allowed = (relative_error(y.double() - wide[0], exact - wide[0]) for y in (ours, plain))
     assert ours.dtype == plain.dtype
@@ -64,7 +61,7 @@ def assert_accurate(function, tensors, options, slack=0.0):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     "case",
     [
@@ -85,7 +82,7 @@ def test_as_accurate_as_plain_pytorch(isa, dtype, case):
 
 
 @needs_cpp
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     lead=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
     heads=st.integers(1, 4),
@@ -94,7 +91,7 @@ def test_as_accurate_as_plain_pytorch(isa, dtype, case):
     multi_query=st.booleans(),
     biases=st.booleans(),
     activation=st.sampled_from(["gelu", "gelu_tanh"]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(DTYPES.values())),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
@@ -157,35 +154,25 @@ def test_special_values_stay_in_their_rows(isa):
 @needs_cpp
 def test_same_bits_for_any_number_of_threads_and_any_neighbours(isa):
     """1 thread takes whole blocks, 64 divide the parts of each; a block is computed alike beside any others."""
-    threads = torch.get_num_threads()
     for function, tensors, options in both():
-        results = []
-        try:
-            for number in (1, 2, 64):
-                torch.set_num_threads(number)
-                results.append(function(*tensors, **options, impl="cpp"))
-        finally:
-            torch.set_num_threads(threads)
-        assert all(torch.equal(results[0], other) for other in results[1:])
+        first, *others = with_threads(lambda f=function, t=tensors, o=options: f(*t, **o, impl="cpp"), (1, 2, 64))
+        assert all(torch.equal(first, other) for other in others)
     function, tensors, options = both()[0]
     alone = function(tensors[0][1:, 1:2], *tensors[1:], **options, impl="cpp")
     assert torch.equal(function(*tensors, **options, impl="cpp")[1:, 1:2], alone)
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_reads_nothing_around_the_inputs(isa, dtype):
     for function, tensors, options in both():
         tensors = [t.to(dtype) for t in tensors]
-        guarded = []
-        for t in (torch.randn_like(tensors[0]), *tensors):
-            guard = t.new_full((t.numel() + 128,), math.nan)
-            guarded.append(guard[64:-64].view(t.shape).copy_(t))
+        dout = torch.randn_like(tensors[0])
         results = []
-        for dout, *leaves in (guarded, [t.clone() for t in guarded]):
-            leaves = [t.requires_grad_() for t in leaves]
+        for where in (guarded, torch.clone):
+            leaves = [where(t).requires_grad_() for t in tensors]
             out = function(*leaves, **options, impl="cpp")
-            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+            results.append((out, *torch.autograd.grad(out, leaves, where(dout))))
         assert all(map(torch.equal, *results))
         assert not any(x.isnan().any() for x in results[0])
 
@@ -215,7 +202,7 @@ def assert_accurate_gradients(function, tensors, options, slack=0.0):
         return function(*(None if x is None else next(t) for x in tensors), **options, impl=impl)
 
     ours, plain = (gradients(lambda *t, impl=impl: run(*t, impl=impl), given, dout) for impl in ("cpp", "reference"))
-    exact = gradients(lambda *t: run(*t, impl="reference"), [t.double() for t in given], dout)
+    exact = gradients(lambda *t: run(*t, impl="reference"), in_double(given), dout)
     with torch.no_grad():
         assert torch.equal(run(*given, impl="cpp"), ours[0])
     names = ("out", *(name for name, x in zip(NAMES, tensors, strict=True) if x is not None))
@@ -227,7 +214,7 @@ def assert_accurate_gradients(function, tensors, options, slack=0.0):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     "case",
     [
@@ -245,7 +232,7 @@ def test_gradients_are_as_accurate_as_plain_pytorchs(isa, dtype, case):
 
 
 @needs_cpp
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     lead=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 30)),
     heads=st.integers(1, 4),
@@ -254,7 +241,7 @@ def test_gradients_are_as_accurate_as_plain_pytorchs(isa, dtype, case):
     multi_query=st.booleans(),
     biases=st.booleans(),
     activation=st.sampled_from(["gelu", "gelu_tanh"]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(list(DTYPES.values())),
     seed=st.integers(0, 2**16),
 )
 def test_gradients_of_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
@@ -286,15 +273,9 @@ def test_slope_of_gelu_everywhere(isa, activation):
 
 @needs_cpp
 def test_gradients_have_the_same_bits_for_any_number_of_threads(isa):
-    threads = torch.get_num_threads()
     for function, tensors, options in both():
-        dout, results = torch.randn_like(tensors[0]), []
-        try:
-            for number in (1, 2, 64):
-                torch.set_num_threads(number)
-                results.append(gradients(lambda *t, f=function, o=options: f(*t, **o, impl="cpp"), tensors, dout))
-        finally:
-            torch.set_num_threads(threads)
+        call = partial(function, **options, impl="cpp")
+        results = with_threads(partial(gradients, call, tensors, torch.randn_like(tensors[0])), (1, 2, 64))
         for name, *same in zip(("out", *NAMES), *results, strict=True):
             if name.startswith("norm"):  # PyTorch's, a sum for each thread
                 torch.testing.assert_close(same[1:], same[:1] * 2)
@@ -343,20 +324,6 @@ def test_each_gradient_alone_and_without_biases():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def saved_bytes(function):
-    """Bytes of what is kept for the gradient, leaves aside."""
-    saved = {}
-
-    def pack(x):
-        if not (x.is_leaf and x.requires_grad):
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = function()
-    return sum(saved.values()), out
-
-
 @needs_cpp
 def test_keeps_little_for_the_gradient():
     """A layer in all: qkv, attention's output, its sums and fc1's output; x and what comes after x are there anyway."""
@@ -371,8 +338,8 @@ def test_keeps_little_for_the_gradient():
     ):
         leaves = [t.requires_grad_() for t in tensors]
         x = leaves[0] * 1  # saved as an activation is
-        ours, _ = saved_bytes(lambda f=function, o=options, x=x, t=leaves: f(x, *t[1:], **o, impl="cpp"))
-        plain, _ = saved_bytes(lambda f=function, o=options, x=x, t=leaves: f(x, *t[1:], **o, impl="reference"))
+        ours = saved_bytes(lambda f=function, o=options, x=x, t=leaves: f(x, *t[1:], **o, impl="cpp"))
+        plain = saved_bytes(lambda f=function, o=options, x=x, t=leaves: f(x, *t[1:], **o, impl="reference"))
         assert ours == (widths + 1) * x.nbytes
         assert ours <= ours_at_most * plain
 
@@ -403,7 +370,7 @@ def test_auto_under_autocast_of_nothing_and_of_doubles():
             assert relative_error(out, wanted) < 0.02
         nothing = function(tensors[0][:0], *tensors[1:], **options)
         assert nothing.shape == (0, 3, 5, 24)
-        wide = [t.double() for t in tensors]
+        wide = in_double(tensors)
         torch.testing.assert_close(function(*wide, **options), function(*wide, **options, impl="reference"))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -97,6 +98,15 @@ def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, i
 def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
+
+
+def no_double_backward(op: str) -> Callable[..., NoReturn]:
+    """The backward of a kernel that is the backward of ``op``: what it would need the forward did not keep."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"impl: wanted 'reference' for a derivative of {op}'s gradients, got a kernel")
+
+    return backward
 
 
 def training(given: bool) -> None:

@@ -143,8 +143,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 14
-    if not ctx.training:
-        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    _checks.training(ctx.training)
     x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
     C = x.shape[1]
     y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
@@ -160,10 +159,6 @@ def _backward(ctx, dout, *_):
 
 
 torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("impl: wanted 'reference' for a derivative of attention_layer's gradients, got a kernel")
-
-
-torch.library.register_autograd("nest_fast::attention_layer_cpp_bwd", _no_double_backward, lib=_LIB)
+torch.library.register_autograd(
+    "nest_fast::attention_layer_cpp_bwd", _checks.no_double_backward("attention_layer"), lib=_LIB
+)

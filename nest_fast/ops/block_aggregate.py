@@ -295,6 +295,10 @@ for _part in ("cpp", "triton"):
     torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap.batching_rule(getattr(_OPS, _fwd), 1, 5), lib=_LIB)
 
 
+for _op in ("norm_pool_cpp_bwd", "norm_pool_triton_bwd", "block_aggregate_cpp_dx"):
+    torch.library.register_autograd(f"nest_fast::{_op}", _checks.no_double_backward("block_aggregate"), lib=_LIB)
+
+
 def _launch(launcher: str):
     """What launches a kernel, imported with Triton at the first launch."""
 

@@ -178,12 +178,10 @@ def _score_mask(bias: Tensor | None, mask: Tensor | None, blocks: int, dtype: to
 # --- registration: both kernels --------------------------------------------------------------------------------------
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("impl: wanted 'reference' for a derivative of block_attention's gradients, got a kernel")
-
-
 for _op in ("cpp", "triton"):
-    torch.library.register_autograd(f"nest_fast::block_attention_{_op}_bwd", _no_double_backward, lib=_LIB)
+    torch.library.register_autograd(
+        f"nest_fast::block_attention_{_op}_bwd", _checks.no_double_backward("block_attention"), lib=_LIB
+    )
 
 
 # --- registration: the C++ kernel -------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def _autograd(ctx, dout):
 
 
 torch.library.register_autograd("nest_fast::bias_gelu_triton_fwd", _autograd, setup_context=_setup, lib=_LIB)
+torch.library.register_autograd("nest_fast::bias_gelu_triton_bwd", _checks.no_double_backward("bias_gelu"), lib=_LIB)
 
 
 def _vmap(info, in_dims, x, bias, dtype, tanh):

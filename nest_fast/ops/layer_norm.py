@@ -247,6 +247,8 @@ def _mean_autograd(ctx, dout, *_):
 torch.library.register_autograd(
     "nest_fast::layer_norm_mean_triton_fwd", _mean_autograd, setup_context=_mean_setup, lib=_LIB
 )
+for _op in ("add_layer_norm", "layer_norm_mean"):
+    torch.library.register_autograd(f"nest_fast::{_op}_triton_bwd", _checks.no_double_backward(_op), lib=_LIB)
 torch.library.register_vmap(
     "nest_fast::layer_norm_mean_triton_fwd", _vmap.batching_rule(_OPS.layer_norm_mean_triton_fwd, 1, 3), lib=_LIB
 )

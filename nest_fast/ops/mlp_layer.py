@@ -128,8 +128,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dout, _):
     if dout is None:
         return (None,) * 11
-    if not ctx.training:
-        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+    _checks.training(ctx.training)
     x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
     C = x.shape[1]
     y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
@@ -145,10 +144,4 @@ def _backward(ctx, dout, _):
 
 
 torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("impl: wanted 'reference' for a derivative of mlp_layer's gradients, got a kernel")
-
-
-torch.library.register_autograd("nest_fast::mlp_layer_cpp_bwd", _no_double_backward, lib=_LIB)
+torch.library.register_autograd("nest_fast::mlp_layer_cpp_bwd", _checks.no_double_backward("mlp_layer"), lib=_LIB)
