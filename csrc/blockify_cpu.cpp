@@ -88,26 +88,62 @@ void transpose_plane(const Plane<T>& p) {
 
 // memcpy, but not a call to it: for some kB that uses the processor's string move, which is slow where the output is
 // fresh memory, faulting in page by page.
-inline void copy_run(const void* in, void* out, int64_t bytes) {
-  const auto* from = static_cast<const char*>(in);
-  auto* to = static_cast<char*>(out);
+inline void copy_baseline(const char* in, char* out, int64_t bytes) {
   int64_t i = 0;
-  for (; i + 64 <= bytes; i += 64) std::memcpy(to + i, from + i, 64);
-  std::memcpy(to + i, from + i, bytes - i);
+  for (; i + 64 <= bytes; i += 64) std::memcpy(out + i, in + i, 64);
+  std::memcpy(out + i, in + i, bytes - i);
+}
+
+#if defined(__x86_64__)
+#define NEST_FAST_AVX2 __attribute__((target("avx2,f16c")))
+
+const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+
+NEST_FAST_AVX2 inline __m256i load_bytes(const char* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+NEST_FAST_AVX2 inline void store_bytes(char* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+
+NEST_FAST_AVX2 void copy_avx2(const char* in, char* out, int64_t bytes) {
+  if (bytes < 32) return copy_baseline(in, out, bytes);
+  int64_t i = 0;
+  for (; i + 128 <= bytes; i += 128) {  // loads before stores: a tenth faster than in turns, and than wider moves
+    const __m256i a = load_bytes(in + i), b = load_bytes(in + i + 32);
+    const __m256i c = load_bytes(in + i + 64), d = load_bytes(in + i + 96);
+    store_bytes(out + i, a);
+    store_bytes(out + i + 32, b);
+    store_bytes(out + i + 64, c);
+    store_bytes(out + i + 96, d);
+  }
+  for (; i < bytes; i += 32) {  // the last move may overlap the one before
+    const int64_t at = std::min(i, bytes - 32);
+    store_bytes(out + at, load_bytes(in + at));
+  }
+}
+#endif
+
+template <typename T>
+void copy_run(const T* in, T* out, int64_t n) {
+  const auto* from = reinterpret_cast<const char*>(in);
+  auto* to = reinterpret_cast<char*>(out);
+#if defined(__x86_64__)
+  if (has_avx2) return copy_avx2(from, to, n * sizeof(T));
+#endif
+  copy_baseline(from, to, n * sizeof(T));
 }
 
 template <typename T>
 void copy_plane(const Plane<T>& p) {
   if (p.run.in == 1) {
-    const int64_t bytes = p.run.size * sizeof(T);
-    switch (bytes) {  // with a constant size a copy is one or two moves, not a call
+    switch (p.run.size * sizeof(T)) {  // with a constant size a copy is one or two moves, not a call
       case 4: return copy_short_runs<T, 4>(p);
       case 8: return copy_short_runs<T, 8>(p);
       case 16: return copy_short_runs<T, 16>(p);
       case 32: return copy_short_runs<T, 32>(p);
       case 64: return copy_short_runs<T, 64>(p);
     }
-    for (int64_t j = 0; j < p.row.size; ++j) copy_run(p.in + j * p.row.in, p.out + j * p.row.out, bytes);
+    for (int64_t j = 0; j < p.row.size; ++j) copy_run(p.in + j * p.row.in, p.out + j * p.row.out, p.run.size);
     return;
   }
   transpose_plane(p);
@@ -120,8 +156,6 @@ void add_baseline(const T* in, const T* pos, T* out, int64_t n) {
 }
 
 #if defined(__x86_64__)
-#define NEST_FAST_AVX2 __attribute__((target("avx2,f16c")))
-
 template <typename T>
 NEST_FAST_AVX2 void add_avx2(const T* in, const T* pos, T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] + pos[i];
@@ -172,7 +206,6 @@ NEST_FAST_AVX2 void add_avx2(const c10::BFloat16* in, const c10::BFloat16* pos, 
 template <typename T>
 void add(const T* in, const T* pos, T* out, int64_t n) {
 #if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   if (has_avx2) return add_avx2(in, pos, out, n);
 #endif
   add_baseline(in, pos, out, n);
