@@ -96,8 +96,10 @@ inline void copy_baseline(const char* in, char* out, int64_t bytes) {
 
 #if defined(__x86_64__)
 #define NEST_FAST_AVX2 __attribute__((target("avx2,f16c")))
+#define NEST_FAST_AVX512 __attribute__((target("avx512f,avx512bw")))
 
 const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 
 NEST_FAST_AVX2 inline __m256i load_bytes(const char* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -201,11 +203,40 @@ NEST_FAST_AVX2 void add_avx2(const c10::BFloat16* in, const c10::BFloat16* pos, 
   }
   add_baseline(in + i, pos + i, out + i, n - i);
 }
+
+// The same with fewer instructions, of which there are enough to matter. Not vcvtneps2bf16, which drops subnormals.
+NEST_FAST_AVX512 inline __m512i round_bfloat16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+NEST_FAST_AVX512 void add_avx512(const c10::BFloat16* in, const c10::BFloat16* pos, c10::BFloat16* out, int64_t n) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512i a = _mm512_loadu_si512(in + i);
+    const __m512i b = _mm512_loadu_si512(pos + i);
+    const __m512 even = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                                      _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+    const __m512 odd = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(a, upper)),
+                                     _mm512_castsi512_ps(_mm512_and_si512(b, upper)));
+    const __m512i low = _mm512_srli_epi32(round_bfloat16(even), 16);
+    _mm512_storeu_si512(out + i, _mm512_mask_blend_epi16(0xaaaaaaaa, low, round_bfloat16(odd)));
+  }
+  add_avx2(in + i, pos + i, out + i, n - i);
+}
 #endif
 
 template <typename T>
 void add(const T* in, const T* pos, T* out, int64_t n) {
 #if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (has_avx512) return add_avx512(in, pos, out, n);
+  }
   if (has_avx2) return add_avx2(in, pos, out, n);
 #endif
   add_baseline(in, pos, out, n);

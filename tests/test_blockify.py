@@ -122,10 +122,12 @@ def test_blockify_adds_pos_embed_as_two_passes_do(dtype, layout, impl):
 
 
 @pytest.mark.parametrize("dtype", ADDED, ids=str)
-def test_blockify_adds_infinities_and_nans(dtype, impl):
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, torch.finfo(dtype).max, 1.0, -1.0])
-    image = special.repeat(4, 4, 4).unsqueeze(0).to(dtype).to(device_of(impl))  # (1, 4, 4, 32)
-    pos = image.reshape(4, 4, 32).flip(2).roll(3, 2).reshape(1, 4, 4, 32)
+def test_blockify_adds_infinities_nans_and_subnormals(dtype, impl):
+    info, inf = torch.finfo(dtype), float("inf")
+    numbers = [inf, -inf, float("nan"), 0.0, -0.0, info.max, 1.0, -1.0, info.tiny, info.tiny / 4, -info.tiny / 8]
+    special = torch.tensor(numbers, dtype=torch.float64).repeat(3)[:24]
+    image = special.repeat(4, 4, 1).unsqueeze(0).to(dtype).to(device_of(impl))  # (1, 4, 4, 24)
+    pos = image.reshape(4, 4, 24).flip(2).roll(3, 2).reshape(1, 4, 4, 24)
     out = blockify(image, 2, pos_embed=pos, impl=impl)
     torch.testing.assert_close(out, reference.blockify(image, 2) + pos, rtol=0, atol=0, equal_nan=True)
 
