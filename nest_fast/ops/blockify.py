@@ -199,7 +199,7 @@ def _blockify_setup(ctx, inputs, output):
 
 def _blockify_bwd(ctx, dout):
     dx = _OPS.unblockify(dout, ctx.grid_size, ctx.block_size, None) if ctx.needs_input_grad[0] else None
-    dpos_embed = dout.sum(0, keepdim=True) if ctx.needs_input_grad[2] else None
+    dpos_embed = dout.sum_to_size(1, *dout.shape[1:]) if ctx.needs_input_grad[2] else None
     return dx, None, dpos_embed
 
 
@@ -209,7 +209,7 @@ def _unblockify_setup(ctx, inputs, output):
 
 def _unblockify_bwd(ctx, dout):
     dx = _OPS.blockify(dout, ctx.block_size, None)
-    dpos_embed = dx.sum(0, keepdim=True) if ctx.needs_input_grad[3] else None
+    dpos_embed = dx.sum_to_size(1, *dx.shape[1:]) if ctx.needs_input_grad[3] else None
     return dx, None, None, dpos_embed
 
 
