@@ -5,6 +5,7 @@ import torch
 from common import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from nest_fast import reference
 from nest_fast.ops import _extension, blockify, patchify, unblockify
@@ -287,6 +288,35 @@ def test_auto_computes_what_the_reference_does():
         assert torch.equal(blockify(x, size // 2), reference.blockify(x, size // 2))
         assert torch.equal(unblockify(blockify(x, size // 2), 2), x)
         assert torch.equal(blockify(x, size // 2, pos_embed=pos), reference.blockify(x, size // 2) + pos)
+
+
+def test_auto_in_forward_mode():
+    x, pos = torch.randn(2, 32, 32, 32), torch.randn(1, 4, 256, 32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, 2 * x)
+        for out, wanted in (
+            (blockify(dual, 16), reference.blockify(2 * x, 16)),
+            (blockify(dual, 16, pos_embed=pos), reference.blockify(2 * x, 16)),
+            (unblockify(blockify(dual, 16), 2, pos_embed=pos), 2 * x),
+            (patchify(dual, 2, 2), reference.patchify(2 * x, 2, 2)),
+        ):
+            assert torch.equal(forward_ad.unpack_dual(out).tangent, wanted)
+        if _extension.cpu_error is None:
+            with pytest.raises(RuntimeError, match="impl: 'cpp' cannot run blockify here: it has no forward-mode"):
+                blockify(dual, 16, impl="cpp")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_auto_has_gradients_where_the_kernel_runs(batch):
+    x = torch.randn(batch, 56, 56, 96, requires_grad=True)  # above the bytes from where it does so
+    pos = torch.randn(1, 16, 196, 96, requires_grad=True)
+    dout = torch.randn(batch, 16, 196, 96)
+    grads = torch.autograd.grad(blockify(x, 14, pos_embed=pos), (x, pos), dout)
+    wanted = torch.autograd.grad(reference.blockify(x, 14) + pos, (x, pos), dout)
+    for got, want in zip(grads, wanted, strict=True):
+        assert torch.equal(got, want)
+    assert not blockify(x.detach(), 14).requires_grad
+    assert blockify(x.detach(), 14, pos_embed=pos).requires_grad
 
 
 def test_without_the_extension_auto_falls_back_and_an_explicit_choice_does_not(monkeypatch):

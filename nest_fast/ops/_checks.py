@@ -14,6 +14,8 @@ Size2 = int | tuple[int, int]
 
 def pair(name: str, size: object) -> tuple[int, int]:
     """Height and width from an int or a pair of ints, both positive."""
+    if type(size) is int and size > 0:
+        return size, size
     # A traced size is a SymInt, which is no int but compares and divides like one.
     ints = (int, torch.SymInt)
     height, width = (size, size) if isinstance(size, ints) else _two(name, size)

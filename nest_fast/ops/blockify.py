@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _extension
@@ -14,6 +16,10 @@ __all__ = ["blockify", "patchify", "unblockify"]
 IMPLS = ("auto", "reference", "cpp", "cuda")
 # What the compiled kernels add; they move every dtype of 1 to 16 bytes.
 _ADDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# On a CPU PyTorch is as fast or faster (measured) where a gradient of fewer bytes is recorded, which is done in Python;
+_SMALL = 2**20
+# where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
+_LARGE = 2**24
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor")
@@ -21,6 +27,7 @@ _LIB.define("unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Ten
 _LIB.define("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor")
 _LIB.define("unpatchify(Tensor x, SymInt[2] patch_size, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor")
 _OPS = torch.ops.nest_fast
+_BLOCKIFY, _UNBLOCKIFY, _PATCHIFY = (getattr(_OPS, name).default for name in ("blockify", "unblockify", "patchify"))
 
 
 def blockify(
@@ -50,11 +57,13 @@ def blockify(
     bh, bw = _checks.pair("block_size", block_size)
     _checks.divides("block_size", (bh, bw), (H, W), "image")
     gh, gw = H // bh, W // bw
-    x, pos_embed = _check_pos_embed(x, pos_embed, (1, gh * gw, bh * bw, C))
-    if _compiled("blockify", impl, x, plain=pos_embed is None and x.stride(-1) == 1) and gw > 1 and bh > 1:
-        return _OPS.blockify(x, (bh, bw), pos_embed)
-    out = reference.blockify(x, (bh, bw))
-    return out if pos_embed is None else out + pos_embed
+    if pos_embed is not None:
+        x, pos_embed = _check_pos_embed(x, pos_embed, (1, gh * gw, bh * bw, C))
+    out = _run(_BLOCKIFY, impl, gw > 1 and bh > 1, x, (bh, bw), pos_embed)
+    if out is None:
+        out = reference.blockify(x, (bh, bw))
+        return out if pos_embed is None else out + pos_embed
+    return out
 
 
 def unblockify(
@@ -85,10 +94,12 @@ def unblockify(
     """
     _checks.tensor("x", x, "(B, T, N, C)")
     (gh, gw), (bh, bw) = _checks.grid(x, grid_size, block_size)
-    x, pos_embed = _check_pos_embed(x, pos_embed, (1, *x.shape[1:]))
-    if _compiled("unblockify", impl, x, plain=pos_embed is None and x.stride(-1) == 1) and gw > 1 and bh > 1:
-        return _OPS.unblockify(x, (gh, gw), (bh, bw), pos_embed)
-    return reference.unblockify(x if pos_embed is None else x + pos_embed, (gh, gw), (bh, bw))
+    if pos_embed is not None:
+        x, pos_embed = _check_pos_embed(x, pos_embed, (1, *x.shape[1:]))
+    out = _run(_UNBLOCKIFY, impl, gw > 1 and bh > 1, x, (gh, gw), (bh, bw), pos_embed)
+    if out is None:
+        return reference.unblockify(x if pos_embed is None else x + pos_embed, (gh, gw), (bh, bw))
+    return out
 
 
 def patchify(
@@ -120,15 +131,12 @@ def patchify(
     bh, bw = _checks.pair("block_size", block_size)
     _checks.divides("patch_size", (ph, pw), (H, W), "image")
     _checks.divides("block_size", (bh, bw), (H // ph, W // pw), "grid of patches")
-    if _compiled("patchify", impl, x):
-        return _OPS.patchify(x, (ph, pw), (bh, bw))
-    return reference.patchify(x, (ph, pw), (bh, bw))
+    out = _run(_PATCHIFY, impl, True, x, (ph, pw), (bh, bw))
+    return reference.patchify(x, (ph, pw), (bh, bw)) if out is None else out
 
 
-def _check_pos_embed(x: Tensor, pos_embed: Tensor | None, wanted: tuple) -> tuple[Tensor, Tensor | None]:
+def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tensor, Tensor]:
     """Both in one dtype, ``pos_embed`` contiguous, as the kernels take them."""
-    if pos_embed is None:
-        return x, None
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
     _checks.alike("pos_embed", pos_embed, "x", x)
@@ -140,28 +148,45 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor | None, wanted: tuple) -> tupl
     return x, pos_embed.contiguous()
 
 
-def _compiled(op: str, impl: str, x: Tensor, *, plain: bool = False) -> bool:
-    """Whether a compiled kernel takes ``x``; an ``impl`` that cannot is an error.
+def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: object) -> Tensor | None:
+    """``op(x, *args)``, or None where plain PyTorch is to compute it; an ``impl`` that cannot run is an error.
 
-    ``plain``: long runs are copied and nothing is added. On a CPU PyTorch does that as fast (measured).
+    ``moves``: whether anything does; else there is a view. Written to touch little code: the kernel evicts it from the
+    cache, and the next call waits some µs for every Python function that it brings back (measured).
     """
-    _checks.choice("impl", impl, IMPLS)
     if impl == "reference":
-        return False
-    kind = x.device.type
-    error = {"cpu": _extension.cpu_error, "cuda": _extension.cuda_error}.get(kind, f"there is no kernel for {kind}")
+        return None
+    eager = not is_compiling()
+    forward_mode = eager and forward_ad._current_level >= 0
+    functorch = eager and torch._C._are_functorch_transforms_active()
+    recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        return error is None and not _checks.in_functorch() and not (kind == "cpu" and (plain or _is_small(x)))
-    if kind != {"cpp": "cpu", "cuda": "cuda"}[impl]:
-        error = f"x is on {x.device}"
-    if error is not None:
-        raise RuntimeError(f"impl: {impl!r} cannot run {op} here: {error}")
-    return True
+        if forward_mode or functorch or _why_not(x) is not None:
+            return None
+        if x.is_cpu:
+            plain = args[-1] is None and x.stride(-1) == 1
+            if (plain and (recorded or not eager or x.nbytes >= _LARGE)) or (recorded and x.nbytes < _SMALL):
+                return None
+    else:
+        _checks.choice("impl", impl, IMPLS)
+        error = "it has no forward-mode derivative" if forward_mode else _why_not(x)
+        if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
+            error = f"x is on {x.device}"
+        if error is not None:
+            raise RuntimeError(f"impl: {impl!r} cannot run {op.overloadpacket.__name__} here: {error}")
+    if not moves:
+        return None
+    if not eager or functorch or recorded:
+        return op(x, *args)
+    with torch._C._AutoDispatchBelowAutograd():  # past the Python that records gradients, half of a call's time
+        return op(x, *args)
 
 
-def _is_small(x: Tensor) -> bool:
-    """Where a custom operation's few µs per call are more than it saves over PyTorch's passes (measured)."""
-    return not torch.compiler.is_compiling() and x.nbytes < 2**15
+def _why_not(x: Tensor) -> str | None:
+    """Why there is no compiled kernel for ``x``."""
+    if x.is_cpu:
+        return _extension.cpu_error
+    return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"
 
 
 # --- registration; the kernels themselves are csrc/blockify_cpu.cpp and csrc/blockify_cuda.cu -------------------------
