@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import nest_fast
 from nest_fast.testing import relative_error
@@ -141,6 +142,38 @@ def test_torch_func_takes_gradients_per_sample():
     model(x).square().sum().backward()
     for name, parameter in parameters.items():
         torch.testing.assert_close(per_sample[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_forward_mode():
+    """Kernels have no forward-mode derivatives and would lose them without a word: nothing on the way may be one."""
+    model, plain, x = small(), small(impl="reference"), torch.randn(2, 3, 32, 32)
+    _, wanted = torch.func.jvp(plain, (x,), (x,))
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (x,))[1], wanted)
+    for requires_grad in (True, False):
+        model.requires_grad_(requires_grad)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+            torch.testing.assert_close(tangent, wanted)
+
+
+def test_an_explicit_kernel_says_that_it_has_no_forward_mode():
+    x = torch.randn(1, 4, 16, 8)
+    weights = torch.ones(8), torch.ones(8), torch.ones(8, 8), None, torch.ones(8, 8), None
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(x, x)
+        q = x.unflatten(-1, (2, 4))
+        for call in (
+            lambda: nest_fast.block_attention(q, q, q, impl="cpp"),
+            lambda: nest_fast.block_attention(q, q, q, impl="triton"),
+            lambda: nest_fast.mlp_layer(x, *weights, impl="cpp"),
+            lambda: nest_fast.block_aggregate(
+                x, torch.ones(8, 8, 3, 3), None, *weights[:2], grid_size=2, impl="two_step"
+            ),
+            lambda: nest_fast.bias_gelu(x, None, impl="triton"),
+            lambda: nest_fast.linear(x, weights[2], impl="onednn"),
+        ):
+            with pytest.raises(RuntimeError, match="it has no forward-mode derivative"):
+                call()
 
 
 def test_copies_and_pickles():

@@ -8,8 +8,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-
-Size2 = int | tuple[int, int]
+from torch.autograd import forward_ad
 
 
 def pair(name: str, size: object) -> tuple[int, int]:
@@ -120,6 +119,11 @@ def training(given: bool) -> None:
 def in_functorch() -> bool:
     """Whether ``torch.func`` is transforming: its gradients cannot pass through a registered operation."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are on: a registered operation would lose them without a word."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
     if impl == "reference":
         return False
     given = [x for x in tensors if x is not None]
-    reasons = [*_triton.why_not(given[0]), *dtype_why_not(*(x.dtype for x in given)), *others]
+    reasons = [*_triton.why_not(given[0]), *dtype_why_not(*(x.dtype for x in given)), *forward_mode_why_not(), *others]
     if impl == "triton":
         require(op, impl, reasons)
         return True
@@ -60,12 +60,16 @@ def dtype_why_not(*dtypes: torch.dtype) -> list[str]:
 
 def mode_why_not(x: Tensor) -> list[str]:
     """What is on in PyTorch that does not reach inside a kernel."""
-    reasons = []
+    reasons = forward_mode_why_not()
     if _checks.in_functorch():
         reasons.append("torch.func is transforming")
     if torch.is_autocast_enabled(x.device.type):
         reasons.append("autocast is on")
     return reasons
+
+
+def forward_mode_why_not() -> list[str]:
+    return ["it has no forward-mode derivative"] if _checks.in_forward_mode() else []
 
 
 def require(op: str, impl: str, reasons: list[str]) -> None:

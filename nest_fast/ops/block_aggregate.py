@@ -147,12 +147,14 @@ def _check_parameters(
 
 
 def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
-    return _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype)
+    reasons = _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype)
+    return reasons + _choice.forward_mode_why_not()
 
 
 def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
     too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
-    return _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
+    reasons = _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
+    return reasons + _choice.forward_mode_why_not()
 
 
 def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:

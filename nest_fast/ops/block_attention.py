@@ -116,7 +116,7 @@ def _check(
 
 
 def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
-    reasons = _extension.cpp_why_not("q", q) + _choice.dtype_why_not(q.dtype)
+    reasons = _extension.cpp_why_not("q", q) + _choice.dtype_why_not(q.dtype) + _choice.forward_mode_why_not()
     if bias is not None or mask is not None:
         reasons.append("it takes no bias or mask")
     if dropout_p:
@@ -125,7 +125,7 @@ def _cpp_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p:
 
 
 def _triton_why_not(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> list[str]:
-    reasons = _triton.why_not(q) + _choice.dtype_why_not(q.dtype)
+    reasons = _triton.why_not(q) + _choice.dtype_why_not(q.dtype) + _choice.forward_mode_why_not()
     if q.shape[2] > 256:
         reasons.append(f"N = {q.shape[2]} tokens are over 256")
     if q.shape[-1] > 128:
@@ -139,6 +139,8 @@ _WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
 
 
 def _choose(q: Tensor, bias: Tensor | None, mask: Tensor | None, dropout_p: float) -> str:
+    if _checks.in_forward_mode():
+        return "reference"
     if _checks.in_functorch():
         return "sdpa"
     if q.device.type == "cpu":

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _extension
+from nest_fast.ops import _checks, _choice, _extension
 from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["blockify", "patchify", "unblockify"]
@@ -157,23 +157,17 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     if impl == "reference":
         return None
     eager = not is_compiling()
-    forward_mode = eager and forward_ad._current_level >= 0
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if forward_mode or functorch or _why_not(x) is not None:
+        if functorch or (eager and forward_ad._current_level >= 0) or _why_not(x) is not None:
             return None
         if x.is_cpu:
             plain = args[-1] is None and x.stride(-1) == 1
             if (plain and (recorded or not eager or x.nbytes >= _LARGE)) or (recorded and x.nbytes < _SMALL):
                 return None
     else:
-        _checks.choice("impl", impl, IMPLS)
-        error = "it has no forward-mode derivative" if forward_mode else _why_not(x)
-        if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
-            error = f"x is on {x.device}"
-        if error is not None:
-            raise RuntimeError(f"impl: {impl!r} cannot run {op.overloadpacket.__name__} here: {error}")
+        _require(op, impl, x)
     if not moves:
         return None
     if not eager or functorch or recorded:
@@ -187,6 +181,16 @@ def _why_not(x: Tensor) -> str | None:
     if x.is_cpu:
         return _extension.cpu_error
     return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"
+
+
+def _require(op: torch._ops.OpOverload, impl: str, x: Tensor) -> None:
+    _checks.choice("impl", impl, IMPLS)
+    reasons = _choice.forward_mode_why_not()
+    if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
+        reasons.append(f"x is on {x.device}")
+    elif error := _why_not(x):
+        reasons.append(error)
+    _choice.require(op.overloadpacket.__name__, impl, reasons)
 
 
 # --- registration; the kernels themselves are csrc/blockify_cpu.cpp and csrc/blockify_cuda.cu -------------------------
