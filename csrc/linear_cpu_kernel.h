@@ -197,6 +197,7 @@ void mlp(const MlpLayer& p, int64_t begin, int64_t end) {
     pack_tiles<Op>(tiles, x, p.x_stride, p.fc1.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
       T* saved = p.hidden ? static_cast<T*>(p.hidden) + (first + tiles.first(tile)) * p.fc1.out : nullptr;
+      if (saved) prefetch<1>(saved + tiles.size(tile) * p.fc1.out + column, p.fc1.out, kRows, kPair);  // the next tile
       store_packed<Op>(c, tiles.size(tile), column, p.fc1, p.activation, hidden + tile * hidden_floats, saved);
     });
     multiply_tiles<Op>(tiles, hidden, p.fc2, [&](int64_t tile, int64_t column, const float* c) {

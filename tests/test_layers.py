@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nest_fast import attention_layer, mlp_layer, reference
@@ -81,31 +81,34 @@ def test_as_accurate_as_plain_pytorch(isa, dtype, case):
     assert_accurate(function, [t.to(dtype) for t in tensors], options)
 
 
+@st.composite
+def any_layers(draw):
+    """Both layers of any shape: function, inputs, options."""
+    B, T, N = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)))
+    heads, head_dim, hidden = draw(st.tuples(st.integers(1, 4), st.integers(1, 33), st.integers(1, 90)))
+    dtype, activation = draw(st.sampled_from([*DTYPES.values()])), draw(st.sampled_from(["gelu", "gelu_tanh"]))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    C = heads * head_dim
+    layers = (
+        (attention_layer, *attention_inputs(B, T, N, C, heads, draw(st.booleans()), dtype)),
+        (mlp_layer, *mlp_inputs(B, T, N, C, hidden, activation, dtype)),
+    )
+    if draw(st.booleans()):
+        for _, tensors, _ in layers:
+            tensors[4] = tensors[6] = None
+    return layers
+
+
+# In a handful of numbers the error of either is luck, of sums that happen to cancel: so many roundings are allowed.
+LUCK = 16
+
+
 @needs_cpp
 @settings(max_examples=60)
-@given(
-    lead=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40)),
-    heads=st.integers(1, 4),
-    head_dim=st.integers(1, 33),
-    hidden=st.integers(1, 90),
-    multi_query=st.booleans(),
-    biases=st.booleans(),
-    activation=st.sampled_from(["gelu", "gelu_tanh"]),
-    dtype=st.sampled_from(list(DTYPES.values())),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
-    torch.manual_seed(seed)
-    C = heads * head_dim
-    # In a handful of numbers the error of either is luck, of sums that happen to cancel: some roundings are allowed.
-    slack = 16 * torch.finfo(dtype).eps
-    for function, (tensors, options) in (
-        (attention_layer, attention_inputs(*lead, C, heads, multi_query, dtype)),
-        (mlp_layer, mlp_inputs(*lead, C, hidden, activation, dtype)),
-    ):
-        if not biases:
-            tensors[4] = tensors[6] = None
-        assert_accurate(function, tensors, options, slack)
+@given(any_layers())
+def test_any_shape(isa, layers):
+    for function, tensors, options in layers:
+        assert_accurate(function, tensors, options, LUCK * torch.finfo(tensors[0].dtype).eps)
 
 
 @needs_cpp
@@ -233,28 +236,12 @@ def test_gradients_are_as_accurate_as_plain_pytorchs(isa, dtype, case):
 
 @needs_cpp
 @settings(max_examples=40)
-@given(
-    lead=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 30)),
-    heads=st.integers(1, 4),
-    head_dim=st.integers(4, 33),
-    hidden=st.integers(1, 90),
-    multi_query=st.booleans(),
-    biases=st.booleans(),
-    activation=st.sampled_from(["gelu", "gelu_tanh"]),
-    dtype=st.sampled_from(list(DTYPES.values())),
-    seed=st.integers(0, 2**16),
-)
-def test_gradients_of_any_shape(isa, lead, heads, head_dim, hidden, multi_query, biases, activation, dtype, seed):
-    torch.manual_seed(seed)
-    C = heads * head_dim
-    slack = 64 * torch.finfo(dtype).eps  # luck, as in the forward's fuzz, of longer chains
-    for function, (tensors, options) in (
-        (attention_layer, attention_inputs(*lead, C, heads, multi_query, dtype)),
-        (mlp_layer, mlp_inputs(*lead, C, hidden, activation, dtype)),
-    ):
-        if not biases:
-            tensors[4] = tensors[6] = None
-        assert_accurate_gradients(function, tensors, options, slack)
+@given(any_layers())
+def test_gradients_of_any_shape(isa, layers):
+    for function, tensors, options in layers:
+        assume(tensors[0].shape[-1] > 3)  # the LayerNorm of less is as good as constant
+        # The chains of a gradient are longer.
+        assert_accurate_gradients(function, tensors, options, 4 * LUCK * torch.finfo(tensors[0].dtype).eps)
 
 
 @needs_cpp

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice
+from nest_fast.ops._layer import layer_backward
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
 
@@ -14,6 +15,7 @@ __all__ = ["attention_layer"]
 
 IMPLS = ("auto", "reference", "cpp")
 
+_OPS = torch.ops.nest_fast
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define(
     "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
@@ -95,7 +97,7 @@ def attention_layer(
             eps=eps,
         )
     if _choice.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
-        out, *_ = torch.ops.nest_fast.attention_layer_cpp(
+        out, *_ = _OPS.attention_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
             norm_bias.float(),
@@ -145,17 +147,15 @@ def _backward(ctx, dout, *_):
         return (None,) * 14
     _checks.training(ctx.training)
     x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
-    C = x.shape[1]
-    y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
-    dbranch = _checks.dense_rows(dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale)
-    dy, dqkv, dqkv_bias, dproj, dproj_bias = torch.ops.nest_fast.attention_layer_cpp_bwd(
-        *(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight), *(ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale)
-    )
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
-    )
-    biases = [bias if given else None for bias, given in zip((dqkv_bias, dproj_bias), ctx.biases, strict=True)]
-    return dx.add_(dout), dnorm_weight, dnorm_bias, None, dqkv, biases[0], dproj, biases[1], *(None,) * 6
+    sizes = ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale
+
+    def branch_backward(dbranch, y):
+        return _OPS.attention_layer_cpp_bwd(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight, *sizes)
+
+    gradients = layer_backward(dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, branch_backward)
+    dx, dnorm_weight, dnorm_bias, dqkv, dqkv_bias, dproj, dproj_bias = gradients
+    biases = (bias if given else None for bias, given in zip((dqkv_bias, dproj_bias), ctx.biases, strict=True))
+    return dx, dnorm_weight, dnorm_bias, None, dqkv, next(biases), dproj, next(biases), *(None,) * 6
 
 
 torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)

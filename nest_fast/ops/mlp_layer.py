@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice
+from nest_fast.ops._layer import layer_backward
 from nest_fast.ops.linear import linear
 
 __all__ = ["mlp_layer"]
@@ -14,6 +15,7 @@ __all__ = ["mlp_layer"]
 IMPLS = ("auto", "reference", "cpp")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
+_OPS = torch.ops.nest_fast
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define(
     "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
@@ -84,7 +86,7 @@ def mlp_layer(
             eps=eps,
         )
     if _choice.use_layer("mlp_layer", impl, x, given):
-        out, _ = torch.ops.nest_fast.mlp_layer_cpp(
+        out, _ = _OPS.mlp_layer_cpp(
             x.reshape(-1, C),
             norm_weight.float(),
             norm_bias.float(),
@@ -130,17 +132,14 @@ def _backward(ctx, dout, _):
         return (None,) * 11
     _checks.training(ctx.training)
     x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
-    C = x.shape[1]
-    y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, ctx.eps)
-    dbranch = _checks.dense_rows(dout if ctx.branch_scale == 1.0 else dout * ctx.branch_scale)
-    dy, dfc1, dfc1_bias, dfc2, dfc2_bias = torch.ops.nest_fast.mlp_layer_cpp_bwd(
-        dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight
-    )
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
-    )
-    biases = [bias if given else None for bias, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True)]
-    return dx.add_(dout), dnorm_weight, dnorm_bias, None, dfc1, biases[0], None, dfc2, biases[1], None, None
+
+    def branch_backward(dbranch, y):
+        return _OPS.mlp_layer_cpp_bwd(dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight)
+
+    gradients = layer_backward(dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, branch_backward)
+    dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias = gradients
+    biases = (bias if given else None for bias, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True))
+    return dx, dnorm_weight, dnorm_bias, None, dfc1, next(biases), None, dfc2, next(biases), None, None
 
 
 torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
