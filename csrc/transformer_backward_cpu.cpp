@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_layer_cpp_bwd(Tensor dout
   p.x = rows_of("x", x, dtype, features, p.x_stride);
   p.hidden = kept_rows_of("hidden", hidden, dout, hidden_features);
   check_rows(x, rows);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = torch::stable::new_empty(x, {rows, features});
   p.dx = dx.mutable_data_ptr();
   for_chunks(rows, chunk_rows, [&](const Chunk& chunk) {
     fc1_gradient.begin_chunk(chunk), fc2_gradient.begin_chunk(chunk);
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_layer_cpp_bwd(
                   " contiguous elements (blocks, heads, tokens)");
 
   LinearGradients proj = linear_backward(isa, "proj_weight", proj_weight, dout, attended);
-  Tensor dqkv = torch::stable::empty_like(qkv);
+  Tensor dqkv = torch::stable::new_empty(qkv, {rows, cut.packed_features()});
   float* const lse_data = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
   BlockAttentionBackward p{cut.attention(qkv_data, attended_data, bytes, static_cast<float>(scale), lse_data)};
   p.dout = cut.at(proj.dx.mutable_data_ptr(), features, 0, heads, bytes);

@@ -128,6 +128,7 @@ inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
 inline const void* rows_of(const char* name, const Tensor& x, ScalarType dtype, int64_t features, int64_t& stride) {
   check_dtype(name, x, dtype);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == features, name, ": wanted 2 dimensions, the last ", features);
+  STD_TORCH_CHECK(features > 0, name, ": wanted at least 1 feature, got 0");
   STD_TORCH_CHECK(x.stride(1) == 1 || features == 1 || x.numel() == 0, name, ": wanted dense rows, got stride ",
                   x.stride(1));
   stride = x.stride(0);

@@ -39,7 +39,7 @@ def attention_inputs(B, T, N, C, num_heads, multi_query=False, dtype=torch.float
 
 def mlp_inputs(B, T, N, C, hidden, activation="gelu", dtype=torch.float32):
     norm_weight, norm_bias, fc1_bias, fc2_bias = vectors(C, C, hidden, C)
-    fc1, fc2 = torch.randn(hidden, C) * C**-0.5, torch.randn(C, hidden) * hidden**-0.5
+    fc1, fc2 = torch.randn(hidden, C) * C**-0.5, torch.randn(C, hidden) * max(hidden, 1) ** -0.5
     tensors = (torch.randn(B, T, N, C), 1 + norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
     return [t.to(dtype) for t in tensors], {"activation": activation}
 
@@ -359,6 +359,22 @@ def test_auto_under_autocast_of_nothing_and_of_doubles():
         assert nothing.shape == (0, 3, 5, 24)
         wide = in_double(tensors)
         torch.testing.assert_close(function(*wide, **options), function(*wide, **options, impl="reference"))
+
+
+def test_auto_takes_layers_of_nothing():
+    """No blocks, no tokens, no features, nothing hidden: as plain PyTorch has it, gradients included."""
+    for function, (tensors, options) in (
+        (attention_layer, attention_inputs(2, 2, 0, 8, 2)),
+        (attention_layer, attention_inputs(2, 0, 4, 8, 2)),
+        (mlp_layer, mlp_inputs(2, 3, 4, 8, 0)),
+        (mlp_layer, mlp_inputs(2, 3, 0, 8, 16)),
+    ):
+        dout = torch.randn_like(tensors[0])
+        ours, plain = (
+            gradients(partial(function, **options, impl=impl), tensors, dout) for impl in ("auto", "reference")
+        )
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @needs_cpp

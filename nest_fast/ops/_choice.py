@@ -44,7 +44,7 @@ def use_layer(op: str, impl: str, x: Tensor, weights: list[Tensor | None]) -> bo
     if impl == "cpp":
         require(op, impl, reasons)
         return True
-    if reasons:
+    if reasons or any(t is not None and t.numel() == 0 for t in (x, *weights)):
         return False
     if x.dtype == torch.bfloat16 and _extension.has_amx:
         return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
