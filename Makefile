@@ -34,7 +34,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 bench: $(READY)
 	$(call say,benchmarks on this machine$(comma) results in $(RESULTS)/)
 	@mkdir -p $(RESULTS)
-	$(PY) -m pytest benchmarks/ --benchmark-only -v --time-limit 300 \
+	$(PY) -m pytest benchmarks/ --benchmark-only -v --time-limit 330 \
 	    --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(RESULTS)/bench.json
 	@$(PY) benchmarks/report.py $(RESULTS)/bench.json --out $(RESULTS)
 

@@ -102,7 +102,8 @@ def peers(case: ModelCase) -> Peers:
         models = {"reference": original}
     if case.op.startswith("nest_"):
         if "timm" in models:
-            models["timm 4-D"] = lambda: _four_d(original())
+            if not case.drop_path:
+                models["timm 4-D"] = lambda: _four_d(original())
             models["nest_fast accelerate"] = lambda: _accelerated(original())
         models["nest_fast NesT"] = lambda: _nest(case, original())
     found = {name: functools.partial(lambda make: _run(case, make()), make) for name, make in models.items()}
