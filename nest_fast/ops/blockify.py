@@ -163,8 +163,9 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
         if functorch or (eager and forward_ad._current_level >= 0) or _why_not(x) is not None:
             return None
         if x.is_cpu:
-            plain = args[-1] is None and x.stride(-1) == 1
-            if (plain and (recorded or not eager or x.nbytes >= _LARGE)) or (recorded and x.nbytes < _SMALL):
+            plain = args[-1] is None and x.stride(-1) == 1  # patchify ends with a size
+            nbytes = x.numel() * x.itemsize  # also of a size that is traced, unlike x.nbytes
+            if (plain and (recorded or not eager or nbytes >= _LARGE)) or (recorded and nbytes < _SMALL):
                 return None
     else:
         _require(op, impl, x)
