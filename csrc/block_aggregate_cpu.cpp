@@ -75,11 +75,6 @@ Size2 size2(const char* name, IntHeaderOnlyArrayRef size) {
   return {size[0], size[1]};
 }
 
-void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": wanted dtype ", toString(dtype), ", got ",
-                  toString(x.scalar_type()));
-}
-
 // A contiguous (C',) of floats.
 const float* vector(const char* name, const Tensor& x, int64_t channels) {
   check_dtype(name, x, ScalarType::Float);

@@ -2,7 +2,6 @@
 // block_attention_cpu_kernel.h has the computation.
 
 #include "block_attention_cpu.h"
-#include "cpu_dispatch.h"
 
 namespace nest_fast {
 namespace {
@@ -82,11 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_cpp_bwd(Tensor dout, Tensor q
   const Kernels& kernels = kernels_for(kKernels, "q", q.scalar_type());
   check_head_dim(q);
   const int64_t blocks = q.size(0) * q.size(1);
-  const int64_t statistics = blocks * p.heads * p.tokens;
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "lse: wanted dtype Float, got ", toString(lse.scalar_type()));
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == statistics, "lse: wanted ", statistics,
-                  " contiguous elements (B, T, heads, N), got ", lse.numel(), lse.is_contiguous() ? "" : " with gaps");
-  p.lse = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
+  p.lse = lse_of(lse, blocks * p.heads * p.tokens);
 
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   p.dq = operand("dq", dq, q), p.dk = operand("dk", dk, q), p.dv = operand("dv", dv, q);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <cstdint>
+#include "cpu_dispatch.h"
 
 namespace nest_fast {
 
@@ -28,5 +28,13 @@ struct BlockAttention {
 struct BlockAttentionBackward : BlockAttention {
   Operand dout, dq, dk, dv;
 };
+
+// The forward's lse as its backward takes it.
+inline float* lse_of(const Tensor& lse, int64_t statistics) {
+  check_dtype("lse", lse, ScalarType::Float);
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == statistics, "lse: wanted ", statistics,
+                  " contiguous elements (B, T, heads, N), got ", lse.numel(), lse.is_contiguous() ? "" : " with gaps");
+  return const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
+}
 
 }  // namespace nest_fast

@@ -46,6 +46,11 @@ enum Isa : int { kNone = -1, kAvx2, kAvx512, kAvx512Bf16 };
 // The one in use: the best of this processor, unless a test chose another.
 std::atomic<Isa>& current_isa();
 
+inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": wanted dtype ", toString(dtype), ", got ",
+                  toString(x.scalar_type()));
+}
+
 // An operation's functions for one set of instructions, by dtype.
 template <class Kernels>
 struct ByDtype {

@@ -18,12 +18,18 @@ void pack_weight_transposed(const Linear& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class Op>
+inline int64_t units_of(const Chunk& chunk) {
+  return ceil_div(chunk.rows, Op::kPerUnit);
+}
+
 // `rows` rows of x to panels, from row `at` of the chunk on, which begins a unit.
 template <class Op>
-void pack_panels(const typename Op::Element* x, int64_t stride, int64_t rows, int64_t at, const Panels& p) {
+void pack_panels(const typename Op::Element* x, int64_t stride, int64_t rows, const Chunk& chunk, int64_t at,
+                 const Panels& p) {
   for (int64_t pair = 0; pair * kPair < p.features; ++pair)
     pack_columns<Op>(x + pair * kPair, stride, rows, p.features - pair * kPair, kPair,
-                     p.data + (pair * p.units + at / Op::kPerUnit) * kPair);
+                     p.data + (pair * units_of<Op>(chunk) + at / Op::kPerUnit) * kPair);
 }
 
 // Adds the sums over `units` of a panel's columns to `sums`, or stores them. Summed a few at a time: that is exacter.
@@ -46,11 +52,12 @@ inline void sum_columns(const float* panel, int64_t units, bool add_sums, float*
 
 // Squares [begin, end), of pairs of vectors either way, of a weight's gradient; with the first of a row the bias's.
 template <class Op>
-void weight_gradient(const WeightGradient& p, bool add_sums, int64_t begin, int64_t end) {
+void weight_gradient(const WeightGradient& p, const Chunk& chunk, int64_t begin, int64_t end) {
   constexpr int rows = kLanes / 2;
-  const int64_t units = p.dout.units, across = ceil_div(p.x.features, kPair), columns = across * kPair;
-  for (int64_t done = 0; done < units; done += kGradientChain, add_sums = true) {
+  const int64_t units = units_of<Op>(chunk), across = ceil_div(p.x.features, kPair), columns = across * kPair;
+  for (int64_t done = 0; done < units; done += kGradientChain) {
     const int64_t steps = std::min(kGradientChain, units - done);
+    const bool add_sums = chunk.first > 0 || done > 0;
     for (int64_t square = begin; square < end; ++square) {
       const int64_t out = square / across, in = square % across;
       const float *a = p.dout.data + (out * units + done) * kPair, *b = p.x.data + (in * units + done) * kPair;
@@ -81,8 +88,7 @@ void linear_backward(const LinearBackward& p, const Chunk& chunk, int64_t begin,
   const int64_t tile_floats = units_of<Op>(outs) * kRows, at_once = tiles_at_once(tile_floats);
   Scratch scratch(at_once * tile_floats);
   float* const a = scratch.take(at_once * tile_floats);
-  for (int64_t at = begin * kRows; at < std::min(end * kRows, chunk.rows); at += at_once * kRows) {
-    const Tiles tiles(std::min({at_once * kRows, end * kRows - at, chunk.rows - at}));
+  for_tiles(chunk.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t at) {
     const int64_t first = chunk.first + at;
     const T* dout = static_cast<const T*>(p.dout) + first * p.dout_stride;
     pack_tiles<Op>(tiles, dout, p.dout_stride, outs, {}, nullptr, a);
@@ -90,9 +96,9 @@ void linear_backward(const LinearBackward& p, const Chunk& chunk, int64_t begin,
       store_rows<T>(c, tiles.size(tile), column, p.linear, {},
                     static_cast<T*>(p.dx) + (first + tiles.first(tile)) * ins, ins);
     });
-    pack_panels<Op>(dout, p.dout_stride, tiles.rows, at, p.weight.dout);
-    pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, at, p.weight.x);
-  }
+    pack_panels<Op>(dout, p.dout_stride, tiles.rows, chunk, at, p.weight.dout);
+    pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, chunk, at, p.weight.x);
+  });
 }
 
 struct Activated {
@@ -120,9 +126,10 @@ inline Activated activate_with_slope(Activation activation, Vec x) {
 // gave, to panels.
 template <class Op>
 void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const typename Op::Element* hidden,
-                           Activation activation, float* a, int64_t at, const Panels& gradient, const Panels& value) {
+                           Activation activation, float* a, const Chunk& chunk, int64_t at, const Panels& gradient,
+                           const Panels& value) {
   constexpr int per_unit = Op::kPerUnit, width = kLanes * per_unit;
-  const int64_t features = gradient.features, panel = (column / kPair * gradient.units + at / per_unit) * kPair;
+  const int64_t features = gradient.features, panel = (column / kPair * units_of<Op>(chunk) + at / per_unit) * kPair;
   for (int64_t r = 0; r < rows; r += per_unit)
     for (int64_t v = 0; v < kPair; v += width) {
       Vec dh[per_unit][per_unit], h[per_unit][per_unit];  // columns' vectors, rows
@@ -165,8 +172,7 @@ void mlp_backward(const MlpBackward& p, const Chunk& chunk, int64_t begin, int64
   Scratch scratch(at_once * (in_floats + hidden_floats));
   float* const a = scratch.take(at_once * in_floats);
   float* const dhidden = scratch.take(at_once * hidden_floats);
-  for (int64_t at = begin * kRows; at < std::min(end * kRows, chunk.rows); at += at_once * kRows) {
-    const Tiles tiles(std::min({at_once * kRows, end * kRows - at, chunk.rows - at}));
+  for_tiles(chunk.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t at) {
     const int64_t first = chunk.first + at;
     const T* dout = static_cast<const T*>(p.dout) + first * p.dout_stride;
     const T* hidden = static_cast<const T*>(p.hidden) + first * hidden_features;
@@ -178,13 +184,13 @@ void mlp_backward(const MlpBackward& p, const Chunk& chunk, int64_t begin, int64
       else
         prefetch<0>(hidden + column + kPair, hidden_features, kRows, kPair);
       store_hidden_gradient<Op>(c, tiles.size(tile), column, hidden + row * hidden_features, p.activation,
-                                dhidden + tile * hidden_floats, at + row, p.fc1_weight.dout, p.fc2_weight.x);
+                                dhidden + tile * hidden_floats, chunk, at + row, p.fc1_weight.dout, p.fc2_weight.x);
     });
     multiply_tiles<Op>(tiles, dhidden, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
       store_rows<T>(c, tiles.size(tile), column, p.fc1, {},
                     static_cast<T*>(p.dx) + (first + tiles.first(tile)) * features, features);
     });
-    pack_panels<Op>(dout, p.dout_stride, tiles.rows, at, p.fc2_weight.dout);
-    pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, at, p.fc1_weight.x);
-  }
+    pack_panels<Op>(dout, p.dout_stride, tiles.rows, chunk, at, p.fc2_weight.dout);
+    pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, chunk, at, p.fc1_weight.x);
+  });
 }

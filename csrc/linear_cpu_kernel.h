@@ -161,6 +161,14 @@ inline int64_t tiles_at_once(int64_t floats) {
   return std::clamp<int64_t>(kCache / 2 / (floats * int64_t{sizeof(float)}), 1, 8);
 }
 
+// use(tiles, first) for row tiles [begin, end) of `rows` rows, at most `at_once` of them together, from row `first` on.
+template <class Use>
+void for_tiles(int64_t rows, int64_t begin, int64_t end, int64_t at_once, Use use) {
+  const int64_t last = std::min(end * kRows, rows);
+  for (int64_t first = begin * kRows; first < last; first += at_once * kRows)
+    use(Tiles(std::min(at_once * kRows, last - first)), first);
+}
+
 // Row tiles [begin, end) of residual + scale * (norm(x) @ weight^T + bias).
 template <class Op>
 void linear(const LinearLayer& p, int64_t begin, int64_t end) {
@@ -169,15 +177,14 @@ void linear(const LinearLayer& p, int64_t begin, int64_t end) {
   Scratch scratch(round_up(p.linear.in, kPair) + at_once * tile_floats);
   float* const row = scratch.take(round_up(p.linear.in, kPair));
   float* const a = scratch.take(at_once * tile_floats);
-  for (int64_t first = begin * kRows; first < std::min(end * kRows, p.rows); first += at_once * kRows) {
-    const Tiles tiles(std::min({at_once * kRows, end * kRows - first, p.rows - first}));
+  for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
     pack_tiles<Op>(tiles, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.linear.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
       const int64_t at = first + tiles.first(tile);
       store_rows<T>(c, tiles.size(tile), column, p.linear, rows_at<T>(p.residual, at),
                     static_cast<T*>(p.out) + at * p.linear.out, p.linear.out);
     });
-  }
+  });
 }
 
 // Row tiles [begin, end) of x + scale * fc2(activation(fc1(norm(x)))).
@@ -190,8 +197,7 @@ void mlp(const MlpLayer& p, int64_t begin, int64_t end) {
   float* const row = scratch.take(round_up(p.fc1.in, kPair));
   float* const a = scratch.take(at_once * in_floats);
   float* const hidden = scratch.take(at_once * hidden_floats);
-  for (int64_t first = begin * kRows; first < std::min(end * kRows, p.rows); first += at_once * kRows) {
-    const Tiles tiles(std::min({at_once * kRows, end * kRows - first, p.rows - first}));
+  for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
     const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
     T* out = static_cast<T*>(p.out) + first * p.fc2.out;
     pack_tiles<Op>(tiles, x, p.x_stride, p.fc1.in, p.norm, row, a);
@@ -205,5 +211,5 @@ void mlp(const MlpLayer& p, int64_t begin, int64_t end) {
       store_rows<T>(c, tiles.size(tile), column, p.fc2, {x + at * p.x_stride, p.x_stride, p.branch_scale},
                     out + at * p.fc2.out, p.fc2.out);
     });
-  }
+  });
 }

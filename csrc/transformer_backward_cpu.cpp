@@ -15,7 +15,7 @@ struct Chunk {
 
 // Columns of a chunk's rows as the operands of products over rows: (pairs of vectors, units of rows, kPair).
 struct Panels {
-  int64_t features, units;
+  int64_t features;
   float* data;
 };
 
@@ -47,24 +47,23 @@ struct MlpBackward {
 #include "cpu_for_each_isa.h"
 
 struct Kernels {
-  int64_t rows, pair, per_unit;  // of a tile; columns of a panel; rows of a unit
+  int64_t rows, per_unit;  // of a tile; of a unit
   WeightPacking packing;
   void (*linear_backward)(const LinearBackward&, const Chunk&, int64_t begin, int64_t end);  // tiles of rows
   void (*mlp_backward)(const MlpBackward&, const Chunk&, int64_t begin, int64_t end);
-  void (*weight_gradient)(const WeightGradient&, bool add_sums, int64_t begin, int64_t end);  // squares
+  void (*weight_gradient)(const WeightGradient&, const Chunk&, int64_t begin, int64_t end);  // squares
   void (*round_sums)(const float*, int64_t stride, int64_t features, void* out, int64_t begin, int64_t end);  // rows
   void (*attend_backward)(const BlockAttentionBackward&, int64_t begin, int64_t end);  // heads
 };
 
-#define NEST_FAST_KERNELS(isa, op)                                                               \
-  {isa::kRows,                                                                                   \
-   isa::kPair,                                                                                   \
-   isa::op::kPerUnit,                                                                            \
-   {isa::kPair, isa::packed_floats<isa::op>, nullptr, isa::pack_weight_transposed<isa::op>},     \
-   isa::linear_backward<isa::op>,                                                                \
-   isa::mlp_backward<isa::op>,                                                                   \
-   isa::weight_gradient<isa::op>,                                                                \
-   isa::round_sums<isa::op::Element>,                                                            \
+#define NEST_FAST_KERNELS(isa, op)                                                    \
+  {isa::kRows,                                                                        \
+   isa::op::kPerUnit,                                                                 \
+   {isa::kPair, isa::packed_floats<isa::op>, isa::pack_weight_transposed<isa::op>},   \
+   isa::linear_backward<isa::op>,                                                     \
+   isa::mlp_backward<isa::op>,                                                        \
+   isa::weight_gradient<isa::op>,                                                     \
+   isa::round_sums<isa::op::Element>,                                                 \
    isa::attend_backward<isa::op>}
 constexpr ByDtype<Kernels> kKernels[] = {NEST_FAST_BY_ISA(NEST_FAST_KERNELS)};
 
@@ -81,8 +80,8 @@ struct Gradient {
     const int64_t units = ceil_div(chunk_rows, isa.per_unit), rows = whole(outs), columns = whole(ins);
     sums = floats({rows, columns}), bias_sums = floats({rows});
     dout_panels = floats({rows, units}), x_panels = floats({columns, units});
-    p.dout = {outs, units, static_cast<float*>(dout_panels.mutable_data_ptr())};
-    p.x = {ins, units, static_cast<float*>(x_panels.mutable_data_ptr())};
+    p.dout = {outs, static_cast<float*>(dout_panels.mutable_data_ptr())};
+    p.x = {ins, static_cast<float*>(x_panels.mutable_data_ptr())};
     p.sums = static_cast<float*>(sums.mutable_data_ptr());
     p.bias_sums = static_cast<float*>(bias_sums.mutable_data_ptr());
     if (chunk_rows > 0) return;  // the first chunk's sums are stored
@@ -90,14 +89,12 @@ struct Gradient {
     torch::stable::zero_(bias_sums);
   }
 
-  int64_t whole(int64_t features) const { return ceil_div(features, isa.pair) * isa.pair; }
-
-  void begin_chunk(const Chunk& chunk) { p.dout.units = p.x.units = ceil_div(chunk.rows, isa.per_unit); }
+  int64_t pairs(int64_t features) const { return ceil_div(features, isa.packing.pair); }
+  int64_t whole(int64_t features) const { return pairs(features) * isa.packing.pair; }
 
   void add_chunk(const Chunk& chunk) const {
-    const int64_t squares = ceil_div(p.dout.features, isa.pair) * ceil_div(p.x.features, isa.pair);
-    parallel_for(squares,
-                 [&](int64_t begin, int64_t end) { isa.weight_gradient(p, chunk.first > 0, begin, end); });
+    parallel_for(pairs(p.dout.features) * pairs(p.x.features),
+                 [&](int64_t begin, int64_t end) { isa.weight_gradient(p, chunk, begin, end); });
   }
 
   // The weight's (outs, ins) in the dtype of `like`.
@@ -123,19 +120,16 @@ int64_t rows_of_chunk(const Kernels& isa, int64_t rows, int64_t features) {
   return std::min(rows, std::max(fitting, isa.rows));
 }
 
-template <class Work>
-void for_chunks(int64_t rows, int64_t chunk_rows, Work work) {
-  for (int64_t first = 0; first < rows; first += chunk_rows)
-    work(Chunk{first, std::min(chunk_rows, rows - first)});
-}
-
+// Chunk after chunk, `backward` of its rows, which leaves them in the panels of `gradients`, and then their sums.
 template <class P>
-using RowsBackward = void (*)(const P&, const Chunk&, int64_t begin, int64_t end);
-
-// The gradients of the chunk's rows.
-template <class P>
-void rows_backward(const Kernels& isa, RowsBackward<P> rows, const P& p, const Chunk& chunk) {
-  parallel_for(ceil_div(chunk.rows, isa.rows), [&](int64_t begin, int64_t end) { rows(p, chunk, begin, end); });
+void backward_by_chunks(const Kernels& isa, void (*backward)(const P&, const Chunk&, int64_t begin, int64_t end),
+                        const P& p, int64_t rows, int64_t chunk_rows,
+                        std::initializer_list<const Gradient*> gradients) {
+  for (int64_t first = 0; first < rows; first += chunk_rows) {
+    const Chunk chunk{first, std::min(chunk_rows, rows - first)};
+    parallel_for(ceil_div(chunk.rows, isa.rows), [&](int64_t begin, int64_t end) { backward(p, chunk, begin, end); });
+    for (const Gradient* gradient : gradients) gradient->add_chunk(chunk);
+  }
 }
 
 void check_rows(const Tensor& x, int64_t rows) {
@@ -169,12 +163,8 @@ LinearGradients linear_backward(const Kernels& isa, const char* name, const Tens
   check_rows(x, rows);
   Tensor dx = torch::stable::new_empty(x, {rows, ins});
   p.dx = dx.mutable_data_ptr();
-  for_chunks(rows, chunk_rows, [&](const Chunk& chunk) {
-    gradient.begin_chunk(chunk);
-    p.weight = gradient.p;
-    rows_backward(isa, isa.linear_backward, p, chunk);
-    gradient.add_chunk(chunk);
-  });
+  p.weight = gradient.p;
+  backward_by_chunks(isa, isa.linear_backward, p, rows, chunk_rows, {&gradient});
   return {dx, gradient.weight(dout), gradient.bias(dout)};
 }
 
@@ -200,12 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_layer_cpp_bwd(Tensor dout
   check_rows(x, rows);
   Tensor dx = torch::stable::new_empty(x, {rows, features});
   p.dx = dx.mutable_data_ptr();
-  for_chunks(rows, chunk_rows, [&](const Chunk& chunk) {
-    fc1_gradient.begin_chunk(chunk), fc2_gradient.begin_chunk(chunk);
-    p.fc1_weight = fc1_gradient.p, p.fc2_weight = fc2_gradient.p;
-    rows_backward(isa, isa.mlp_backward, p, chunk);
-    fc1_gradient.add_chunk(chunk), fc2_gradient.add_chunk(chunk);
-  });
+  p.fc1_weight = fc1_gradient.p, p.fc2_weight = fc2_gradient.p;
+  backward_by_chunks(isa, isa.mlp_backward, p, rows, chunk_rows, {&fc1_gradient, &fc2_gradient});
   return {dx, fc1_gradient.weight(dout), fc1_gradient.bias(dout), fc2_gradient.weight(dout), fc2_gradient.bias(dout)};
 }
 
@@ -219,14 +205,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_layer_cpp_bwd(
   const Heads cut(rows, features, tokens, heads, kv_heads);
   void* const qkv_data = kept_rows_of("qkv", qkv, dout, cut.packed_features());
   void* const attended_data = kept_rows_of("attended", attended, dout, features);
-  check_rows(x, rows);
-  check_dtype("lse", lse, ScalarType::Float);
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == rows * heads, "lse: wanted ", rows * heads,
-                  " contiguous elements (blocks, heads, tokens)");
-
+  float* const lse_data = lse_of(lse, rows * heads);
   LinearGradients proj = linear_backward(isa, "proj_weight", proj_weight, dout, attended);
   Tensor dqkv = torch::stable::new_empty(qkv, {rows, cut.packed_features()});
-  float* const lse_data = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
   BlockAttentionBackward p{cut.attention(qkv_data, attended_data, bytes, static_cast<float>(scale), lse_data)};
   p.dout = cut.at(proj.dx.mutable_data_ptr(), features, 0, heads, bytes);
   cut.unpack(dqkv.mutable_data_ptr(), bytes, p.dq, p.dk, p.dv);

@@ -19,13 +19,13 @@ struct Kernels {
   void (*attend)(const BlockAttention&, int64_t begin, int64_t end);  // strips of query rows
 };
 
-#define NEST_FAST_KERNELS(isa, op)                                                              \
-  {isa::kRows,                                                                                  \
-   {isa::kPair, isa::packed_floats<isa::op>, isa::pack_weight<isa::op>, nullptr},               \
-   isa::linear<isa::op>,                                                                        \
-   isa::mlp<isa::op>,                                                                           \
-   isa::attention_layer<isa::op>,                                                               \
-   isa::strips_per_head,                                                                        \
+#define NEST_FAST_KERNELS(isa, op)                                              \
+  {isa::kRows,                                                                  \
+   {isa::kPair, isa::packed_floats<isa::op>, isa::pack_weight<isa::op>},        \
+   isa::linear<isa::op>,                                                        \
+   isa::mlp<isa::op>,                                                           \
+   isa::attention_layer<isa::op>,                                               \
+   isa::strips_per_head,                                                        \
    isa::attend<isa::op>}
 constexpr ByDtype<Kernels> kKernels[] = {NEST_FAST_BY_ISA(NEST_FAST_KERNELS)};
 

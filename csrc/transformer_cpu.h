@@ -3,7 +3,6 @@
 #pragma once
 
 #include "block_attention_cpu.h"
-#include "cpu_dispatch.h"
 
 namespace nest_fast {
 
@@ -119,11 +118,6 @@ void parallel_for(int64_t count, Work work) {
   torch::stable::parallel_for(0, count, 1, work);
 }
 
-inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": wanted dtype ", toString(dtype), ", got ",
-                  toString(x.scalar_type()));
-}
-
 // Rows (count, features) that are dense, and how far apart they lie.
 inline const void* rows_of(const char* name, const Tensor& x, ScalarType dtype, int64_t features, int64_t& stride) {
   check_dtype(name, x, dtype);
@@ -147,8 +141,7 @@ const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t 
 struct WeightPacking {
   int64_t pair;  // columns of a panel
   int64_t (*floats)(int64_t in, int64_t out);
-  void (*pack)(const Linear&, int64_t begin, int64_t end);             // panels of a weight (out, in)
-  void (*pack_transposed)(const Linear&, int64_t begin, int64_t end);  // panels of a weight (in, out)
+  void (*pack)(const Linear&, int64_t begin, int64_t end);  // panels
 };
 
 // A Linear and the memory of its packed weight. Packed anew in every call, which costs as much as reading it once: a
@@ -157,17 +150,17 @@ struct PackedLinear {
   Linear linear{};
   Tensor packed;
 
-  // x @ weight^T + bias, for a weight (out, in).
+  // x @ weight^T + bias, for a weight (out, in), as `packing` takes it.
   PackedLinear(const char* name, const WeightPacking& packing, const Tensor& weight, const std::optional<Tensor>& bias,
                ScalarType dtype, int64_t in) {
     check_rank(name, weight);
     linear.in = in, linear.out = weight.size(0);
     linear.weight = rows_of(name, weight, dtype, in, linear.weight_stride);
     linear.bias = bias ? vector_of<void>("bias", *bias, dtype, linear.out) : nullptr;
-    pack(packing, weight, packing.pack);
+    pack(packing, weight);
   }
 
-  // x @ weight, for a weight (in, out).
+  // x @ weight, for a weight (in, out), as `packing` takes it.
   static PackedLinear transposed(const char* name, const WeightPacking& packing, const Tensor& weight,
                                  ScalarType dtype, int64_t in, int64_t out) {
     check_rank(name, weight);
@@ -175,7 +168,7 @@ struct PackedLinear {
     PackedLinear p;
     p.linear.in = in, p.linear.out = out;
     p.linear.weight = rows_of(name, weight, dtype, out, p.linear.weight_stride);
-    p.pack(packing, weight, packing.pack_transposed);
+    p.pack(packing, weight);
     return p;
   }
 
@@ -186,10 +179,11 @@ struct PackedLinear {
     STD_TORCH_CHECK(weight.dim() == 2, name, ": wanted 2 dimensions (out, in), got ", weight.dim());
   }
 
-  void pack(const WeightPacking& packing, const Tensor& weight, void (*how)(const Linear&, int64_t, int64_t)) {
+  void pack(const WeightPacking& packing, const Tensor& weight) {
     packed = torch::stable::new_empty(weight, {packing.floats(linear.in, linear.out)}, ScalarType::Float);
     linear.packed = static_cast<float*>(packed.mutable_data_ptr());
-    parallel_for(ceil_div(linear.out, packing.pair), [&](int64_t begin, int64_t end) { how(linear, begin, end); });
+    parallel_for(ceil_div(linear.out, packing.pair),
+                 [&](int64_t begin, int64_t end) { packing.pack(linear, begin, end); });
   }
 };
 
