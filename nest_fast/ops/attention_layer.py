@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice
-from nest_fast.ops._layer import layer_backward
+from nest_fast.ops._layer import fake_branch_backward, layer_backward
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
 
@@ -128,9 +128,7 @@ def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, pro
 
 @torch.library.register_fake("nest_fast::attention_layer_cpp_bwd", lib=_LIB)
 def _fake_bwd(dout, x, qkv, attended, lse, qkv_weight, proj_weight, *rest):
-    biases = dout.new_empty(qkv.shape[1]), dout.new_empty(dout.shape[1])
-    weights = qkv_weight.new_empty(qkv_weight.shape), proj_weight.new_empty(proj_weight.shape)
-    return x.new_empty(x.shape), weights[0], biases[0], weights[1], biases[1]
+    return fake_branch_backward(x, qkv_weight, proj_weight)
 
 
 def _setup(ctx, inputs, output):
@@ -152,10 +150,10 @@ def _backward(ctx, dout, *_):
     def branch_backward(dbranch, y):
         return _OPS.attention_layer_cpp_bwd(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight, *sizes)
 
-    gradients = layer_backward(dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, branch_backward)
-    dx, dnorm_weight, dnorm_bias, dqkv, dqkv_bias, dproj, dproj_bias = gradients
-    biases = (bias if given else None for bias, given in zip((dqkv_bias, dproj_bias), ctx.biases, strict=True))
-    return dx, dnorm_weight, dnorm_bias, None, dqkv, next(biases), dproj, next(biases), *(None,) * 6
+    dx, dnorm_weight, dnorm_bias, dqkv, dqkv_bias, dproj, dproj_bias = layer_backward(
+        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
+    )
+    return dx, dnorm_weight, dnorm_bias, None, dqkv, dqkv_bias, dproj, dproj_bias, *(None,) * 6
 
 
 torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)

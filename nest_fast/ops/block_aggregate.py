@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice, _extension, _triton, _vmap
-from nest_fast.ops.blockify import blockify, unblockify
+from nest_fast.ops.blockify import blockify, pos_embed_gradient, unblockify
 
 __all__ = ["block_aggregate"]
 
@@ -281,7 +281,7 @@ def _norm_pool_autograd(op):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * 9
-        dpos_embed = dout.sum(0, keepdim=True) if ctx.needs_input_grad[4] else None
+        dpos_embed = pos_embed_gradient(dout) if ctx.needs_input_grad[4] else None
         return *_norm_pool_gradients(ctx, op, dout, *ctx.saved_tensors), dpos_embed, None, None, None, None
 
     return backward
@@ -371,7 +371,7 @@ def _fused_autograd(part):
         dx, dweight = _library_gradients(dy, x, conv_weight, ctx.grid, ctx.block, wanted)
         if own_dx:
             dx = _OPS.block_aggregate_cpp_dx(dy, conv_weight, ctx.grid, ctx.block)
-        dpos_embed = dout.sum(0, keepdim=True) if need_dpos else None
+        dpos_embed = pos_embed_gradient(dout) if need_dpos else None
         return dx, dweight, *dparams, dpos_embed, *(None,) * 6
 
     return backward

@@ -227,9 +227,14 @@ def _blockify_setup(ctx, inputs, output):
     ctx.grid_size, ctx.block_size = (x.shape[1] // bh, x.shape[2] // bw), (bh, bw)
 
 
+def pos_embed_gradient(dout: Tensor) -> Tensor:
+    """That of a ``(1, T, N, C)`` added to every image, from ``dout`` ``(B, T, N, C)``; a single image's as it is."""
+    return dout.sum_to_size(1, *dout.shape[1:])
+
+
 def _blockify_bwd(ctx, dout):
     dx = _OPS.unblockify(dout, ctx.grid_size, ctx.block_size, None) if ctx.needs_input_grad[0] else None
-    dpos_embed = dout.sum_to_size(1, *dout.shape[1:]) if ctx.needs_input_grad[2] else None
+    dpos_embed = pos_embed_gradient(dout) if ctx.needs_input_grad[2] else None
     return dx, None, dpos_embed
 
 
@@ -239,7 +244,7 @@ def _unblockify_setup(ctx, inputs, output):
 
 def _unblockify_bwd(ctx, dout):
     dx = _OPS.blockify(dout, ctx.block_size, None)
-    dpos_embed = dx.sum_to_size(1, *dx.shape[1:]) if ctx.needs_input_grad[3] else None
+    dpos_embed = pos_embed_gradient(dx) if ctx.needs_input_grad[3] else None
     return dx, None, None, dpos_embed
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice
-from nest_fast.ops._layer import layer_backward
+from nest_fast.ops._layer import fake_branch_backward, layer_backward
 from nest_fast.ops.linear import linear
 
 __all__ = ["mlp_layer"]
@@ -113,9 +113,7 @@ def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_
 
 @torch.library.register_fake("nest_fast::mlp_layer_cpp_bwd", lib=_LIB)
 def _fake_bwd(dout, x, hidden, fc1_weight, activation, fc2_weight):
-    biases = dout.new_empty(hidden.shape[1]), dout.new_empty(dout.shape[1])
-    weights = fc1_weight.new_empty(fc1_weight.shape), fc2_weight.new_empty(fc2_weight.shape)
-    return x.new_empty(x.shape), weights[0], biases[0], weights[1], biases[1]
+    return fake_branch_backward(x, fc1_weight, fc2_weight)
 
 
 def _setup(ctx, inputs, output):
@@ -136,10 +134,10 @@ def _backward(ctx, dout, _):
     def branch_backward(dbranch, y):
         return _OPS.mlp_layer_cpp_bwd(dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight)
 
-    gradients = layer_backward(dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, branch_backward)
-    dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias = gradients
-    biases = (bias if given else None for bias, given in zip((dfc1_bias, dfc2_bias), ctx.biases, strict=True))
-    return dx, dnorm_weight, dnorm_bias, None, dfc1, next(biases), None, dfc2, next(biases), None, None
+    dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias = layer_backward(
+        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
+    )
+    return dx, dnorm_weight, dnorm_bias, None, dfc1, dfc1_bias, None, dfc2, dfc2_bias, None, None
 
 
 torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
