@@ -62,6 +62,8 @@ def mlp_layer(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
+
+    Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
     """
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
