@@ -15,7 +15,8 @@ ALLOWED = {
     "fusion": {"ops", "weights"},
     "modules": {"ops", "fusion"},
     "nest": {"ops", "fusion", "modules", "weights"},
-    "integrations": {"ops", "fusion", "integrations"},
+    "explanation": {"ops", "fusion", "modules"},
+    "integrations": {"ops", "fusion", "explanation", "integrations"},
     "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations"},
     "kernels": {"kernels"},
 }
