@@ -50,9 +50,8 @@ class Explanation:
         named = (row._replace(name=row.name or "(model)") for row in self.rows)
         table = [Row("module", "step", "computed by", "why not faster"), *named]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
-        lines = [
-            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row.why)).rstrip() for row in table
-        ]
+        columns = [[cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)] for row in table]
+        lines = ["  ".join([*cells, row.why]).rstrip() for cells, row in zip(columns, table, strict=True)]
         return "\n".join([*lines, *(f"missing: {what}" for what in self.missing)])
 
 
@@ -81,7 +80,7 @@ def _rows(model: nn.Module, x: Tensor | None, tables: dict[type, Tell]) -> Itera
 
 
 def _like(module: nn.Module, x: Tensor | None, blocks: tuple[int, ...], *sizes: int) -> Tensor:
-    """``(B, *sizes)``, or ``(B, T, N, C)`` of one size C: dtype and device of ``x``, or else of the module's weights."""
+    """``(B, *sizes)``, or ``(B, T, N, C)`` of one size C; dtype and device of ``x``, else of the module's weights."""
     given = next(module.parameters(), torch.empty(0)) if x is None else x
     sizes = (*blocks, *sizes) if len(sizes) == 1 else sizes
     return torch.empty(1, dtype=given.dtype, device=given.device).expand(1 if x is None else len(x), *sizes)

@@ -300,7 +300,7 @@ _HALVES = ("norm1", "attn", "drop_path1"), ("norm2", "mlp", "drop_path2")
 def halves(layer: Any, known: Known) -> list[Half]:
     """The attention's and the MLP's half of a layer that names its modules as timm's do."""
     own = layer._modules
-    return [Half(names, *(own.get(name) for name in names), known) for names in _HALVES]
+    return [Half((n, b, p), own.get(n), own.get(b), own.get(p), known) for n, b, p in _HALVES]
 
 
 def run(x: Tensor, layer: Any, known: Known) -> Tensor:
@@ -452,7 +452,7 @@ def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
 
 
 def is_chained(x: Tensor) -> bool:
-    """Whether the layers' residual sums can be in the passes of the LayerNorms after them; a compiler does that itself."""
+    """Whether layers' residual sums are to be in the passes of the LayerNorms after them; a compiler does so itself."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 

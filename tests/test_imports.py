@@ -5,7 +5,7 @@ import ast
 import pytest
 from common import ROOT, run_python
 
-# What each module of nest_fast may import of nest_fast: reference ← ops ← fusion ← modules ← nest; integrations beside modules.
+# What each module of nest_fast may import of nest_fast.
 ALLOWED = {
     "reference": set(),
     "weights": {"reference"},

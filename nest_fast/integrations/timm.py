@@ -91,9 +91,10 @@ class Nest(_Fast, timm_nest.Nest):
     def forward_features(self, x: Tensor) -> Tensor:
         if fusion.flags(x, "the model", self, _KNOWN[Nest]) or fusion.why_not(x, _nest_parts(self), _KNOWN):
             return timm_nest.Nest.forward_features(self, x)
-        block = self.levels[0].block_size
-        x = fusion.embed_patches(x, self.patch_embed.proj, (block, block))
-        for level in self.levels:
+        levels: list[Any] = list(self.levels)
+        edge = levels[0].block_size
+        x = fusion.embed_patches(x, self.patch_embed.proj, (edge, edge))
+        for level in levels:
             if isinstance(level.pool, nn.Identity):
                 x = x + level.pos_embed
             else:
@@ -281,15 +282,15 @@ def restore(model: nn.Module) -> int:
     return len(changes)
 
 
-def _give(classes: list[tuple[nn.Module, type]]) -> None:
+def _give(classes: list[tuple[Any, type]]) -> None:
     """All modules their classes, or none."""
     before = [(module, type(module)) for module, _ in classes]
     try:
         for module, kind in classes:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
     except BaseException:
         for module, kind in before:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
         raise
 
 
@@ -312,7 +313,7 @@ def _without_fast(kind: type) -> type | None:
     return type(kind)(kind.__name__, tuple(bases), attributes)  # type: ignore[arg-type]
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: Any) -> str | None:
     """Why a module of timm's keeps its class: it is not what timm wrote."""
     kind = type(module)
     if kind not in _FAST:
