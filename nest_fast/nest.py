@@ -212,6 +212,9 @@ class NesT(nn.Module):
             elif isinstance(module, NesTLevel):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError("model: wanted one for torch.jit.script, got a NesT; use torch.export or torch.jit.trace")
+
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W)`` → normalised features ``(B, num_features, H', W')``."""
         return self.levels[-1].to_image(self.norm(self._run_levels(x)))
