@@ -217,18 +217,19 @@ def _check_mapping(wanted: str, tree: object) -> None:
         raise TypeError(f"{wanted}, in a dictionary or at the path of a file, got {type(tree).__name__}")
 
 
-def _timm_prefixes(tree: Mapping[Any, Any]) -> Iterator[str]:
+def _timm_prefixes(tree: Mapping[Any, Any]) -> list[str]:
+    found = set()
     for key, value in tree.items():
         if isinstance(key, str) and key.endswith(_TIMM_NAME[-1]) and isinstance(value, Tensor):
             parts = key.split(".")
             names = [i for i, part in enumerate(parts) if part not in _WRAPPERS]
             if tuple(parts[i] for i in names[-3:]) == _TIMM_NAME:
-                yield "".join(f"{part}." for part in parts[: names[-3]])
+                found.add("".join(f"{part}." for part in parts[: names[-3]]))
+    return sorted(found)
 
 
-def _jax_prefixes(tree: Mapping[Any, Any]) -> Iterator[str]:
-    if isinstance(tree.get("PatchEmbedding_0"), Mapping):
-        yield ""
+def _jax_prefixes(tree: Mapping[Any, Any]) -> list[str]:
+    return [""] if isinstance(tree.get("PatchEmbedding_0"), Mapping) else []
 
 
 def _mentions(tree: Mapping[Any, Any], word: str) -> bool:
@@ -238,7 +239,7 @@ def _mentions(tree: Mapping[Any, Any], word: str) -> bool:
 
 
 def _find(
-    tree: Mapping[Any, Any], prefixes: Callable[[Mapping[Any, Any]], Iterator[str]], way: tuple[str, ...] = ()
+    tree: Mapping[Any, Any], prefixes: Callable[[Mapping[Any, Any]], list[str]], way: tuple[str, ...] = ()
 ) -> Iterator[_Model]:
     """Every model that ``tree`` holds, by the ``prefixes`` of the names in a dictionary."""
     for prefix in prefixes(tree):

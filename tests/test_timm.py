@@ -85,17 +85,6 @@ def test_state_dicts_are_interchangeable(image):
     assert relative_error(ours(image), theirs(image)) < 1e-5
 
 
-def test_from_timm_unwraps_and_refuses():
-    state = small_timm().state_dict()
-    for wrapped in ({"state_dict": state}, {"model": {f"module.{key}": value for key, value in state.items()}}):
-        got = nest_fast.weights.from_timm(wrapped)
-        assert got.keys() == state.keys()
-    with pytest.raises(ValueError, match=r"wanted the state dict of a timm Nest, got names such as \['a'\]"):
-        nest_fast.weights.from_timm({"a": torch.zeros(1)})
-    with pytest.raises(ValueError, match="multi-query"):
-        nest_fast.weights.to_timm(nest_fast.nest_tiny_s16_32().state_dict())
-
-
 def test_features_and_intermediates_are_timms(image):
     theirs = small_timm()
     ours = nest_fast.NesT(**SMALL).eval()
@@ -109,19 +98,6 @@ def test_features_and_intermediates_are_timms(image):
         assert len(got[1]) == len(wanted[1])
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(got[1], wanted[1], strict=True))
     assert ours.feature_info == theirs.feature_info
-
-
-def test_position_embeddings_are_resized_on_loading():
-    theirs, larger = small_timm(), nest_fast.NesT(**{**SMALL, "img_size": (128, 96)})
-    before = theirs.state_dict()
-    larger.load_state_dict(before)
-    square = nest_fast.NesT(**{**SMALL, "img_size": 128})
-    square.load_state_dict(before)
-    for i, level in enumerate(square.levels):
-        wanted = timm.models.nest.resize_pos_embed(before[f"levels.{i}.pos_embed"], level.pos_embed)
-        torch.testing.assert_close(level.pos_embed.data, wanted)
-    assert larger.eval()(torch.randn(1, 3, 128, 96)).isfinite().all()
-    assert before["levels.0.pos_embed"].shape == (1, 16, 16, 32)  # the dictionary given is left as it was
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
