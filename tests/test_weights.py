@@ -85,12 +85,14 @@ def test_from_timm_finds_the_state_dict(name):
 
 def test_from_timm_reads_what_wrappers_really_write():
     """Not by our idea of their names: torch.compile, of parts too, averaging, activation checkpointing."""
+    from timm.utils import ModelEmaV3
+
     model = small_timm()
     for wrapped in (
         torch.compile(model),
         nn.DataParallel(model),
         torch.optim.swa_utils.AveragedModel(model),
-        timm.utils.ModelEmaV3(model),
+        ModelEmaV3(model),
     ):
         assert equal(from_timm(wrapped.state_dict()), STATE)
     model.levels[0] = torch.compile(model.levels[0])
@@ -264,6 +266,18 @@ def test_position_embeddings_are_resized_on_loading():
         torch.testing.assert_close(level.pos_embed.data, wanted)
     assert larger.eval()(torch.randn(1, 3, 128, 96)).isfinite().all()
     assert before["levels.0.pos_embed"].shape == (1, 4, 16, 16)  # the dictionary given is left as it was
+
+
+def test_what_cannot_be_resized_is_among_the_errors_of_load_state_dict():
+    model = nest_fast.NesT(**SMALL)
+    state = STATE | {"levels.0.pos_embed": torch.zeros(1, 3, 16, 16), "levels.1.pos_embed": torch.zeros(1, 4, 16, 8)}
+    del state["norm.bias"]
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(state)
+    message = str(error.value)
+    assert 'Missing key(s) in state_dict: "norm.bias"' in message
+    assert "levels.0.pos_embed cannot be resized: pos_embed: wanted a square grid of blocks, got T = 3" in message
+    assert "size mismatch for levels.1.pos_embed" in message
 
 
 # --- the authors' parameters ------------------------------------------------------------------------------------------
