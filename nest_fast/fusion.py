@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +167,7 @@ MAX_POOL = Place(("max_pool",))
 _DROPOUT = Place(("identity", "dropout"))
 _BODY = Place(("attention", "mlp"))
 _LAYER = Place(("layer",))
+SEQUENTIAL = Place(("sequential",))
 _PATH = Place(("identity", "drop_path"))
 
 ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
@@ -437,11 +437,13 @@ def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
 # --- layers in a chain ------------------------------------------------------------------------------------------------
 
 
-def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
+def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
     """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one."""
-    places = [("a layer", layer, _LAYER) for layer in layers]
-    if not is_chained(x) or everywhere(x) or why_not(x, places, known):
-        return reduce(lambda x, layer: layer(x), layers, x)
+    if not is_chained(x) or everywhere(x) or why_not(x, (("the encoder", encoder, SEQUENTIAL),), known):
+        return encoder(x)
+    layers = list(encoder)
+    if why_not(x, [("a layer", layer, _LAYER) for layer in layers], known):
+        return encoder(x)
     both = [half for layer in layers for half in halves(layer, known)]
     fused = [half.why_not(x) is None for half in both]
     if all(fused):

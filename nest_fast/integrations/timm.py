@@ -107,11 +107,7 @@ class Nest(_Fast, timm_nest.Nest):
 
 def _run_layers(level: Any, x: Tensor) -> Tensor:
     encoder = level.transformer_encoder
-    if level.grad_checkpointing:
-        return checkpoint_seq(encoder, x)
-    if x.is_cuda and not fusion.why_not(x, (("transformer_encoder", encoder, _SEQUENTIAL),), _KNOWN):
-        return fusion.run_layers(x, list(encoder), _KNOWN)
-    return encoder(x)
+    return checkpoint_seq(encoder, x) if level.grad_checkpointing else fusion.run_layers(x, encoder, _KNOWN)
 
 
 def _padding(pool: Any) -> str:
@@ -141,7 +137,7 @@ def _nest_parts(model: Any) -> Iterator[fusion.Part]:
     yield "patch_embed", embed, _EMBEDDING
     yield "patch_embed.proj", embed._modules.get("proj"), fusion.CONV_OF_PATCHES
     yield "patch_embed.norm", embed._modules.get("norm"), fusion.IDENTITY
-    yield "levels", levels, _SEQUENTIAL
+    yield "levels", levels, fusion.SEQUENTIAL
     for i, level in enumerate(levels._modules.values()):
         pool = level._modules.get("pool")
         yield f"levels.{i}", level, _LEVEL
@@ -164,7 +160,6 @@ def _is_in_other_blocks(model: Any, x: Tensor) -> bool:
     return not levels
 
 
-_SEQUENTIAL = fusion.Place(("sequential",))
 _EMBEDDING = fusion.Place(("patch_embed",))
 _LEVEL = fusion.Place(("level",))
 _POOL = fusion.Place(("pool",))
