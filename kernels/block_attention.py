@@ -112,10 +112,11 @@ def _block_attention_fwd_kernel(
 
 @triton.jit
 def _tile_of_keys(
-    start, BLOCK_N: tl.constexpr, queries, douts, lses, deltas, dqs, kv, dkv, index, addends, scale,
+    start, BLOCK_N: tl.constexpr, held, dqs, kv, dkv, index, addends, scale,
     SPEC: tl.constexpr, QUERY_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys from start on; returns dqs with their part added."""
+    """dk and dv of BLOCK_N keys from start on, for what is on chip; returns dqs with their part added."""
+    queries, douts, lses, deltas = held  # a tile [size, HEAD_DIM] or vector [size] for every piece
     k, v = kv
     dk, dv = dkv
     n = start + tl.arange(0, BLOCK_N)
@@ -174,15 +175,15 @@ def _block_attention_bwd_kernel(
         queries += (load_queries(q, index, m, SPEC),)
         douts += (d,)
         dqs += (tl.zeros(d.shape, tl.float32),)
+    held = (queries, douts, lses, deltas)
     if N_TILES[1]:  # first, as in the forward
+        start = N_TILES[0] * BLOCK_N
         dqs = _tile_of_keys(
-            N_TILES[0] * BLOCK_N, N_TILES[1], queries, douts, lses, deltas, dqs, (k, v), (dk, dv), index, addends,
-            scale, SPEC, QUERY_PIECES,
+            start, N_TILES[1], held, dqs, (k, v), (dk, dv), index, addends, scale, SPEC, QUERY_PIECES
         )  # fmt: skip
     for i in range(N_TILES[0]):
         dqs = _tile_of_keys(
-            i * BLOCK_N, BLOCK_N, queries, douts, lses, deltas, dqs, (k, v), (dk, dv), index, addends, scale,
-            SPEC, QUERY_PIECES,
+            i * BLOCK_N, BLOCK_N, held, dqs, (k, v), (dk, dv), index, addends, scale, SPEC, QUERY_PIECES
         )  # fmt: skip
     for i in tl.static_range(len(QUERY_PIECES)):
         store_queries(dq, index, piece(QUERY_PIECES, i), dqs[i] * scale, SPEC)
