@@ -167,7 +167,7 @@ def test_kernels_stay_inside_their_buffers(C, dtype):
     def everything(copy):
         dense = [copy(t) for t in (x, branch, scale, branch_bias, weight, bias)]
         total, normed, mean, rstd = add_layer_norm_fwd(*dense, 1e-6, dtype, dtype)
-        backward = (total, mean, rstd, dense[2], dense[4], (dtype, dtype), True)
+        backward = (total, mean, rstd, dense[2], dense[4], dtype, dtype, True)
         grads = add_layer_norm_bwd(*map(copy, douts), *backward)
         pooled = layer_norm_mean_fwd(dense[0], *dense[4:], 1e-6, dtype)
         mean_grads = layer_norm_mean_bwd(copy(douts[0][:, 0].contiguous()), dense[0], *pooled[1:], dense[4])
