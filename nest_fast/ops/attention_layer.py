@@ -24,7 +24,7 @@ _LIB.define(
 )
 _LIB.define(
     "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
-    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale)"
+    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale, bool[5] output_mask)"
     " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight, Tensor dproj_bias)"
 )
 
@@ -127,14 +127,13 @@ def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, pro
 
 
 @torch.library.register_fake("nest_fast::attention_layer_cpp_bwd", lib=_LIB)
-def _fake_bwd(dout, x, qkv, attended, lse, qkv_weight, proj_weight, *rest):
-    return fake_branch_backward(x, qkv_weight, proj_weight)
+def _fake_bwd(dout, x, qkv, attended, lse, qkv_weight, proj_weight, tokens, heads, kv_heads, scale, output_mask):
+    return fake_branch_backward(x, (qkv_weight, proj_weight), output_mask)
 
 
 def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, *sizes = inputs
+    x, norm_weight, norm_bias, ctx.eps, qkv_weight, _, proj_weight, _, *sizes = inputs
     ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale, ctx.branch_scale, ctx.training = sizes
-    ctx.biases = qkv_bias is not None, proj_bias is not None
     ctx.save_for_backward(x, norm_weight, norm_bias, qkv_weight, proj_weight, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -147,13 +146,14 @@ def _backward(ctx, dout, *_):
     x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
     sizes = ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale
 
-    def branch_backward(dbranch, y):
-        return _OPS.attention_layer_cpp_bwd(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight, *sizes)
+    def branch_backward(dbranch, y, mask):
+        return _OPS.attention_layer_cpp_bwd(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight, *sizes, mask)
 
-    dx, dnorm_weight, dnorm_bias, dqkv, dqkv_bias, dproj, dproj_bias = layer_backward(
-        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
+    needed = ctx.needs_input_grad[:3] + ctx.needs_input_grad[4:8]
+    dx, dnorm_weight, dnorm_bias, *dlinear = layer_backward(
+        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, needed, branch_backward
     )
-    return dx, dnorm_weight, dnorm_bias, None, dqkv, dqkv_bias, dproj, dproj_bias, *(None,) * 6
+    return dx, dnorm_weight, dnorm_bias, None, *dlinear, *(None,) * 6
 
 
 torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)

@@ -23,8 +23,8 @@ _LIB.define(
     " -> (Tensor out, Tensor hidden)"
 )
 _LIB.define(
-    "mlp_layer_cpp_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor fc1_weight, str activation, Tensor fc2_weight)"
-    " -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)"
+    "mlp_layer_cpp_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor fc1_weight, str activation, Tensor fc2_weight,"
+    " bool[5] output_mask) -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)"
 )
 
 
@@ -114,14 +114,13 @@ def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_
 
 
 @torch.library.register_fake("nest_fast::mlp_layer_cpp_bwd", lib=_LIB)
-def _fake_bwd(dout, x, hidden, fc1_weight, activation, fc2_weight):
-    return fake_branch_backward(x, fc1_weight, fc2_weight)
+def _fake_bwd(dout, x, hidden, fc1_weight, activation, fc2_weight, output_mask):
+    return fake_branch_backward(x, (fc1_weight, fc2_weight), output_mask)
 
 
 def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, ctx.activation, fc2_weight, fc2_bias, *rest = inputs
+    x, norm_weight, norm_bias, ctx.eps, fc1_weight, _, ctx.activation, fc2_weight, _, *rest = inputs
     ctx.branch_scale, ctx.training = rest
-    ctx.biases = fc1_bias is not None, fc2_bias is not None
     ctx.save_for_backward(x, norm_weight, norm_bias, fc1_weight, fc2_weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -133,11 +132,12 @@ def _backward(ctx, dout, _):
     _checks.training(ctx.training)
     x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
 
-    def branch_backward(dbranch, y):
-        return _OPS.mlp_layer_cpp_bwd(dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight)
+    def branch_backward(dbranch, y, mask):
+        return _OPS.mlp_layer_cpp_bwd(dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight, mask)
 
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:6], *ctx.needs_input_grad[7:9])
     dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias = layer_backward(
-        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
+        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, needed, branch_backward
     )
     return dx, dnorm_weight, dnorm_bias, None, dfc1, dfc1_bias, None, dfc2, dfc2_bias, None, None
 
