@@ -139,7 +139,7 @@ def exp_scores(s, factor, shift, dtype: tl.constexpr):
 def online_softmax_update(s, factor, row_max, row_sum, dtype: tl.constexpr):
     """The next tile s of scores: p [BLOCK_M, BLOCK_N], alpha that rescales what was summed before, row_max, row_sum."""
     new_max = tl.maximum(row_max, tl.max(s, 1) * factor)  # [BLOCK_M]
-    # While a row has nothing but -inf, any finite shift will do; at the end its sum is 0 and its output NaN.
+    # While a row has nothing but -inf, any finite shift will do; if that stays so, its sum is 0 at the end.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = exp_scores(s, factor, shift, dtype)
     alpha = tl.exp2((row_max - shift) * LOG2E)
@@ -147,8 +147,14 @@ def online_softmax_update(s, factor, row_max, row_sum, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, SPEC: tl.constexpr):
-    """out and lse of queries m from the softmax's statistics and acc, the values weighted by exp(score - row_max)."""
+def store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC: tl.constexpr):
+    """out and lse of queries m from the softmax's statistics and acc, the values weighted by exp(score - row_max).
+
+    A row without a key, whose sum is 0, gives zeros, and an lse of inf: all that the backward makes of it is 0.
+    """
+    if addends[0] is not None or addends[1] is not None:
+        row_max = tl.where(row_sum == 0.0, float("inf"), row_max)
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     store_queries(out, index, m, acc * (1.0 / row_sum)[:, None], SPEC)
     tl.store(lse_ptr + m, row_max + tl.log2(row_sum) * LN2, mask=m < SPEC.HEADS * SPEC.N)
 

@@ -60,7 +60,7 @@ def block_attention_fwd_stream_kernel(
         s, factor = scores(query, load_keys(k, index, n, SPEC), index, m, n, addends, scale, SPEC)
         p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype)
         acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.PRECISION)
-    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, SPEC)
+    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC)
 
 
 @triton.jit

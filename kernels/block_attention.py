@@ -63,6 +63,8 @@ def _attend(
         row_max = tl.maximum(row_max, tl.max(s, 1))
         all_scores += (s,)
     row_max *= factor
+    if addends[0] is not None or addends[1] is not None:
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # of a row without a key: any finite one will do
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for i in tl.static_range(len(KEY_PIECES)):
@@ -71,7 +73,7 @@ def _attend(
         p = tl.where((piece(KEY_PIECES, i) < SPEC.N)[None, :], p, 0.0)
         row_sum += tl.sum(p, 1)
         acc = dot(round_to(p, query.dtype), values[i], acc, SPEC.PRECISION)
-    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, SPEC)
+    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC)
 
 
 @triton.jit
@@ -280,12 +282,12 @@ def block_attention_fwd(
         k, v: as q, or with one head.
         bias: ``(heads, N, N)``, floating point, added to the scores of every block.
         mask: ``(groups, N, N)``, groups dividing T: block t takes ``mask[t % groups]``, added to the scores or, if
-            bool, keeping those that are true. A row with nothing kept gives NaN, as softmax does.
+            bool, keeping those that are true. A row that keeps no key, or has -inf for every one, gives zeros.
         scale: factor of ``q @ k^T``.
 
     Returns:
         ``out``, contiguous, shape and dtype of q; ``lse`` ``(B, T, heads, N)`` float32, the natural logarithm of the
-        softmax denominators, for the backward.
+        softmax denominators, for the backward; inf where there is no key.
     """
     B, T, N, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
