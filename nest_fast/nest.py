@@ -55,7 +55,7 @@ class NesTLevel(nn.Module):
         self.pool = pool
         num_blocks, seq_length = grid_size[0] * grid_size[1], block_size[0] * block_size[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, num_blocks, seq_length, dim, device=device, dtype=dtype))
-        self.transformer_encoder = nn.ModuleList(layers)
+        self.transformer_encoder = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is None:
@@ -64,7 +64,7 @@ class NesTLevel(nn.Module):
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
         if not (self.grad_checkpointing and self.training):
-            return fusion.run_layers(x, list(self.transformer_encoder), KNOWN)
+            return fusion.run_layers(x, self.transformer_encoder, KNOWN)
         for layer in self.transformer_encoder:
             x = checkpoint(layer, x, use_reentrant=False)
         return x
@@ -149,7 +149,7 @@ class NesT(nn.Module):
     Shape: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
 
     Attributes and methods are timm's, in timm's meaning, but for three: ``block_size`` is (height, width), since blocks
-    need not be square; ``levels`` and their ``transformer_encoder`` are lists, and a level takes and gives blocks
+    need not be square; a level takes and gives blocks
     ``(B, T, N, C)`` where timm's takes and gives an image; ``pretrained_cfg`` tells the model's sizes and names alone,
     since there are no weights whose training and normalisation it could tell.
 
@@ -215,7 +215,7 @@ class NesT(nn.Module):
         patch_embed.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = patch_embed.num_patches = self.num_blocks[0] * self.seq_length
         self.patch_embed = patch_embed
-        self.levels: Any = nn.ModuleList()  # of NesTLevel
+        self.levels: Any = nn.Sequential()  # of NesTLevel
         for i in range(num_levels):
             pool = None
             if i > 0:
@@ -387,15 +387,13 @@ class NesT(nn.Module):
             level.grad_checkpointing = enable
 
     def _run_levels(self, x: Tensor) -> Tensor:
-        x = self._embed(x)
-        for level in self.levels:
-            x = level(x)
-        return x
+        return self.levels(self._embed(x))
 
     def _embed(self, x: Tensor) -> Tensor:
         _checks.tensor("x", x, "(B, C, H, W)")
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            wanted = f"(B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
+        channels = getattr(self.patch_embed.proj, "in_channels", self.in_chans)  # of another stem, if one was put there
+        if tuple(x.shape[1:]) != (channels, *self.img_size):
+            wanted = f"(B, {channels}, {self.img_size[0]}, {self.img_size[1]})"
             raise ValueError(f"x: wanted shape {wanted} as in_chans and img_size say, got {tuple(x.shape)}")
         return self.patch_embed(x)
 
