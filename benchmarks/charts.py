@@ -215,7 +215,7 @@ def picture(run: Run, dark: bool) -> str:
     own, beside = shown_cases(run)
     shapes: list[str] = []
     y = 0
-    for title, one, cases in (("NesT-T, times as fast as timm's", "timm", own), ("NesT beside Swin", "Swin", beside)):
+    for title, one, cases in (("NesT-T, speed", "timm = 1", own), ("NesT beside Swin", "Swin = 1", beside)):
         if cases:
             lines, y = _panel(title, one, cases, y)
             shapes += lines

@@ -34,7 +34,6 @@ from runs import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # A ratio that fell by more than this, and by more than the rounds of both runs spread, is a regression.
 REGRESSION = 0.1
 
@@ -53,6 +52,10 @@ def page(run: Run, heading: str = "##") -> str:
 # --- what the project says of its speed -------------------------------------------------------------------------------
 
 
+OURS = {ACCELERATED: "`accelerate(timm)`", NEST: "`nest_fast.NesT`"}
+BESIDE = {"timm": "NesT, timm", ACCELERATED: "NesT, `accelerate`"}
+
+
 def publish(source: Path, machine: str) -> list[Path]:
     """Keep the run ``source`` as one of ``machine`` and write what is made of it; returns the files."""
     run = load(source)
@@ -63,42 +66,40 @@ def publish(source: Path, machine: str) -> list[Path]:
     light, dark = RESULTS / "speed-light.svg", RESULTS / "speed-dark.svg"
     light.write_text(picture(run, dark=False))
     dark.write_text(picture(run, dark=True))
-    replace_marked(ROOT / "README.md", summary(run))
+    own, beside = shown_cases(run)
+    replace_marked(ROOT / "README.md", "speed", summary(run, own))
+    replace_marked(ROOT / "README.md", "swin", markdown(compared(beside, "NesT beside Swin", "Swin", BESIDE)))
     newest = [max(folder.glob("????-??-??.json")) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
     tables = [f"## {path.parent.name}\n\n{page(load(path), '###')}" for path in newest]
-    replace_marked(RESULTS / "README.md", "\n".join(tables))
+    replace_marked(RESULTS / "README.md", "tables", "\n".join(tables))
     return [kept, light, dark, ROOT / "README.md", RESULTS / "README.md"]
 
 
-def replace_marked(path: Path, text: str) -> None:
-    """Put ``text`` between the markers of ``path``."""
+def replace_marked(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers ``name`` of ``path``."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        sys.exit(f"{path}: expected the markers {BEGIN!r} and {END!r} once each")
-    before, _, rest = old.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        sys.exit(f"{path}: expected the markers {begin!r} and {end!r} once each")
+    before, _, rest = old.partition(begin)
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{rest.partition(end)[2]}")
 
 
-def summary(run: Run) -> str:
-    """README's: the picture, a row for each way to run NesT-T, and the paper's comparison of NesT with Swin."""
+def summary(run: Run, cases: list[list[Row]]) -> str:
+    """README's first: the picture, and a row for each way to run NesT-T."""
     folder = RESULTS.relative_to(ROOT).as_posix()
-    own, beside = shown_cases(run)
-    said = [f"{rows[0].label} {row.ratio:.2f} times" for rows in own for row in rows if row.peer == ACCELERATED]
     where = "a GPU" if "gpu" in run.machine else f"{run.machine['threads']} CPU threads"
-    tables = [
-        compared(own, f"NesT-T, 224 px, {where}", "timm, as shipped", {ACCELERATED: "`accelerate`", NEST: "`NesT`"}),
-        compared(beside, "NesT beside Swin", "Swin", {"timm": "NesT, timm", ACCELERATED: "NesT, `accelerate`"}),
-    ]
-    return "\n".join(
-        (
-            "<picture>",
-            f'<source media="(prefers-color-scheme: dark)" srcset="{folder}/speed-dark.svg">',
-            f'<img src="{folder}/speed-light.svg" width="560" alt="Speed relative to timm: {"; ".join(said)}">',
-            "</picture>",
-            *(f"\n{markdown(table)}" for table in tables if len(table) > 1),
-            f"\n<sub>Medians of pairs timed one after the other, with their quartiles. {run.where}</sub>",
-        )
-    )
+    said = [f"{rows[0].label} {times(row.ratio)}" for rows in cases for row in rows if row.peer == ACCELERATED]
+    return f"""
+<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{folder}/speed-dark.svg">
+<img src="{folder}/speed-light.svg" width="520" alt="NesT-T accelerated, relative to timm: {"; ".join(said)}">
+</picture>
+
+{markdown(compared(cases, f"NesT-T, 224 px, {where}", "timm", OURS))}
+
+<sub>Medians of pairs timed one after the other, with their quartiles. {run.where}</sub>
+"""
 
 
 def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str, str]) -> Table:
@@ -107,7 +108,8 @@ def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str
     for rows in cases:
         by_peer = {row.peer: row for row in rows}
         cells = [with_spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
-        table.append([rows[0].label, by_peer[rows[0].yardstick].speed, *cells])
+        line = [rows[0].label, by_peer[rows[0].yardstick].speed, *cells]
+        table.append([cell.replace(" ", "&nbsp;") for cell in line])
     return table
 
 

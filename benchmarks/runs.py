@@ -72,8 +72,8 @@ class Row:
     def label(self) -> str:
         """Of a model: what is done, and by which one if two are compared."""
         models = [f"{MODELS[self.op]} / {MODELS[self.yardstick]}"] if self.beside else []
-        depth = ["stochastic depth"] if "drop path" in self.case else []
-        return ", ".join([*models, f"{self.direction} {self.dtype}", f"batch {self.batch}", *depth])
+        drop_path = ["drop path"] if "drop path" in self.case else []
+        return ", ".join([*models, f"{self.direction} {self.dtype}", f"batch {self.batch}", *drop_path])
 
     @property
     def speed(self) -> str:
@@ -159,7 +159,7 @@ def times(ratio: float) -> str:
 def with_spread(row: Row) -> str:
     if row.peer == row.yardstick:
         return "1"
-    return f"{times(row.ratio)} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
+    return f"{times(row.ratio)} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
 
 
 def error(values: Sequence[float]) -> str:
