@@ -68,7 +68,7 @@ def publish(source: Path, machine: str) -> list[Path]:
     dark.write_text(picture(run, dark=True))
     own, beside = shown_cases(run)
     replace_marked(ROOT / "README.md", "speed", summary(run, own))
-    replace_marked(ROOT / "README.md", "swin", markdown(compared(beside, "NesT beside Swin", "Swin", BESIDE)))
+    replace_marked(ROOT / "README.md", "swin", paper(beside))
     newest = [max(folder.glob("????-??-??.json")) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
     tables = [f"## {path.parent.name}\n\n{page(load(path), '###')}" for path in newest]
     replace_marked(RESULTS / "README.md", "tables", "\n".join(tables))
@@ -100,6 +100,11 @@ def summary(run: Run, cases: list[list[Row]]) -> str:
 
 <sub>Medians of pairs timed one after the other, with their quartiles. {run.where}</sub>
 """
+
+
+def paper(cases: list[list[Row]]) -> str:
+    """The paper's comparison; nothing where it was not measured."""
+    return markdown(compared(cases, "NesT beside Swin", "Swin", BESIDE)) if cases else ""
 
 
 def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str, str]) -> Table:
