@@ -257,6 +257,6 @@ def _bar(row: Row, y: int, scale: float) -> str:
     return (
         f'<rect class="{kind}" x="{BAR_LEFT}" y="{y}" width="{ratio - BAR_LEFT:.1f}" height="{BAR - 3}" rx="2"/>'
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"/>'
-        f'<text class="{weight}" x="{max(ratio, high) + 6:.1f}" y="{y + 12}">'
+        f'<text class="{weight}" x="{max(high, BAR_LEFT + scale) + 6:.1f}" y="{y + 12}">'
         f"{times(row.ratio)} {escape(SHOWN[row.peer])}</text>"
     )

@@ -113,8 +113,8 @@ def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str
     for rows in cases:
         by_peer = {row.peer: row for row in rows}
         cells = [with_spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
-        line = [rows[0].label, by_peer[rows[0].yardstick].speed, *cells]
-        table.append([cell.replace(" ", "&nbsp;") for cell in line])
+        cells = [cell.replace(" ", "&nbsp;") for cell in (by_peer[rows[0].yardstick].speed, *cells)]
+        table.append([rows[0].label, *cells])
     return table
 
 

@@ -78,7 +78,10 @@ class Row:
     @property
     def speed(self) -> str:
         """Images per second of a model, the time of an operation."""
-        return f"{self.items / self.seconds:,.3g} img/s" if self.items else duration(self.seconds)
+        if not self.items:
+            return duration(self.seconds)
+        speed = self.items / self.seconds
+        return f"{speed:,.0f} img/s" if speed >= 100 else f"{speed:#.3g} img/s"
 
     @property
     def spread(self) -> float:
