@@ -24,6 +24,7 @@ from runs import (
     aligned,
     full,
     headline_tables,
+    images_per_second,
     load,
     markdown,
     notes,
@@ -113,8 +114,8 @@ def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str
     for rows in cases:
         by_peer = {row.peer: row for row in rows}
         cells = [with_spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
-        cells = [cell.replace(" ", "&nbsp;") for cell in (by_peer[rows[0].yardstick].speed, *cells)]
-        table.append([rows[0].label, *cells])
+        speed = images_per_second(rows[0].items / (rows[0].seconds * rows[0].ratio))
+        table.append([rows[0].label, *(cell.replace(" ", "&nbsp;") for cell in (speed, *cells))])
     return table
 
 

@@ -78,10 +78,7 @@ class Row:
     @property
     def speed(self) -> str:
         """Images per second of a model, the time of an operation."""
-        if not self.items:
-            return duration(self.seconds)
-        speed = self.items / self.seconds
-        return f"{speed:,.0f} img/s" if speed >= 100 else f"{speed:#.3g} img/s"
+        return images_per_second(self.items / self.seconds) if self.items else duration(self.seconds)
 
     @property
     def spread(self) -> float:
@@ -153,6 +150,10 @@ def load(path: Path) -> Run:
 def duration(seconds: float) -> str:
     scale, unit = next((s for s in ((1.0, "s"), (1e-3, "ms")) if seconds >= s[0]), (1e-6, "µs"))
     return f"{seconds / scale:.3g} {unit}"
+
+
+def images_per_second(value: float) -> str:
+    return f"{value:,.0f} img/s" if value >= 100 else f"{value:#.3g} img/s"
 
 
 def times(ratio: float) -> str:
