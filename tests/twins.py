@@ -1,7 +1,7 @@
 """One set of weights in three models: timm's, the same accelerated, and NesT; what a user sees of each, side by side.
 
-timm's model is the expectation: whatever is done to all three, the other two have to give its outputs, gradients, random
-draws and hook calls.
+timm's model is the expectation: whatever is done to all three, the other two have to give its outputs, gradients,
+random draws and hook calls.
 """
 
 from __future__ import annotations
@@ -141,6 +141,9 @@ class Run(NamedTuple):
     calls: list[Call]
     draw: float  # the next random number: the model drew as many as its twin
 
+    def without_gradients(self) -> Run:
+        return self._replace(grads={}, calls=[call for call in self.calls if "gradient" not in call.event])
+
 
 def run(model: Callable, x: Tensor, *, backward: bool = True, seed: int = 0, calls: list[Call] | None = None) -> Run:
     """``model(x)`` and the gradients of the parameters and of x for one fixed gradient of the output."""
@@ -261,6 +264,9 @@ def assert_same_run(
         assert got.draw == wanted.draw, f"{where}another number of random draws"
     assert got.grads.keys() == wanted.grads.keys(), f"{where}gradients of {set(got.grads) ^ set(wanted.grads)}"
     floor = 1e-3 * max((g.double().norm().item() for g in wanted.grads.values()), default=0.0)
+    if wanted.out and wanted.out[0].dtype in (torch.float16, torch.bfloat16):
+        # Of the gradients in bfloat16 timm's are up to 0.15 from those in float64, ours 0.12, and 0.1 apart.
+        tolerance = 0.15
     for name, grad in wanted.grads.items():
         assert_close(got.grads[name], grad, f"{where}gradient of {name}", tolerance=tolerance, floor=floor)
     assert_same_calls(got.calls, wanted.calls, layout=layout, tolerance=tolerance, where=where)
