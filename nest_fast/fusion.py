@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +167,7 @@ MAX_POOL = Place(("max_pool",))
 _DROPOUT = Place(("identity", "dropout"))
 _BODY = Place(("attention", "mlp"))
 _LAYER = Place(("layer",))
+SEQUENTIAL = Place(("sequential",))
 _PATH = Place(("identity", "drop_path"))
 
 ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
@@ -300,7 +300,7 @@ _HALVES = ("norm1", "attn", "drop_path1"), ("norm2", "mlp", "drop_path2")
 def halves(layer: Any, known: Known) -> list[Half]:
     """The attention's and the MLP's half of a layer that names its modules as timm's do."""
     own = layer._modules
-    return [Half(names, *(own.get(name) for name in names), known) for names in _HALVES]
+    return [Half((n, b, p), own.get(n), own.get(b), own.get(p), known) for n, b, p in _HALVES]
 
 
 def run(x: Tensor, layer: Any, known: Known) -> Tensor:
@@ -320,7 +320,7 @@ def _fused(x: Tensor, half: Half) -> Tensor:
     drop = _drop_rate(half)
     if drop == 0.0:
         return _operation(x, half, 1.0)
-    if not _can_skip(x):
+    if why_not_skipped(x, half):
         return _call(x, half)
     keep = 1.0 - drop
     kept = x.new_empty(x.shape[0]).bernoulli_(keep).nonzero().flatten()  # the same draw as the module's
@@ -356,10 +356,14 @@ def _drop_rate(half: Half) -> float:
     return getattr(half.path, rate) if rate and half.path.training else 0.0
 
 
-def _can_skip(x: Tensor) -> bool:
-    """Whether dropped samples need not be computed: a GPU would have to tell which, and a tracer would fix them."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return x.device.type == "cpu" and not traced and type(x) is not FakeTensor
+def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
+    """Why samples that stochastic depth drops are computed: a GPU would have to tell which, a tracer would fix them."""
+    if _drop_rate(half) == 0.0:
+        return None
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is FakeTensor
+    if x.device.type == "cpu" and not traced:
+        return None
+    return Reason("{name} drops samples, which only an eager CPU can leave out", half.names[2], half.path)
 
 
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
@@ -392,7 +396,8 @@ def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
         return attn.proj(out.flatten(-2))
     if everywhere(x) or why_not(x, [("proj", attn.proj, LINEAR)], known):
         return attn.proj(out.transpose(-1, -2).flatten(-2))
-    return linear(out.flatten(-2), _head_major(attn.proj.weight, options), attn.proj.bias)
+    weight = _head_major(attn.proj.weight, options)
+    return linear(out.flatten(-2), weight, attn.proj.bias, impl="reference" if impl == "reference" else "auto")
 
 
 def _attend_by_weights(q: Tensor, k: Tensor, v: Tensor, scale: float | None, attn_drop: Any) -> Tensor:
@@ -432,11 +437,13 @@ def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
 # --- layers in a chain ------------------------------------------------------------------------------------------------
 
 
-def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
+def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
     """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one."""
-    places = [("a layer", layer, _LAYER) for layer in layers]
-    if not x.is_cuda or torch.compiler.is_compiling() or everywhere(x) or why_not(x, places, known):
-        return reduce(lambda x, layer: layer(x), layers, x)
+    if not is_chained(x) or everywhere(x) or why_not(x, (("the encoder", encoder, SEQUENTIAL),), known):
+        return encoder(x)
+    layers = list(encoder)
+    if why_not(x, [("a layer", layer, _LAYER) for layer in layers], known):
+        return encoder(x)
     both = [half for layer in layers for half in halves(layer, known)]
     fused = [half.why_not(x) is None for half in both]
     if all(fused):
@@ -444,6 +451,11 @@ def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
     for half, is_fused in zip(both, fused, strict=True):
         x = _fused(x, half) if is_fused else _call(x, half)
     return x
+
+
+def is_chained(x: Tensor) -> bool:
+    """Whether layers' residual sums are to be in the passes of the LayerNorms after them; a compiler does so itself."""
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:

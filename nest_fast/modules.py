@@ -124,8 +124,7 @@ class BlockAggregation(nn.Module):
     ) -> Tensor:
         is_image = grid_size is None
         _checks.tensor("x", x, "(B, C, H, W)" if is_image else "(B, T, N, C)")
-        parts = ("conv", self.conv, fusion.CONV_3X3), ("norm", self.norm, fusion.INNER_NORM)
-        why = fusion.everywhere(x) or fusion.why_not(x, parts, KNOWN)
+        why = fusion.everywhere(x) or fusion.why_not(x, self.parts(), KNOWN)
         if why and self.impl not in ("auto", "reference"):
             raise RuntimeError(f"impl: {self.impl!r} cannot run block_aggregate here: {why}")
         if why:
@@ -134,6 +133,10 @@ class BlockAggregation(nn.Module):
         image = x.permute(0, 2, 3, 1) if is_image else x
         out = fusion.aggregate(image, self, self.padding, **options)
         return out.permute(0, 3, 1, 2) if is_image else out
+
+    def parts(self) -> tuple[fusion.Part, ...]:
+        own = self._modules
+        return ("conv", own.get("conv"), fusion.CONV_3X3), ("norm", own.get("norm"), fusion.INNER_NORM)
 
     def _step_by_step(self, x: Tensor, grid_size: Any, block_size: Any, pos_embed: Tensor | None) -> Tensor:
         is_image = grid_size is None
@@ -150,35 +153,48 @@ class BlockAggregation(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops a whole sample's branch with probability ``p``, scaling the others up.
+    """Stochastic depth: in training drops whole samples of a branch with ``drop_prob``, scaling the others up.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
     """
 
-    def __init__(self, p: float = 0.0) -> None:
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"p: wanted a probability in [0, 1), got {p}")
-        self.p = p
+        if not 0.0 <= drop_prob <= 1.0:
+            raise ValueError(f"drop_prob: wanted a probability between 0 and 1, got {drop_prob}")
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
+        if not self.training or self.drop_prob == 0.0:
             return x
-        keep = 1.0 - self.p
+        keep = 1.0 - self.drop_prob
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        return x * (mask.div_(keep) if keep > 0.0 and self.scale_by_keep else mask)
 
     def extra_repr(self) -> str:
-        return f"p={self.p:.3f}"
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 class Mlp(nn.Module):
-    """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``."""
+    """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``.
+
+    ``impl`` "reference" keeps it out of the operation that computes the MLP half of a layer at once.
+    """
 
     def __init__(
-        self, dim: int, hidden_dim: int, act_layer: Callable[[], nn.Module], drop: float = 0.0, device=None, dtype=None
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module],
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+        *,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
@@ -230,7 +246,8 @@ class TransformerLayer(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **dd)
+        mlp_impl = "reference" if impl == "reference" else "auto"
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, impl=mlp_impl, **dd)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,14 +280,18 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (("proj", self.proj, fusion.CONV_OF_PATCHES),)
-        if fusion.everywhere(x) or fusion.why_not(x, parts, KNOWN):
+        if fusion.everywhere(x) or fusion.why_not(x, self.parts(), KNOWN):
             return blockify(self.proj(x).permute(0, 2, 3, 1), self.block_size)
         return fusion.embed_patches(x, self.proj, self.block_size, self.impl)
+
+    def parts(self) -> tuple[fusion.Part, ...]:
+        return (("proj", self._modules.get("proj"), fusion.CONV_OF_PATCHES),)
 
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, block_size={self.block_size}"
 
+
+_IMPL: fusion.Rules = (("an impl of {name} was asked for", lambda m, x: m.impl != "auto"),)
 
 # What fusion knows of these classes, beside PyTorch's own.
 KNOWN: fusion.Known = {
@@ -279,10 +300,10 @@ KNOWN: fusion.Known = {
     BlockAttention: fusion.as_written(
         "attention",
         BlockAttention,
-        rules=(("an impl of {name} was asked for", lambda m, x: m.impl != "auto"),),
+        rules=_IMPL,
         parts=fusion.ATTENTION_PARTS,
         options=BlockAttention.options,
     ),
-    Mlp: fusion.as_written("mlp", Mlp, parts=fusion.MLP_PARTS),
-    DropPath: fusion.as_written("drop_path", DropPath, rate="p"),
+    Mlp: fusion.as_written("mlp", Mlp, rules=_IMPL, parts=fusion.MLP_PARTS),
+    DropPath: fusion.as_written("drop_path", DropPath, rate="drop_prob"),
 }

@@ -97,7 +97,11 @@ RULES = {
     ),
     "a norm without bias": (put("norm1", lambda: nn.LayerNorm(32, bias=False)), "norm1 is no affine LayerNorm", ""),
     "a norm of more": (put("norm1", lambda: nn.LayerNorm((9, 32))), "norm1 normalises more than the channels", ""),
-    "another dtype": (set_weight("mlp.fc2.weight", torch.Tensor.double), "", "mlp.fc2 has another dtype than its input"),
+    "another dtype": (
+        set_weight("mlp.fc2.weight", torch.Tensor.double),
+        "",
+        "mlp.fc2 has another dtype than its input",
+    ),
     "a dropout that acts": (
         lambda m, _: (setattr(m.attn.proj_drop, "p", 0.1), m.attn.proj_drop.train()),
         "attn.proj_drop drops",
@@ -220,3 +224,48 @@ def test_deciding_costs_little():
     sys.setprofile(None)
     assert decisions == [None, None]
     assert len(calls) < 100
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def small_nest(**kwargs):
+    dims = {"img_size": 32, "num_levels": 2, "embed_dims": (32, 64), "num_heads": 2, "depths": 1, "num_classes": 5}
+    return nest_fast.NesT(**dims, drop_path_rate=0.0, **kwargs).eval()
+
+
+def test_explain_says_how_every_step_is_computed_and_why():
+    model = small_nest()
+    model.levels[0].transformer_encoder[0].attn.qkv.register_forward_hook(lambda *args: None)
+    model.levels[1].pool.conv = nn.Conv2d(32, 64, 3, padding=1, padding_mode="circular")
+    rows = {(row.name, row.what): row for row in nest_fast.explain(model)}
+    assert [name for name, _ in rows] == [
+        "patch_embed",
+        *["levels.0.transformer_encoder.0"] * 2,
+        "levels.1.pool",
+        *["levels.1.transformer_encoder.0"] * 2,
+    ]
+    attention = rows["levels.0.transformer_encoder.0", "attn half"]
+    assert attention.why == "somebody listens to attn.qkv, or patched it"
+    assert attention.how.startswith("its modules; block_attention: ")
+    assert rows["levels.1.pool", "aggregation"].why == "conv pads otherwise than with zeros"
+    in_double = nest_fast.explain(small_nest().double(), torch.zeros(2, 3, 32, 32, dtype=torch.float64))
+    why = [row.why for row in in_double if row.what == "mlp half"]
+    assert all("dtype torch.float64 is none of float32, float16, bfloat16" in reason for reason in why)
+    assert "why not faster" in str(in_double).splitlines()[0]
+
+
+def test_explain_names_missing_compiled_parts(monkeypatch):
+    from nest_fast.ops import _extension
+
+    monkeypatch.setattr(_extension, "cpu_error", "nest_fast/_C_cpu.abi3.so is not built")
+    explained = nest_fast.explain(small_nest())
+    assert explained.missing == ("nest_fast/_C_cpu.abi3.so is not built",)
+    assert all("is not built" in row.why for row in explained)
+
+
+def test_explain_refuses_what_is_no_model():
+    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
+        nest_fast.explain("nest_tiny")
+    with pytest.raises(TypeError, match=r"x: wanted a tensor \(B, C, H, W\), got int"):
+        nest_fast.explain(small_nest(), 3)

@@ -12,7 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import timm.layers
@@ -22,9 +22,10 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from nest_fast import fusion
+from nest_fast.explanation import Like, Row, Tell, explain, tell_aggregation, tell_attention, tell_layer
 from nest_fast.ops import unblockify
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["TOLD", "Report", "accelerate", "restore"]
 
 
 def _instead_of(base: type, name: str = "forward") -> Callable:
@@ -90,9 +91,10 @@ class Nest(_Fast, timm_nest.Nest):
     def forward_features(self, x: Tensor) -> Tensor:
         if fusion.flags(x, "the model", self, _KNOWN[Nest]) or fusion.why_not(x, _nest_parts(self), _KNOWN):
             return timm_nest.Nest.forward_features(self, x)
-        block = self.levels[0].block_size
-        x = fusion.embed_patches(x, self.patch_embed.proj, (block, block))
-        for level in self.levels:
+        levels: list[Any] = list(self.levels)
+        edge = levels[0].block_size
+        x = fusion.embed_patches(x, self.patch_embed.proj, (edge, edge))
+        for level in levels:
             if isinstance(level.pool, nn.Identity):
                 x = x + level.pos_embed
             else:
@@ -105,11 +107,7 @@ class Nest(_Fast, timm_nest.Nest):
 
 def _run_layers(level: Any, x: Tensor) -> Tensor:
     encoder = level.transformer_encoder
-    if level.grad_checkpointing:
-        return checkpoint_seq(encoder, x)
-    if x.is_cuda and not fusion.why_not(x, (("transformer_encoder", encoder, _SEQUENTIAL),), _KNOWN):
-        return fusion.run_layers(x, list(encoder), _KNOWN)
-    return encoder(x)
+    return checkpoint_seq(encoder, x) if level.grad_checkpointing else fusion.run_layers(x, encoder, _KNOWN)
 
 
 def _padding(pool: Any) -> str:
@@ -139,7 +137,7 @@ def _nest_parts(model: Any) -> Iterator[fusion.Part]:
     yield "patch_embed", embed, _EMBEDDING
     yield "patch_embed.proj", embed._modules.get("proj"), fusion.CONV_OF_PATCHES
     yield "patch_embed.norm", embed._modules.get("norm"), fusion.IDENTITY
-    yield "levels", levels, _SEQUENTIAL
+    yield "levels", levels, fusion.SEQUENTIAL
     for i, level in enumerate(levels._modules.values()):
         pool = level._modules.get("pool")
         yield f"levels.{i}", level, _LEVEL
@@ -162,7 +160,6 @@ def _is_in_other_blocks(model: Any, x: Tensor) -> bool:
     return not levels
 
 
-_SEQUENTIAL = fusion.Place(("sequential",))
 _EMBEDDING = fusion.Place(("patch_embed",))
 _LEVEL = fusion.Place(("level",))
 _POOL = fusion.Place(("pool",))
@@ -215,40 +212,51 @@ _FAST: dict[type, type] = {fast.__mro__[2]: fast for fast in _CLASSES}
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`nest_fast.accelerate` did: names of modules and their classes, or the reason why not."""
+    """What :func:`nest_fast.accelerate` did.
+
+    Attributes:
+        replaced, already: names of modules and the classes they have, or had before, a fast form of.
+        kept: names of modules that are computed as timm wrote them, and why.
+        missing: what this machine could use and has not, such as the compiled extension.
+    """
 
     replaced: dict[str, str] = field(default_factory=dict)
     already: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, already fast {len(self.already)}, kept {len(self.kept)}"]
         lines += [f"  {name or '(model)'}: {what}" for name, what in self.replaced.items()]
         lines += [f"  kept {name or '(model)'}: {why}" for name, why in self.kept.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  missing: {what}" for what in self.missing)])
 
 
 def accelerate(model: nn.Module) -> Report:
-    report, changes = Report(), []
+    replaced, already, kept, changes = {}, {}, {}, []
     for name, module in model.named_modules():
         kind = type(module)
         if isinstance(module, _Fast):
-            report.already[name] = kind.__name__
+            already[name] = kind.__name__
         elif isinstance(module, tuple(_FAST)):
             why_not = _why_not(module)
             if why_not is None:
-                changes.append((module, kind))
-                report.replaced[name] = kind.__name__
+                changes.append((module, _FAST[kind]))
+                replaced[name] = kind.__name__
             else:
-                report.kept[name] = why_not
-    if not report.replaced and not report.already:
-        reasons = "; ".join(f"{name}: {why}" for name, why in report.kept.items())
+                kept[name] = why_not
+    if not replaced and not already:
+        reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
         raise ValueError(
             f"model: wanted one with timm's NesT layers, got {type(model).__name__} with nothing to replace"
             + (f" ({reasons})" if reasons else "")
         )
-    _give([(module, _FAST[kind]) for module, kind in changes])
-    return report
+    _give(changes)
+    explained = explain(model, None, TOLD)
+    for row in explained:
+        if row.how.startswith("its modules"):
+            kept[row.name] = "; ".join(filter(None, (kept.get(row.name), row.why)))
+    return Report(replaced, already, kept, explained.missing)
 
 
 def restore(model: nn.Module) -> int:
@@ -269,15 +277,15 @@ def restore(model: nn.Module) -> int:
     return len(changes)
 
 
-def _give(classes: list[tuple[nn.Module, type]]) -> None:
+def _give(classes: list[tuple[Any, type]]) -> None:
     """All modules their classes, or none."""
     before = [(module, type(module)) for module, _ in classes]
     try:
         for module, kind in classes:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
     except BaseException:
         for module, kind in before:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
         raise
 
 
@@ -300,7 +308,7 @@ def _without_fast(kind: type) -> type | None:
     return type(kind)(kind.__name__, tuple(bases), attributes)  # type: ignore[arg-type]
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: Any) -> str | None:
     """Why a module of timm's keeps its class: it is not what timm wrote."""
     kind = type(module)
     if kind not in _FAST:
@@ -311,3 +319,33 @@ def _why_not(module: nn.Module) -> str | None:
     if not vars(module).keys().isdisjoint(name for _, name, _ in written.methods):
         return "its forward was patched on the instance"
     return None
+
+
+# --- what explain tells of timm's classes -----------------------------------------------------------------------------
+
+
+def _tell_nest(name: str, model: Any, like: Like) -> Iterator[Row]:
+    height, width = model.patch_embed.img_size or (1, 1)
+    x = like(getattr(model.patch_embed.proj, "in_channels", 1), height, width)
+    why = fusion.everywhere(x) or fusion.flags(x, "the model", model, _KNOWN[Nest])
+    why = why or fusion.why_not(x, _nest_parts(model), _KNOWN)
+    if why:
+        yield Row(name, "between levels", "its modules", str(why))
+    else:
+        yield Row(name, "between levels", "blocks, as the levels have them")
+
+
+def _tell_timms(name: str, module: Any, like: Like) -> Iterator[Row]:
+    yield Row(
+        name, type(module).__name__, "its modules", _why_not(module) or "nest_fast.accelerate(model) was not called"
+    )
+
+
+TOLD: dict[type, Tell] = {
+    **dict.fromkeys(_FAST, _tell_timms),
+    TransformerLayer: partial(tell_layer, known=_KNOWN),
+    Attention: partial(tell_attention, heads=lambda attn: attn.num_heads),
+    ConvPool: partial(tell_aggregation, parts=_pool_parts, known=_KNOWN),
+    Nest: _tell_nest,
+}
+del TOLD[timm_nest.NestLevel]
