@@ -22,6 +22,7 @@ from twins import (
     Adapter,
     AlwaysDropout,
     AlwaysDropPath,
+    Autocast,
     Doubled,
     Half,
     Int8,
@@ -30,7 +31,6 @@ from twins import (
     OwnGELU,
     QuickGELU,
     Scale,
-    Wrapper,
     assert_same_run,
     image,
     layers,
@@ -720,16 +720,6 @@ def to_dtype(model, dtype, norms=None):
 
 def bf16():
     return image(dtype=torch.bfloat16)
-
-
-class Autocast(Wrapper):
-    def __init__(self, model, enabled=True):
-        super().__init__(model)
-        self.enabled = enabled
-
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
-            return self.model(x)
 
 
 case("double", lambda model: model.double(), x=lambda: image(dtype=torch.float64), options=RATES)

@@ -7,6 +7,7 @@ timm's model is the expectation. What cannot work for an accelerated model fails
 import copy
 import io
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from twins import (
     EVENTS,
     KINDS,
     SMALL,
-    TIMM_KINDS,
+    Call,
     Half,
     Listener,
     LoRA,
@@ -28,6 +29,7 @@ from twins import (
     agree,
     assert_close,
     assert_same_calls,
+    assert_same_run,
     changed,
     distance,
     image,
@@ -36,6 +38,7 @@ from twins import (
     nest_model,
     plain_model,
     run,
+    runs,
     timm,
     timm_nest,
     twin,
@@ -164,7 +167,7 @@ def test_global_hooks(event, kind):
 
 @pytest.mark.parametrize("kind", FAST)
 def test_hooks_come_and_go(kind):
-    """A hook that is gone is forgotten, one that leaves by itself too, and one that stops the forward breaks nothing."""
+    """A hook that is gone is forgotten, one that leaves by itself too; one that stops the forward breaks nothing."""
     plain, other = twins(kind)
 
     class Stop(Exception):
@@ -177,14 +180,13 @@ def test_hooks_come_and_go(kind):
         model.calls = []
         with pytest.raises(Stop), model.get_submodule(f"{LAYER}.mlp.fc1").register_forward_hook(stop):
             model(image())
-        once = []
-        once.append(
-            model.get_submodule(f"{LAYER}.norm2").register_forward_hook(
-                lambda m, a, out, once=once, model=model: (
-                    (once.pop().remove(), model.calls.append(("once", "", [])))[2:] or None
-                )
-            )
-        )
+        handles = []
+
+        def once(module, args, out, handles=handles, model=model):
+            handles.pop().remove()
+            model.calls.append(Call("norm2", "once", [out.detach()]))
+
+        handles.append(model.get_submodule(f"{LAYER}.norm2").register_forward_hook(once))
     agree(plain, other, layout=kind != "NesT", modes=("eval",))
     agree(plain, other, layout=kind != "NesT")
 
@@ -283,9 +285,8 @@ OF_TORCH = ("Linear", "GELU", "Conv2d", "Conv2d._conv_forward", "Dropout")
 def test_a_class_is_patched(name, kind, monkeypatch):
     """As libraries patch classes; before accelerate or after it, and taken back at last."""
     cls, method = CLASSES[name]
-    options = {"drop_path_rate": 0.4} if name == "timm's DropPath" else {}
+    options = {"timm's DropPath": {"drop_path_rate": 0.4}, "LayerNorm": {"norm_layer": nn.LayerNorm}}.get(name, {})
     original = getattr(cls, method)
-    inherited = method not in vars(cls)
 
     def patched(self, *args):
         return 0.7 * original(self, *args)
@@ -294,8 +295,10 @@ def test_a_class_is_patched(name, kind, monkeypatch):
     other = nest_model(plain, **options) if kind == "NesT" else plain_model(**options)
     if kind == "accelerated after":
         nest_fast.accelerate(other)
+    if kind == "NesT":  # which calls attn_drop where it may act
+        for layer in layers(plain):
+            layer.attn.fused_attn = False
     before = run(plain, image(), backward=False).out[0]
-    assert not inherited
     monkeypatch.setattr(cls, method, patched)
     if kind == "accelerated before":
         nest_fast.accelerate(other)
@@ -307,10 +310,10 @@ def test_a_class_is_patched(name, kind, monkeypatch):
 
 
 OWN = {
-    "BlockAttention": "attn",
-    "Mlp": "mlp",
-    "TransformerLayer": "",
-    "DropPath": "drop_path1",
+    "BlockAttention": ("attn",),
+    "Mlp": ("mlp",),
+    "TransformerLayer": ("",),
+    "DropPath": ("drop_path1", "drop_path2"),
 }
 
 
@@ -326,8 +329,7 @@ def test_our_own_classes_are_derived_and_patched(name, how, monkeypatch):
     cls = getattr(nest_fast.modules, name)
     forward = cls.forward
     for model in (plain, ours):
-        for layer in layers(model):
-            module = layer.get_submodule(OWN[name])
+        for module in [layer.get_submodule(part) for layer in layers(model) for part in OWN[name]]:
             if how == "subclass without a word of its own":
                 module.__class__ = type("Mine", (type(module),), {})
             elif how == "subclass" or model is plain:
@@ -341,20 +343,21 @@ def test_our_own_classes_are_derived_and_patched(name, how, monkeypatch):
 @pytest.mark.parametrize("how", ["subclass", "patched class"])
 def test_our_pool_and_embedding_are_derived_and_patched(name, how, monkeypatch):
     ours = twin("NesT")
-    plain = copy.deepcopy(ours)
     cls = getattr(nest_fast.modules, name)
     forward = cls.forward
+    module = ours.get_submodule("levels.1.pool" if name == "BlockAggregation" else "patch_embed")
 
     def mine(self, *args):
         return 0.7 * forward(self, *args)
 
-    where = "levels.1.pool" if name == "BlockAggregation" else "patch_embed"
-    plain.get_submodule(where).register_forward_hook(lambda m, args, out: 0.7 * out)
+    with module.register_forward_hook(lambda m, args, out: 0.7 * out):
+        wanted = runs(ours, image(), ("eval", "train"))
     if how == "subclass":
-        ours.get_submodule(where).__class__ = type("Mine", (cls,), {"forward": mine})
+        module.__class__ = type("Mine", (cls,), {"forward": mine})
     else:
         monkeypatch.setattr(cls, "forward", mine)
-    agree(plain, ours)
+    for theirs, got in zip(wanted, runs(ours, image(), ("eval", "train")), strict=True):
+        assert_same_run(got, theirs)
 
 
 def test_a_level_of_ours_is_derived():
@@ -454,16 +457,12 @@ def frozen(model, x):
         return torch.jit.freeze(torch.jit.script(model))(x)
 
 
-def exported(model, x):
-    batch = torch.export.Dim("batch", min=1, max=16)
-    return torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()(image(3))
-
-
 def fake(model, x):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        return torch.zeros(model(mode.from_tensor(x)).shape)
+        shape = model(mode.from_tensor(x)).shape
+    return torch.zeros(shape)
 
 
 def symbolic(model, x):
@@ -564,7 +563,7 @@ def intermediates(model, x):
 
 
 def pruned_intermediates(model, x):
-    model.prune_intermediate_layers(0, prune_norm=True, prune_head=True)
+    model.prune_intermediate_layers([0], prune_norm=True, prune_head=True)
     return model.forward_features(x)
 
 
@@ -574,7 +573,6 @@ TRACERS = {
     "jit.script and freeze": frozen,
     "fx features": features,
     "fx": lambda model, x: torch.fx.symbolic_trace(model)(x),
-    "export": exported,
     "fake tensors": fake,
     "make_fx": made,
     "make_fx, symbolic": symbolic,
@@ -609,12 +607,10 @@ def test_tracers_and_modes(name, kind):
     try:
         got = TRACERS[name](other, image())
     except Exception as error:
-        if name not in MAY_REFUSE:
+        said = str(error).strip().split("\n")
+        refused = name in MAY_REFUSE and (kind == "NesT" or any("restore" in line for line in said[:3] + said[-3:]))
+        if not refused:
             raise
-        if kind == "NesT":
-            return
-        text = str(error).strip().split("\n")
-        assert any("restore" in line for line in text[:3] + text[-3:]), f"{type(error).__name__}: {text[0][:200]}"
         return
     tolerance = 0.05 if name == "dynamic quantisation" else None
     for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
@@ -680,7 +676,7 @@ FUNC = {
     "vjp": lambda model, x: vjp(model, x)[1](torch.ones(2, 7)),
     "jvp": along,
     "jacrev": one_parameter(jacrev),
-    "jacfwd": one_parameter(jacfwd),
+    "jacfwd": one_parameter(lambda f: jacfwd(f, randomness="same")),
     "hessian": one_parameter(lambda f: hessian(lambda p: f(p).square().sum())),
     "grad of grad": lambda model, x: grad(lambda x: grad(lambda y: model(y).sum())(x).square().sum())(x),
     "functional_call": lambda model, x: functional_call(
@@ -705,9 +701,11 @@ def dual(model, x):
 UNFUSED = ("jvp", "jacfwd", "hessian", "grad of grad", "forward mode by hand")
 
 
+# torch.func.hessian takes no randomness.
 @pytest.mark.parametrize("kind", FAST)
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name", FUNC)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(n, m) for n in FUNC for m in ("eval", "train") if (n, m) != ("hessian", "train")]
+)
 def test_torch_func(name, mode, kind):
     plain, other = twins(kind, **RATES)
     if name in UNFUSED:
@@ -740,8 +738,8 @@ def test_gradient_penalty(dtype, kind):
     try:
         got = penalty(other)
     except RuntimeError as error:
-        assert dtype is torch.float32, str(error)
-        assert ("restore" if kind != "NesT" else "reference") in str(error), str(error)
+        if dtype is not torch.float32 or ("restore" if kind != "NesT" else "reference") not in str(error):
+            raise
         return
     assert_close(got, wanted, "gradient")
 
@@ -787,24 +785,24 @@ def test_accelerate_is_all_or_nothing(monkeypatch):
 class Broken(nn.Module):
     """A part that raises where it is looked at."""
 
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
     def __getattr__(self, name):
         if name in ("weight", "kernel_size", "stride", "bias", "padding", "eps", "normalized_shape", "p"):
             raise ValueError(f"no {name}")
         return super().__getattr__(name)
 
     def forward(self, x):
-        return x
+        return self.inner(x)
 
 
 @pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj_drop", "mlp.fc1", "mlp.act", "drop_path1"])
 def test_a_part_that_cannot_be_looked_at(name):
     def change(model):
         old = layers(model)[1].get_submodule(name)
-        new = Broken()
-        if name in ("attn.qkv", "mlp.fc1"):
-            new.inner = old
-            new.forward = old
-        layers(model)[1].set_submodule(name, new)
+        layers(model)[1].set_submodule(name, Broken(old))
 
     for kind in KINDS:
         agree(*twins(kind, change), layout=kind != "NesT")
@@ -883,7 +881,7 @@ def test_restore_under_wrappers(how):
             wrap(m.get_submodule(name))
         try:
             agree(plain, model, modes=("eval",))
-            with pytest.warns(None) if False else _recorded() as said:
+            with warnings.catch_warnings(record=True) as said:
                 nest_fast.restore(model)
             left = [n for n, m in model.named_modules() if any("nest_fast" in c.__module__ for c in type(m).__mro__)]
             if left and not said:
@@ -894,12 +892,6 @@ def test_restore_under_wrappers(how):
         except (AssertionError, AttributeError, TypeError, RuntimeError) as error:
             failures.append(f"{name or '(model)'}: {type(error).__name__}: {str(error)[:150]}")
     assert not failures, "\n".join(failures)
-
-
-def _recorded():
-    import warnings
-
-    return warnings.catch_warnings(record=True)
 
 
 @pytest.mark.parametrize("how", WRAPPED)

@@ -79,6 +79,16 @@ class Wrapper(nn.Module):
         self.model, self.calls = model, getattr(model, "calls", [])
 
 
+class Autocast(Wrapper):
+    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+        super().__init__(model)
+        self.enabled = enabled
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.model(x)
+
+
 def changed(model: Any, change: Callable[[Any], Any] | None) -> Any:
     """The model after ``change``, which makes the same random numbers in every twin."""
     torch.manual_seed(2)
@@ -145,11 +155,19 @@ class Run(NamedTuple):
         return self._replace(grads={}, calls=[call for call in self.calls if "gradient" not in call.event])
 
 
-def run(model: Callable, x: Tensor, *, backward: bool = True, seed: int = 0, calls: list[Call] | None = None) -> Run:
+def run(
+    model: Any,
+    x: Tensor,
+    *,
+    backward: bool = True,
+    seed: int = 0,
+    calls: list[Call] | None = None,
+    parameters: dict[str, nn.Parameter] | None = None,
+) -> Run:
     """``model(x)`` and the gradients of the parameters and of x for one fixed gradient of the output."""
     if calls is not None:
         calls.clear()
-    parameters = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
     for parameter in parameters.values():
         parameter.grad = None
     x = x.detach()
@@ -255,6 +273,7 @@ def assert_same_run(
     layout: bool = True,
     tolerance: float | None = None,
     draws: bool = True,
+    order: bool = True,
     where: str = "",
 ) -> None:
     assert len(got.out) == len(wanted.out), f"{where}{len(got.out)} outputs, plain {len(wanted.out)}"
@@ -269,7 +288,7 @@ def assert_same_run(
         tolerance = 0.15
     for name, grad in wanted.grads.items():
         assert_close(got.grads[name], grad, f"{where}gradient of {name}", tolerance=tolerance, floor=floor)
-    assert_same_calls(got.calls, wanted.calls, layout=layout, tolerance=tolerance, where=where)
+    assert_same_calls(got.calls, wanted.calls, layout=layout, tolerance=tolerance, order=order, where=where)
 
 
 def agree(
