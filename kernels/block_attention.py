@@ -123,8 +123,11 @@ def _exp(s, factor, shift, dtype: tl.constexpr):
 
 @triton.jit
 def _finish(out, lse_ptr, at, rows, acc, top, total, N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):
-    _store(out, at, rows, acc * (1.0 / total)[:, None], N, D, HEADS)
-    tl.store(lse_ptr + rows, top + tl.log2(total) * LN2, mask=rows < HEADS * N)
+    # A row whose keys are all masked gives zeros; its lse makes zeros of the backward's exponentials.
+    masked = total == 0.0
+    _store(out, at, rows, acc * tl.where(masked, 0.0, 1.0 / total)[:, None], N, D, HEADS)
+    lse = tl.where(masked, float("inf"), top + tl.log2(total) * LN2)
+    tl.store(lse_ptr + rows, lse, mask=rows < HEADS * N)
 
 
 @triton.jit
@@ -144,6 +147,7 @@ def _attend(
         top = tl.maximum(top, tl.max(s, 1))
         scores += (s,)
     top *= factor
+    top = tl.where(top == float("-inf"), 0.0, top)  # any finite shift will do where all is masked
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)
     for i in tl.static_range(len(KEYS)):
@@ -203,7 +207,7 @@ def _block_attention_fwd_stream_kernel(
     for start in range(0, N, PIECE):
         cols = start + tl.arange(0, PIECE)
         s, factor = _scores(query, _load(k, at, cols, N, D), at, rows, cols, score, N, HEADS, FOLD, PRECISION)
-        # While a row has nothing but -inf, any finite shift will do; at the end its total is 0 and its output NaN.
+        # While a row has nothing but -inf, any finite shift will do; its total is 0 then.
         new_top = tl.maximum(top, tl.max(s, 1) * factor)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = _exp(s, factor, shift, query.dtype)
@@ -434,7 +438,7 @@ def block_attention_fwd(
         k, v: as q, or with one head.
         bias: ``(heads, N, N)``, floating point, added to the scores of every block.
         mask: ``(groups, N, N)``, groups dividing T: block t takes ``mask[t % groups]``, added to the scores or, if
-            bool, keeping those that are true. A row with nothing kept gives NaN, as softmax does.
+            bool, keeping those that are true. A row whose keys are all masked, by false or -inf, gives zeros.
         scale: factor of ``q @ k^T``.
 
     Returns:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -99,6 +100,7 @@ def _written(cls: type, name: str) -> object:
 # Tensors that the operations take: ordinary ones, and those of tracers, which the registrations provide for.
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _CALLS = nn.Module.__call__, nn.Module._call_impl
+_FUNCTIONS = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention, torch._C._nn.gelu, torch.conv2d
 
 # Where one of these holds for the input, every module is called; the second kind is asked in eager mode only.
 _EVERYWHERE: Rules = (
@@ -115,6 +117,10 @@ _EVERYWHERE: Rules = (
 )
 _EVERYWHERE_EAGER: Rules = (
     ("the call of nn.Module was patched", lambda x: (nn.Module.__call__, nn.Module._call_impl) != _CALLS),
+    (
+        "a function of torch.nn.functional was patched",
+        lambda x: (F.linear, F.scaled_dot_product_attention, F.gelu, F.conv2d) != _FUNCTIONS,
+    ),
     ("torch.jit is tracing", lambda x: torch._C._get_tracing_state() is not None),
     ("torch.func is transforming", lambda x: torch._C._are_functorch_transforms_active()),
 )

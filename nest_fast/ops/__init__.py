@@ -1,5 +1,6 @@
 """The operations. Each is one public function: checks, one choice of who computes it, and its registration."""
 
+from nest_fast.ops import _flops
 from nest_fast.ops.attention_layer import attention_layer
 from nest_fast.ops.block_aggregate import block_aggregate
 from nest_fast.ops.block_attention import block_attention
@@ -22,3 +23,5 @@ __all__ = [
     "patchify",
     "unblockify",
 ]
+
+_flops.register()

@@ -48,8 +48,8 @@ def attention_layer(
     """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block.
 
     Args:
-        x: ``(B, T, N, C)``, any floating-point dtype.
-        norm_weight, norm_bias: ``(C,)``.
+        x: ``(B, T, N, C)``, any floating-point dtype and strides.
+        norm_weight, norm_bias: ``(C,)``, of x's dtype, or both float32 beside float16 and bfloat16.
         qkv_weight, qkv_bias: ``(C + 2 * kv, C)`` and its first dimension or None; q of every head, then k, then v. kv
             is C, or one head's C / num_heads with ``multi_query``.
         proj_weight, proj_bias: ``(C, C)``, its input ordered (heads, head_dim), and ``(C,)`` or None.
@@ -86,6 +86,8 @@ def attention_layer(
         "proj_bias": (proj_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
+    _checks.number("scale", scale)
+    _checks.number("branch_scale", branch_scale)
     scale = (C // num_heads) ** -0.5 if scale is None else scale
     if impl == "reference":
         return reference.attention_layer(
@@ -98,14 +100,14 @@ def attention_layer(
         )
     if _choice.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
         out, *_ = _OPS.attention_layer_cpp(
-            x.reshape(-1, C),
-            norm_weight.float(),
-            norm_bias.float(),
+            _checks.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
             eps,
             _checks.dense_rows(qkv_weight),
-            qkv_bias,
+            _checks.dense(qkv_bias),
             _checks.dense_rows(proj_weight),
-            proj_bias,
+            _checks.dense(proj_bias),
             *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
             _choice.wants_gradients(x, *(weight for weight, _ in weights.values())),
         )

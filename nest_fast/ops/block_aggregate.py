@@ -58,13 +58,15 @@ def block_aggregate(
         x: ``(B, T, N, C)`` blocks if ``grid_size`` is given, else an image ``(B, H, W, C)``.
         conv_weight: ``(C', C, 3, 3)``; the convolution pads one zero pixel on every side.
         conv_bias: ``(C',)`` or None.
-        norm_weight, norm_bias: ``(C',)``, the LayerNorm over channels.
+        norm_weight, norm_bias: ``(C',)``, the LayerNorm over channels, of x's dtype, or both float32 beside float16 and
+            bfloat16.
         grid_size: height and width of the grid of blocks, both even; an int for a square.
         block_size: height and width of a block in tokens; may be left out where blocks are square.
         eps: added to the variance.
         padding: of the max-pool: "symmetric", one pixel on every side (PyTorch, timm), or "same", one pixel right
             and below (the authors, timm's ``_jx`` models). Padding never wins the maximum.
-        pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image; None for none.
+        pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image, or None. Any
+            floating-point dtype; the result's is what PyTorch's promotion gives the sum.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on channels-last
             memory. "two_step" is the library's convolution, then one kernel for all the rest: the extension's on a
             CPU, Triton's on a GPU (and on CPU tensors under ``TRITON_INTERPRET=1`` if there is no extension). "cpp" is
@@ -88,11 +90,12 @@ def block_aggregate(
         half = (x.shape[1] // 4, x.shape[2]) if sizes else (x.shape[1] // 2, x.shape[2] // 2)
         _checks.tensor("pos_embed", pos_embed, "(1, T/4, N, C')")
         _checks.shape("pos_embed", pos_embed, (1, *half, conv_weight.shape[0]), f"for x of shape {tuple(x.shape)}")
-        _checks.alike("pos_embed", pos_embed, "x", x)
+        _checks.promotes("pos_embed", pos_embed, "x", x)
+    given = (x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
     if impl == "auto":
-        impl = _choose(x, conv_weight.shape[0])
+        impl = _choose(given)
     elif impl in _WHY_NOT:
-        _choice.require("block_aggregate", impl, _WHY_NOT[impl](x, conv_weight.shape[0]))
+        _choice.require("block_aggregate", impl, _WHY_NOT[impl](given))
     if impl == "reference":
         grid_size, block_size = sizes or (None, None)
         return reference.block_aggregate(
@@ -140,26 +143,34 @@ def _check_parameters(
     for name, value in vectors.items():
         _checks.tensor(name, value, "(C')")
         _checks.shape(name, value, (out_channels,), "(C',)")
-        _checks.alike(name, value, "x", x)
+    _checks.norm(norm_weight, norm_bias, x, "norm_")
+    if conv_bias is not None:
+        _checks.alike("conv_bias", conv_bias, "x", x)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype)
-    return reasons + _choice.forward_mode_why_not()
+Given = tuple[
+    Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None
+]  # x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed
 
 
-def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
+def _cpp_why_not(given: Given) -> list[str]:
+    x = given[0]
+    return _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + _choice.plain_why(*given)
+
+
+def _triton_why_not(given: Given, most: int = 512) -> list[str]:
+    x, out_channels = given[0], given[1].shape[0]
     too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
     reasons = _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
-    return reasons + _choice.forward_mode_why_not()
+    return reasons + _choice.plain_why(*given)
 
 
-def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = _triton_why_not(x, out_channels, 1024)
-    return reasons and (_cpp_why_not(x, out_channels) if x.device.type == "cpu" else reasons)
+def _two_step_why_not(given: Given) -> list[str]:
+    reasons = _triton_why_not(given, 1024)
+    return reasons and (_cpp_why_not(given) if given[0].device.type == "cpu" else reasons)
 
 
 _WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
@@ -169,18 +180,19 @@ _WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_ste
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
-def _choose(x: Tensor, out_channels: int) -> str:
-    if _checks.in_functorch():
+def _choose(given: Given) -> str:
+    x = given[0]
+    if _checks.in_functorch() or _choice.plain_only(*given):
         return "reference"
     if x.device.type == "cpu":
-        if _cpp_why_not(x, out_channels):
+        if _cpp_why_not(given):
             return "reference"
         # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
         amx = _checks.autocast(x).dtype == torch.bfloat16 and _extension.has_amx
         return "two_step" if amx else "cpp"
     if x.device.type == "cuda":
         impl = _on_gpu(x)
-        reasons = _WHY_NOT[impl](x, out_channels)
+        reasons = _WHY_NOT[impl](given)
         if not reasons:
             return impl
         _choice.say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
@@ -207,7 +219,7 @@ def _run(
 ) -> Tensor:
     given = (x, conv_weight, *vectors, pos_embed)
     training = _choice.wants_gradients(*given)
-    kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
+    kind, autocast = x.device.type, _checks.under_autocast(x)
     x, conv_weight = _checks.dense_rows(_checks.autocast(x)), _checks.autocast(conv_weight)
     vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]
     # An image is one block, whose output is one block of half its size.
@@ -228,7 +240,7 @@ def _run(
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
         y = _checks.dense_rows(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
-        norm_pool = _OPS.norm_pool_triton_fwd if _cpp_why_not(x, 0) else _OPS.norm_pool_cpp_fwd
+        norm_pool = _OPS.norm_pool_triton_fwd if _cpp_why_not(given) else _OPS.norm_pool_cpp_fwd
         out = norm_pool(y, *vectors, fused_pos, out_block, eps, same, training)[0]
     out = out.unflatten(2, image_shape).squeeze(1) if image_shape else out
     if autocast and kind == "cuda":

@@ -16,6 +16,7 @@ __all__ = ["blockify", "patchify", "unblockify"]
 IMPLS = ("auto", "reference", "cpp", "cuda")
 # What the compiled kernels add; they move every dtype of 1 to 16 bytes.
 _ADDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_KNOWN = _choice.TENSORS | {tuple}  # a size
 # On a CPU PyTorch is as fast or faster (measured) where a gradient of fewer bytes is recorded, which is done in Python;
 _SMALL = 2**20
 # where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
@@ -39,7 +40,8 @@ def blockify(
         x: ``(B, H, W, C)`` of any dtype and strides; an image with channels first is passed as
             ``x.permute(0, 2, 3, 1)``, without a copy.
         block_size: height and width of a block in pixels, or one int for a square; has to divide H and W.
-        pos_embed: ``(1, T, N, C)``, added in the same pass; then ``x`` is fp64, fp32, fp16 or bf16.
+        pos_embed: ``(1, T, N, C)``, any floating-point dtype, added in the same pass; then ``x`` is fp64, fp32, fp16 or
+            bf16, and the result of the dtype that PyTorch's promotion gives the sum.
         impl: "auto" takes the best this machine has for ``x``; that is "reference" too where it is as fast. "reference"
             is plain PyTorch, "cpp" the extension's CPU kernel, "cuda" its CUDA kernel: these never fall back.
 
@@ -80,7 +82,8 @@ def unblockify(
         x: ``(B, T, N, C)`` of any dtype and strides.
         grid_size: height and width of the grid in blocks, or one int for a square; their product is T.
         block_size: height and width of a block; their product is N. May be left out where blocks are square.
-        pos_embed: ``(1, T, N, C)``, added in the same pass; then ``x`` is fp64, fp32, fp16 or bf16.
+        pos_embed: ``(1, T, N, C)``, any floating-point dtype, added in the same pass; then ``x`` is fp64, fp32, fp16 or
+            bf16, and the result of the dtype that PyTorch's promotion gives the sum.
         impl: as for :func:`blockify`.
 
     Returns:
@@ -139,10 +142,10 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     """Both in one dtype, ``pos_embed`` contiguous, as the kernels take them."""
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
-    _checks.alike("pos_embed", pos_embed, "x", x)
+    _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype not in _ADDED:
         raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
-    if x.dtype != pos_embed.dtype:  # under autocast
+    if x.dtype != pos_embed.dtype:
         dtype = torch.promote_types(x.dtype, pos_embed.dtype)
         x, pos_embed = x.to(dtype), pos_embed.to(dtype)
     return x, pos_embed.contiguous()
@@ -160,7 +163,14 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if functorch or (eager and forward_ad._current_level >= 0) or _why_not(x) is not None:
+        if functorch or _why_not(x) is not None:
+            return None
+        # _choice.plain_only, written out
+        if eager and (
+            forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None
+            or not _KNOWN.issuperset(map(type, (x, *args)))
+        ):
             return None
         if x.is_cpu:
             plain = args[-1] is None and x.stride(-1) == 1  # patchify ends with a size
@@ -168,7 +178,7 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
             if (plain and (recorded or not eager or nbytes >= _LARGE)) or (recorded and nbytes < _SMALL):
                 return None
     else:
-        _require(op, impl, x)
+        _require(op, impl, x, args[-1])
     if not moves:
         return None
     if not eager or functorch or recorded:
@@ -184,9 +194,9 @@ def _why_not(x: Tensor) -> str | None:
     return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"
 
 
-def _require(op: torch._ops.OpOverload, impl: str, x: Tensor) -> None:
+def _require(op: torch._ops.OpOverload, impl: str, x: Tensor, pos_embed: object) -> None:
     _checks.choice("impl", impl, IMPLS)
-    reasons = _choice.forward_mode_why_not()
+    reasons = _choice.plain_why(x, pos_embed if isinstance(pos_embed, Tensor) else None)
     if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
         reasons.append(f"x is on {x.device}")
     elif error := _why_not(x):

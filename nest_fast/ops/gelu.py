@@ -25,7 +25,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
 
     Args:
         x: ``(..., C)``, any floating-point dtype.
-        bias: ``(C,)`` or None.
+        bias: ``(C,)``, any floating-point dtype, or None.
         approximate: "none", ``x * Phi(x)`` with the normal distribution's Phi, or "tanh", its approximation.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch. "triton" is one CUDA kernel (on CPU tensors under
@@ -42,12 +42,12 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
     """
     _checks.choice("impl", impl, _choice.IMPLS)
     _checks.choice("approximate", approximate, APPROXIMATIONS)
-    _checks.floating("x", x)
+    _checks.floating("x", _checks.is_tensor("x", x, "(..., C)"))
     if x.dim() == 0:
         raise ValueError(f"x: wanted 1 or more dimensions (..., C), got shape {tuple(x.shape)}")
     if bias is not None:
-        _checks.shape("bias", bias, (x.shape[-1],), "(C,)")
-        _checks.alike("bias", bias, "x", x)
+        _checks.shape("bias", _checks.is_tensor("bias", bias, "(C,)"), (x.shape[-1],), "(C,)")
+        _checks.promotes("bias", bias, "x", x)
     if not _choice.use_triton("bias_gelu", impl, (x, bias)):
         return reference.bias_gelu(x, bias, approximate=approximate)
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)

@@ -49,8 +49,10 @@ def add_layer_norm(
 
     Args:
         x: ``(B, ..., C)``, the residual stream, any floating-point dtype.
-        branch: shape and dtype of ``x``, what is added to it: the last matmul's output.
-        weight, bias: ``(C,)``, the LayerNorm's parameters.
+        branch: shape of ``x``, what is added to it: the last matmul's output. The sum's dtype is what PyTorch's
+            promotion makes of x, branch, branch_bias and branch_scale.
+        weight, bias: ``(C,)``, the LayerNorm's parameters, of the sum's dtype, or both float32 beside float16 and
+            bfloat16.
         branch_bias: ``(C,)``, the bias which that matmul left out, or None.
         branch_scale: ``(B,)``, a factor for each sample's branch, or None; for stochastic depth, 0 or 1 / keep. It has
             no gradient.
@@ -70,24 +72,25 @@ def add_layer_norm(
     Depth" (arXiv 1603.09382).
     """
     _checks.choice("impl", impl, _choice.IMPLS)
-    _check_rows(x, weight, bias, 2, "(B, ..., C)")
-    _checks.shape("branch", branch, tuple(x.shape), "as x has")
-    _checks.alike("branch", branch, "x", x)
-    if branch_bias is not None:
-        _checks.shape("branch_bias", branch_bias, (x.shape[-1],), "(C,)")
-        _checks.alike("branch_bias", branch_bias, "x", x)
-    if branch_scale is not None:
-        _checks.shape("branch_scale", branch_scale, (x.shape[0],), "(B,)")
-        _checks.alike("branch_scale", branch_scale, "x", x)
-        branch_scale = branch_scale.detach()
+    C = _rows(x, 2, "(B, ..., C)")
+    dtype = x.dtype  # of the sum
+    for name, value, wanted, meaning in (
+        ("branch", branch, tuple(x.shape), "as x has"),
+        ("branch_bias", branch_bias, (C,), "(C,)"),
+        ("branch_scale", branch_scale, (x.shape[0],), "(B,)"),
+    ):
+        if value is not None or name == "branch":
+            value = _checks.is_tensor(name, value, meaning)
+            _checks.shape(name, value, wanted, meaning)
+            _checks.promotes(name, value, "x", x)
+            dtype = torch.promote_types(dtype, value.dtype)
+    _check_norm(x, weight, bias, dtype)
+    branch_scale = None if branch_scale is None else branch_scale.detach()
     tensors = (x, branch, branch_scale, branch_bias, weight, bias)
     if not _choice.use_triton("add_layer_norm", impl, tensors, _too_wide(x)):
         return reference.add_layer_norm(
             x, branch, weight, bias, branch_bias=branch_bias, branch_scale=branch_scale, eps=eps
         )
-    dtype = x.dtype
-    for other in tensors[1:4]:
-        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
     return _OPS.add_layer_norm_triton_fwd(*tensors, eps, dtype, _normed_dtype(x, dtype))[:2]
 
 
@@ -96,7 +99,7 @@ def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 
     Args:
         x: ``(B, ..., C)`` with at least one dimension of tokens, any floating-point dtype.
-        weight, bias: ``(C,)``, the LayerNorm's parameters.
+        weight, bias: ``(C,)``, the LayerNorm's parameters, of x's dtype, or both float32 beside float16 and bfloat16.
         eps: added to the variance.
         impl: see :func:`add_layer_norm`.
 
@@ -110,19 +113,25 @@ def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
     Source: the authors' ``models/nest_net.py`` (the norm and the mean before the head).
     """
     _checks.choice("impl", impl, _choice.IMPLS)
-    _check_rows(x, weight, bias, 3, "(B, ..., C) with tokens")
+    _rows(x, 3, "(B, ..., C) with tokens")
+    _check_norm(x, weight, bias, x.dtype)
     if not _choice.use_triton("layer_norm_mean", impl, (x, weight, bias), _too_wide(x)):
         return reference.layer_norm_mean(x, weight, bias, eps=eps)
     return _OPS.layer_norm_mean_triton_fwd(x, weight, bias, eps, _normed_dtype(x, x.dtype))[0]
 
 
-def _check_rows(x: Tensor, weight: Tensor, bias: Tensor, rank: int, shape: str) -> None:
-    _checks.floating("x", x)
+def _rows(x: Tensor, rank: int, shape: str) -> int:
+    """The channels of ``x``, whose shape is checked."""
+    _checks.floating("x", _checks.is_tensor("x", x, shape))
     if x.dim() < rank:
         raise ValueError(f"x: wanted {rank} or more dimensions {shape}, got shape {tuple(x.shape)}")
+    return x.shape[-1]
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
-        _checks.shape(name, value, (x.shape[-1],), "(C,)")
-        _checks.alike(name, value, "x", x)
+        _checks.shape(name, _checks.is_tensor(name, value, "(C,)"), (x.shape[-1],), "(C,)")
+    _checks.norm(weight, bias, x, dtype=dtype)
 
 
 def _too_wide(x: Tensor) -> list[str]:
@@ -131,7 +140,7 @@ def _too_wide(x: Tensor) -> list[str]:
 
 def _normed_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What layer_norm makes of ``dtype``: float32 under CUDA's autocast, which casts its input; the CPU's does not."""
-    return torch.float32 if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else dtype
+    return torch.float32 if x.device.type == "cuda" and _checks.under_autocast(x) else dtype
 
 
 # --- registration: add_layer_norm -------------------------------------------------------------------------------------

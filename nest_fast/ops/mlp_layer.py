@@ -45,8 +45,8 @@ def mlp_layer(
     """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``.
 
     Args:
-        x: ``(…, C)``, any floating-point dtype.
-        norm_weight, norm_bias: ``(C,)``.
+        x: ``(…, C)``, any floating-point dtype and strides.
+        norm_weight, norm_bias: ``(C,)``, of x's dtype, or both float32 beside float16 and bfloat16.
         fc1_weight, fc1_bias: ``(hidden, C)`` and ``(hidden,)`` or None.
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None.
         activation: "gelu" (exact) or "gelu_tanh".
@@ -68,7 +68,7 @@ def mlp_layer(
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
     hidden, C = _checks.tensor("fc1_weight", fc1_weight, "(hidden, C)").shape
-    if x.dim() == 0 or x.shape[-1] != C:
+    if _checks.is_tensor("x", x, "(…, C)").dim() == 0 or x.shape[-1] != C:
         raise ValueError(f"x: wanted shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
     weights = {
         "norm_weight": (norm_weight, (C,)),
@@ -79,6 +79,7 @@ def mlp_layer(
         "fc2_bias": (fc2_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
+    _checks.number("branch_scale", branch_scale)
     given = [weight for weight, _ in weights.values()]
     if impl == "reference":
         return reference.mlp_layer(
@@ -89,15 +90,15 @@ def mlp_layer(
         )
     if _choice.use_layer("mlp_layer", impl, x, given):
         out, _ = _OPS.mlp_layer_cpp(
-            x.reshape(-1, C),
-            norm_weight.float(),
-            norm_bias.float(),
+            _checks.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
             eps,
             _checks.dense_rows(fc1_weight),
-            fc1_bias,
+            _checks.dense(fc1_bias),
             activation,
             _checks.dense_rows(fc2_weight),
-            fc2_bias,
+            _checks.dense(fc2_bias),
             branch_scale,
             _choice.wants_gradients(x, *given),
         )
