@@ -423,7 +423,7 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl, given, with_pos):
 
 def test_auto_chooses(monkeypatch):
     def choose(dtype, C_out=64):
-        return MODULE._choose(torch.empty(0, dtype=dtype, device=DEVICE), C_out)
+        return MODULE.choose(torch.empty(0, dtype=dtype, device=DEVICE), C_out)
 
     assert choose(torch.float64) == "reference"
     if DEVICE == "cuda":

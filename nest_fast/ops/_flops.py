@@ -100,7 +100,7 @@ def _register() -> None:
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
     for op, formula in formulas.items():
         if op not in flop_registry:  # as a later PyTorch may know it
-            register_flop_formula(op)(formula)
+            register_flop_formula(op)(formula)  # type: ignore[arg-type]
 
 
 class _WithCounter(importlib.abc.MetaPathFinder):

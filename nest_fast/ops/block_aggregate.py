@@ -93,9 +93,9 @@ def block_aggregate(
         _checks.promotes("pos_embed", pos_embed, "x", x)
     given = (x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
     if impl == "auto":
-        impl = _choose(given)
-    elif impl in _WHY_NOT:
-        _choice.require("block_aggregate", impl, _WHY_NOT[impl](given))
+        impl = choose(given)
+    elif impl in WHY_NOT:
+        _choice.require("block_aggregate", impl, WHY_NOT[impl](given))
     if impl == "reference":
         grid_size, block_size = sizes or (None, None)
         return reference.block_aggregate(
@@ -173,14 +173,14 @@ def _two_step_why_not(given: Given) -> list[str]:
     return reasons and (_cpp_why_not(given) if given[0].device.type == "cpu" else reasons)
 
 
-_WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
+WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
 
 # (dtype, compute capability) -> what "auto" takes on such a GPU. Neither was measured on any so far: where no row says
 # otherwise it is the library's convolution and one kernel for the rest.
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
-def _choose(given: Given) -> str:
+def choose(given: Given) -> str:
     x = given[0]
     if _checks.in_functorch() or _choice.plain_only(*given):
         return "reference"
@@ -192,7 +192,7 @@ def _choose(given: Given) -> str:
         return "two_step" if amx else "cpp"
     if x.device.type == "cuda":
         impl = _on_gpu(x)
-        reasons = _WHY_NOT[impl](given)
+        reasons = WHY_NOT[impl](given)
         if not reasons:
             return impl
         _choice.say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")

@@ -73,9 +73,9 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     given = (q, k, v, bias, mask)
     if impl == "auto":
-        impl = _choose(given, dropout_p)
-    elif impl in _WHY_NOT:
-        _choice.require("block_attention", impl, _WHY_NOT[impl](given, dropout_p))
+        impl = choose(given, dropout_p)
+    elif impl in WHY_NOT:
+        _choice.require("block_attention", impl, WHY_NOT[impl](given, dropout_p))
     if impl == "reference":
         out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
         return out.contiguous()
@@ -154,10 +154,10 @@ def _triton_why_not(given: Given, dropout_p: float) -> list[str]:
     return reasons
 
 
-_WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
+WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
 
 
-def _choose(given: Given, dropout_p: float) -> str:
+def choose(given: Given, dropout_p: float) -> str:
     q = given[0]
     if _checks.in_functorch() or _choice.plain_only(*given):
         return "reference"
