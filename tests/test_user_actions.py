@@ -103,7 +103,7 @@ class Users(RuleBasedStateMachine):
         options = {"proj_drop_rate": proj_drop, "drop_path_rate": drop_path, "qkv_bias": qkv_bias}
         self.plain = plain_model(**options)
         self.fast = copy.deepcopy(self.plain)
-        self.nest = nest_model(self.plain, **options)
+        self.nest = nest_model(**options)
         self.is_fast, self.steps, self.dtype, self.autocast, self.batch = False, 0, torch.float32, False, 2
         self.handles = []
         for model in self.models():

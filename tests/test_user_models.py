@@ -53,7 +53,7 @@ class Case:
     name: str
     change: Callable[[Any], Any] | None
     kinds: tuple[str, ...] = KINDS
-    modes: tuple = ("eval", "train")
+    modes: tuple = ("train", "inference")
     x: Callable[[], torch.Tensor] = image
     tolerance: float | None = None
     draws: bool = True
@@ -61,6 +61,8 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)
 
 
+# Where something acts in one of them alone; elsewhere a step of training and an answer without gradients say more.
+ACTING = ("eval", "train")
 CASES: list[Case] = []
 
 
@@ -147,7 +149,7 @@ POOL = "levels.1.pool"
 # --- modules in the place of those that do nothing in eval mode -------------------------------------------------------
 
 for place in ("drop_path1", "drop_path2", "attn.proj_drop", "mlp.drop1", "mlp.drop2", "norm1", "norm2", "mlp.act"):
-    case(f"layer scale as {place}", replace(place, lambda old, dim: Scale(dim)))
+    case(f"layer scale as {place}", replace(place, lambda old, dim: Scale(dim)), modes=ACTING)
 for label, new in {
     "an adapter": lambda old, dim: Adapter(dim),
     "a sequence of dropout and scale": lambda old, dim: nn.Sequential(old, Scale(dim)),
@@ -162,8 +164,8 @@ for label, new in {
     "a linear layer": lambda old, dim: nn.Linear(dim, dim),
     "a norm": lambda old, dim: nn.LayerNorm(dim),
 }.items():
-    case(f"{label} as attn.proj_drop", replace("attn.proj_drop", new))
-    case(f"{label} as mlp.drop1", replace("mlp.drop1", new), kinds=("accelerated after", "NesT"))
+    case(f"{label} as attn.proj_drop", replace("attn.proj_drop", new), modes=ACTING)
+    case(f"{label} as mlp.drop1", replace("mlp.drop1", new), modes=ACTING, kinds=("accelerated after", "NesT"))
 for label, new in {
     "stochastic depth that always acts": lambda old, dim: AlwaysDropPath(0.3),
     "dropout": lambda old, dim: nn.Dropout(0.3),
@@ -176,7 +178,7 @@ for label, new in {
     "an identity that acts": lambda old, dim: ActingIdentity(),
     "a sequence with scale": lambda old, dim: nn.Sequential(Scale(dim), timm.layers.DropPath(0.4)),
 }.items():
-    case(f"{label} as drop_path", all_of(replace("drop_path1", new), replace("drop_path2", new)))
+    case(f"{label} as drop_path", all_of(replace("drop_path1", new), replace("drop_path2", new)), modes=ACTING)
 
 
 def _drop_path():
@@ -198,7 +200,7 @@ for label, new in {
     "an identity": lambda old, dim: nn.Identity(),
     "a scripted activation": lambda old, dim: torch.jit.script(QuickGELU()),
 }.items():
-    case(f"{label} as the activation", replace("mlp.act", new))
+    case(f"{label} as the activation", replace("mlp.act", new), modes=ACTING)
 case("approximate changed", each_layer(lambda layer: setattr(layer.mlp.act, "approximate", "tanh")))
 
 # --- dropout and stochastic depth in some modules alone ---------------------------------------------------------------
@@ -223,10 +225,12 @@ case(
     ),
     options=RATES,
 )
-case("rates set to nothing", lambda model: set_rates(model, 0.0), options=RATES)
-case("rates raised", lambda model: set_rates(model, 0.5))
-case("rates of everything", lambda model: set_rates(model, 1.0), options=RATES)
-case("rates as tensors", lambda model: set_rates(model, torch.tensor(0.5)), kinds=TIMM_KINDS, options=RATES)
+case("rates set to nothing", lambda model: set_rates(model, 0.0), modes=ACTING, options=RATES)
+case("rates raised", lambda model: set_rates(model, 0.5), modes=ACTING)
+case("rates of everything", lambda model: set_rates(model, 1.0), modes=ACTING, options=RATES)
+case(
+    "rates as tensors", lambda model: set_rates(model, torch.tensor(0.5)), modes=ACTING, kinds=TIMM_KINDS, options=RATES
+)
 case("batch of one with stochastic depth", x=lambda: image(1), modes=("train",) * 6, options={"drop_path_rate": 0.6})
 
 
@@ -247,7 +251,13 @@ def set_rates(model, p):
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
-case("attention without the fused form", manual_attention, kinds=TIMM_KINDS, options={"attn_drop_rate": 0.3})
+case(
+    "attention without the fused form",
+    manual_attention,
+    modes=ACTING,
+    kinds=TIMM_KINDS,
+    options={"attn_drop_rate": 0.3},
+)
 case("no attention dropout to draw", manual_attention, options={"attn_drop_rate": 0.0})
 case("attn.scale changed", all_of(manual_attention, each_layer(lambda layer: setattr(layer.attn, "scale", 0.7))))
 case(
@@ -266,7 +276,7 @@ for label, new in {
     "dropout that always acts": lambda old, dim: AlwaysDropout(0.3),
     "channel dropout": lambda old, dim: nn.Sequential(nn.Dropout(0.4)),
 }.items():
-    case(f"{label} as attn_drop", all_of(manual_attention, replace("attn.attn_drop", new)))
+    case(f"{label} as attn_drop", all_of(manual_attention, replace("attn.attn_drop", new)), modes=ACTING)
 case(
     "a module without a rate as attn_drop, fused",  # timm does not look at it in eval mode
     replace("attn.attn_drop", lambda old, dim: nn.Identity()),
@@ -881,7 +891,7 @@ case(
     "hooks on outputs' gradients",
     each(
         [*LINEARS, f"{LAYER}.mlp.act", f"{LAYER}.drop_path1"],
-        lambda m: m.register_forward_hook(lambda module, args, out: out.register_hook(lambda g: g * 0.7) and None),
+        lambda m: m.register_forward_hook(hook_gradient),
     ),
 )
 case("hooks on parameters' gradients", lambda model: [p.register_hook(lambda g: g * 0.7) for p in model.parameters()])
@@ -901,6 +911,11 @@ case(
 case("a hook exchanges a part", lambda model: _late_part(model))
 case("weights are brought in by hooks", lambda model: _offload(model))
 case("weights are brought in around forward", lambda model: _offload_forward(model))
+
+
+def hook_gradient(module, args, out):
+    if out.requires_grad:
+        out.register_hook(lambda g: g * 0.7)
 
 
 def _late_hook(model):

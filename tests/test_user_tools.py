@@ -292,7 +292,7 @@ def test_a_class_is_patched(name, kind, monkeypatch):
         return 0.7 * original(self, *args)
 
     plain = plain_model(**options)
-    other = nest_model(plain, **options) if kind == "NesT" else plain_model(**options)
+    other = nest_model(**options) if kind == "NesT" else plain_model(**options)
     if kind == "accelerated after":
         nest_fast.accelerate(other)
     if kind == "NesT":  # which calls attn_drop where it may act
@@ -598,7 +598,7 @@ MAY_REFUSE = ("jit.trace", "jit.script", "jit.script and freeze", "fx features",
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("name", TRACERS)
 def test_tracers_and_modes(name, kind):
-    plain, other = twins(kind)
+    plain, other = twins(kind, depths=1)
     try:
         wanted = TRACERS[name](plain, image())
     except Exception as error:

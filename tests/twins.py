@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import math
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -40,29 +41,34 @@ TIMM_KINDS = KINDS[:2]
 
 
 @functools.lru_cache(maxsize=32)
-def _built(options: tuple) -> nn.Module:
+def _built(options: tuple) -> bytes:
     """A timm model in which every part acts: trained, as it were, and none of its weights is zero or one."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = timm_nest.Nest(**{**SMALL, **dict(options)})
+        model = timm_nest.Nest(**{**SMALL, **dict(options)}).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             else:
                 nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.3)
-    return model
+    return pickle.dumps(model)
+
+
+@functools.lru_cache(maxsize=32)
+def _built_nest(options: tuple) -> bytes:
+    model = nest_fast.NesT(**{**SMALL, **dict(options)}).eval()
+    model.load_state_dict(pickle.loads(_built(options)).state_dict())
+    return pickle.dumps(model)
 
 
 def plain_model(**options: Any) -> Any:
     """timm's model, in eval mode."""
-    return copy.deepcopy(_built(tuple(options.items()))).eval()
+    return pickle.loads(_built(tuple(options.items())))
 
 
-def nest_model(plain: nn.Module, **options: Any) -> Any:
-    """NesT with the weights of ``plain``, in eval mode."""
-    model = nest_fast.NesT(**{**SMALL, **options}).eval()
-    model.load_state_dict(plain.state_dict())
-    return model
+def nest_model(**options: Any) -> Any:
+    """NesT with the weights of :func:`plain_model`, in eval mode."""
+    return pickle.loads(_built_nest(tuple(options.items())))
 
 
 def accelerated(plain: nn.Module) -> Any:
@@ -98,9 +104,9 @@ def changed(model: Any, change: Callable[[Any], Any] | None) -> Any:
 
 def twin(kind: str, change: Callable[[Any], Any] | None = None, **options: Any) -> Any:
     """A model of this kind, changed; "plain" is timm's."""
-    plain = plain_model(**options)
     if kind == "NesT":
-        return changed(nest_model(plain, **options), change)
+        return changed(nest_model(**options), change)
+    plain = plain_model(**options)
     if kind == "accelerated after":
         nest_fast.accelerate(plain)
     model = changed(plain, change)
@@ -195,12 +201,15 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 def distance(x: Tensor, y: Tensor, floor: float = 0.0) -> float:
-    """Relative L2 distance; 0 for two without elements, infinite where one alone is not finite."""
+    """Relative L2 distance; 0 for two without elements, infinite where they are not finite in the same places."""
     x, y = x.detach().double(), y.detach().double()
-    if not torch.equal(x.isfinite(), y.isfinite()):
-        return math.inf
-    x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
-    return ((x - y).norm() / max(y.norm().item(), floor, 1e-30)).item()
+    error, norm = (x - y).norm().item(), y.norm().item()
+    if not math.isfinite(error):
+        if not torch.equal(x.isfinite(), y.isfinite()):
+            return math.inf
+        x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+        error, norm = (x - y).norm().item(), y.norm().item()
+    return error / max(norm, floor, 1e-30)
 
 
 def assert_close(got: Tensor, wanted: Tensor, what: str, *, tolerance: float | None = None, floor: float = 0.0) -> None:
@@ -308,14 +317,15 @@ def agree(
 
 
 def runs(model: Any, x: Tensor, modes: Iterable[str | Callable], backward: bool = True) -> list[Run]:
-    """What the model does in one mode after the other."""
+    """What the model does in one mode after the other; "inference" is eval mode without gradients."""
     done = []
     for mode in modes:
         if callable(mode):
             mode(model)
         else:
             model.train(mode == "train")
-        done.append(run(model, x, backward=backward, calls=getattr(model, "calls", None)))
+        wanted = backward and mode != "inference"
+        done.append(run(model, x, backward=wanted, calls=getattr(model, "calls", None)))
     return done
 
 
