@@ -317,9 +317,9 @@ def _launch(launcher: str):
     """What launches a kernel, imported with Triton at the first launch."""
 
     def launch(*args):
-        from nest_fast.kernels import block_aggregate as kernels
+        from nest_fast.kernels import block_aggregate, norm_pool
 
-        return getattr(kernels, launcher)(*args)
+        return getattr(norm_pool if launcher.startswith("norm_pool") else block_aggregate, launcher)(*args)
 
     return launch
 

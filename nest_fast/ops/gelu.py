@@ -55,13 +55,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
 
 
 def _fwd(*args):
-    from nest_fast.kernels import gelu as kernels
+    from nest_fast.kernels import bias_gelu as kernels
 
     return kernels.bias_gelu_fwd(*args)
 
 
 def _bwd(*args):
-    from nest_fast.kernels import gelu as kernels
+    from nest_fast.kernels import bias_gelu as kernels
 
     dx, dbias = kernels.bias_gelu_bwd(*args)
     return dx, dx.new_empty(0, dtype=torch.float32) if dbias is None else dbias

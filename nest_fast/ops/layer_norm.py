@@ -147,13 +147,13 @@ def _normed_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _add_fwd(*args):
-    from nest_fast.kernels import layer_norm as kernels
+    from nest_fast.kernels import add_layer_norm as kernels
 
     return kernels.add_layer_norm_fwd(*args)
 
 
 def _add_bwd(dtotal, dnormed, total, mean, rstd, branch_scale, weight, x_dtype, branch_dtype, need_dbranch_bias):
-    from nest_fast.kernels import layer_norm as kernels
+    from nest_fast.kernels import add_layer_norm as kernels
 
     dx, dbranch, dparams = kernels.add_layer_norm_bwd(
         dtotal, dnormed, total, mean, rstd, branch_scale, weight, (x_dtype, branch_dtype), need_dbranch_bias
@@ -213,13 +213,13 @@ torch.library.register_vmap(
 
 
 def _mean_fwd(*args):
-    from nest_fast.kernels import layer_norm as kernels
+    from nest_fast.kernels import layer_norm_mean as kernels
 
     return kernels.layer_norm_mean_fwd(*args)
 
 
 def _mean_bwd(*args):
-    from nest_fast.kernels import layer_norm as kernels
+    from nest_fast.kernels import layer_norm_mean as kernels
 
     return kernels.layer_norm_mean_bwd(*args)
 
