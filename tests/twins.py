@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import math
 import pickle
@@ -22,6 +23,9 @@ import nest_fast
 from nest_fast.testing import import_timm
 
 timm = import_timm()
+# What was imported is no garbage: collections, of which thousands of small models cause many, need not walk it.
+gc.collect()
+gc.freeze()
 timm_nest = timm.models.nest
 
 # Two levels, the second of two layers, four blocks of 16 tokens: all that NesT does between an image and its logits.
