@@ -164,7 +164,8 @@ def add_layer_norm_bwd(
     rstd: Tensor,
     branch_scale: Tensor | None,
     weight: Tensor,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype,
     need_dbranch_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of add_layer_norm_fwd. No atomics: the same input gives the same bits.
@@ -172,7 +173,7 @@ def add_layer_norm_bwd(
     Args:
         dtotal, dnormed: ``(B, ..., C)`` or None, any strides.
         total, mean, rstd: as the forward returned them; branch_scale, weight: as it took them.
-        dtypes: of x and of branch.
+        x_dtype, branch_dtype: of x and of branch.
         need_dbranch_bias: whether the gradient of branch_bias is wanted.
 
     Returns:
@@ -180,9 +181,9 @@ def add_layer_norm_bwd(
         branch_bias, ``(2 or 3, C)`` float32.
     """
     C, sums = total.shape[-1], 3 if need_dbranch_bias else 2
-    dx = torch.empty(total.shape, dtype=dtypes[0], device=total.device)
-    same = branch_scale is None and dtypes[0] == dtypes[1]
-    dbranch = None if same else torch.empty(total.shape, dtype=dtypes[1], device=total.device)
+    dx = torch.empty(total.shape, dtype=x_dtype, device=total.device)
+    same = branch_scale is None and x_dtype == branch_dtype
+    dbranch = None if same else torch.empty(total.shape, dtype=branch_dtype, device=total.device)
     if total.numel() == 0:
         return dx, dbranch, torch.zeros((sums, C), dtype=torch.float32, device=total.device)
     rows, tile = total.shape[:-1].numel(), _configs.layer_norm(C)

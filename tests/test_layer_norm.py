@@ -14,7 +14,7 @@ from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import add_layer_norm, layer_norm_mean, reference
-from nest_fast.ops import layer_norm as ops
+from nest_fast.ops import _layer_norm as ops
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
@@ -397,9 +397,9 @@ from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_me
 half = torch.bfloat16
 for C in (96, 384, 1536):
     x, v, s, m = empty(8, 16, 196, C), empty(C), empty(8), empty(8, 16, 196, dtype=torch.float32)
-    add_layer_norm_bwd(x, x, x, m, m, s, v, (half, half), True)
+    add_layer_norm_bwd(x, x, x, m, m, s, v, half, half, True)
     if C != 384:  # the others hold far less in registers
-        add_layer_norm_bwd(x, x, x, m, m, None, v, (half, half), False)
+        add_layer_norm_bwd(x, x, x, m, m, None, v, half, half, False)
         add_layer_norm_fwd(x, x, s, v, v, v, 1e-6, half, half)
         layer_norm_mean_fwd(x, v, v, 1e-6, half)
         layer_norm_mean_bwd(x[:, 0, 0], x, empty(8, C, dtype=torch.float32), m, m, v)

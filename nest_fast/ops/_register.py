@@ -32,17 +32,19 @@ def operation(
     backward_of: str = "",
     vmap: tuple[int, int] | Callable | None = None,
     flops: Callable[..., int] | None = None,
-) -> Callable[..., Any]:
+) -> Any:
     """Register ``nest_fast::<schema>`` and return what calls it.
 
     Args:
         schema: "name(Tensor x, ...) -> (Tensor out, ...)", as PyTorch writes it.
         fake: called with the arguments, returns empty tensors of the outputs' shapes, dtypes and devices.
-        launch: "module.function" of ``nest_fast.kernels``, called with the arguments; "" where the extension has it.
+        launch: "module.function" of ``nest_fast.kernels``, called with the arguments; "" where the extension has it. It
+            returns None for an output that was not asked for, and the operation :func:`nothing_like`.
         saved: names of inputs and outputs that the gradient needs.
-        gradients: called as ``gradients(kept, dout, ...)``: ``kept`` has the ``saved`` tensors and all arguments that
-            are none by their names, and ``kept.needed``, which says by name whether an argument's gradient is asked
-            for. Returns gradients by the names of the arguments; each is cast to its argument's dtype.
+        gradients: called as ``gradients(kept, dout, ...)``, returns gradients by the names of the arguments; each is
+            cast to its argument's dtype. ``kept`` has the ``saved`` tensors and all arguments that are none by their
+            names; ``kept.needed``, ``kept.dtypes`` and ``kept.shapes`` say, by the names of the arguments, which
+            gradients are asked for, and what the arguments were.
         differentiable: how many of the outputs, the first ones, have a gradient.
         backward_of: the operation whose backward this is; a gradient of this one is refused in its name.
         vmap: (batched, tensors) for :func:`nest_fast.ops._vmap.batching_rule`, or a rule of its own.
@@ -73,9 +75,18 @@ def _launcher(path: str) -> Callable[..., Any]:
     module, _, function = path.partition(".")
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"nest_fast.kernels.{module}"), function)(*args)
+        out = getattr(importlib.import_module(f"nest_fast.kernels.{module}"), function)(*args)
+        if not isinstance(out, tuple) or all(x is not None for x in out):
+            return out
+        nothing = nothing_like(next(x for x in args if isinstance(x, Tensor)))
+        return tuple(nothing if x is None else x for x in out)
 
     return launch
+
+
+def nothing_like(x: Tensor) -> Tensor:
+    """What an operation returns in the place of an output that was not asked for."""
+    return x.new_empty(0, dtype=torch.float32)
 
 
 def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable: int) -> tuple[Callable, Callable]:
@@ -87,12 +98,13 @@ def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable
     kept_inputs = [inputs.index(name) for name in saved if name in inputs]
     kept_outputs = [outputs.index(name) for name in saved if name not in inputs]
     names = [*(inputs[i] for i in (*constants, *kept_inputs)), *(outputs[i] for i in kept_outputs)]
-    Kept = namedtuple("Kept", [*names, "needed"])  # type: ignore[misc]
+    Kept: Any = namedtuple("Kept", [*names, "needed", "dtypes", "shapes"])  # type: ignore[misc]
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         outs = output if isinstance(output, tuple) else (output,)
         ctx.constants = [inputs[i] for i in constants]
         ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        ctx.shapes = [x.shape if isinstance(x, Tensor) else None for x in inputs]
         ctx.save_for_backward(*(inputs[i] for i in kept_inputs), *(outs[i] for i in kept_outputs))
         if len(outs) > differentiable:
             ctx.mark_non_differentiable(*outs[differentiable:])
@@ -103,7 +115,8 @@ def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable
         if all(dout is None for dout in douts):
             return (None,) * len(inputs)
         needed = dict(zip(inputs, ctx.needs_input_grad, strict=True))
-        found = gradients(Kept(*ctx.constants, *ctx.saved_tensors, needed), *douts)
+        dtypes, shapes = (dict(zip(inputs, values, strict=True)) for values in (ctx.dtypes, ctx.shapes))
+        found = gradients(Kept._make([*ctx.constants, *ctx.saved_tensors, needed, dtypes, shapes]), *douts)
         pairs = zip((found.get(name) for name in inputs), ctx.dtypes, strict=True)
         return tuple(dx if dx is None or dx.dtype == dtype else dx.to(dtype) for dx, dtype in pairs)
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice, _extension, _triton
 from nest_fast.ops import _flops as flops
-from nest_fast.ops._register import operation
+from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["block_attention"]
 
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
+
 
 def block_attention(
     q: Tensor,
@@ -238,7 +239,7 @@ def _triton_gradients(kept, dout):
 
 
 def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
-    dbias = bias.new_empty(bias.shape) if need_dbias else q.new_empty(0, dtype=torch.float32)
+    dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 

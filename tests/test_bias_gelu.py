@@ -13,7 +13,7 @@ from nest_fast.kernels import bias_gelu as kernels
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import bias_gelu, reference
-from nest_fast.ops.gelu import APPROXIMATIONS
+from nest_fast.ops.bias_gelu import APPROXIMATIONS
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
