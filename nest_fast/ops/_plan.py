@@ -42,17 +42,20 @@ def half_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | Non
 def attention(x: Tensor, num_heads: int) -> Plan:
     """For block_attention inside ``x`` ``(B, T, N, C)``."""
     q = x.unflatten(-1, (num_heads, -1))
-    impl = choose_attention(q, None, None, 0.0)
+    given = (q, q, q, None, None)
+    impl = choose_attention(given, 0.0)
     wanted = "triton" if x.is_cuda else "cpp"
-    why = [] if impl == wanted else ATTENTION_WHY_NOT[wanted](q, None, None, 0.0)
+    why = [] if impl == wanted else ATTENTION_WHY_NOT[wanted](given, 0.0)
     return f"block_attention: {_KERNELS[impl]}", "; ".join(why)
 
 
 def aggregation(x: Tensor, out_channels: int) -> Plan:
     """For block_aggregate of ``x`` ``(B, T, N, C)``."""
-    impl = choose_aggregate(x, out_channels)
+    weight = x.new_empty((out_channels, 0, 3, 3))  # its channels alone are asked
+    given = (x, weight, None, weight, weight, None)
+    impl = choose_aggregate(given)
     wanted = "two_step" if x.is_cuda else "cpp"
-    why = AGGREGATE_WHY_NOT[wanted](x, out_channels) if impl == "reference" else []
+    why = AGGREGATE_WHY_NOT[wanted](given) if impl == "reference" else []
     return f"block_aggregate: {_KERNELS[impl]}", "; ".join(why)
 
 
