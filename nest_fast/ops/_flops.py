@@ -21,7 +21,7 @@ def _linear(rows_shape, weight_shape):
 
 
 def _attention(q_shape, count=2):
-    """``count`` products ``(N, head_dim)`` by ``(N, N)`` for every block and head."""
+    """``count`` products ``(N, head_dim)`` by ``(N, N)`` for every block and head; N comes third, as in PyTorch's."""
     return count * 2 * math.prod(q_shape) * q_shape[2]
 
 
@@ -53,11 +53,11 @@ def _mlp_layer_bwd(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
     return _gradients(x, fc1, dx, dfc1) + _gradients(hidden, fc2, hidden, dfc2)
 
 
-def _block_attention(q, *_, out_shape=None):
+def _block_attention(q, *_, out_shape=None, **options):
     return _attention(q)
 
 
-def _block_attention_bwd(dout, q, *_, out_shape=None):
+def _block_attention_bwd(dout, q, *_, out_shape=None, **options):
     return _attention(q, 4)
 
 
@@ -96,11 +96,14 @@ def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas = {getattr(torch.ops.nest_fast, name): formula for name, formula in _FORMULAS.items()}
+    # What the operations call of PyTorch's and PyTorch has no formula for.
     if torch.backends.mkldnn.is_available():
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _block_attention
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = _block_attention_bwd
     for op, formula in formulas.items():
-        if op not in flop_registry:  # as a later PyTorch may know it
-            register_flop_formula(op)(formula)
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)  # type: ignore[arg-type]
 
 
 class _WithCounter(importlib.abc.MetaPathFinder):
