@@ -257,13 +257,13 @@ ATTENTION = [i for i in ("auto", "reference", "sdpa", "triton") if runs(i)]
 @pytest.mark.parametrize("N", [9, 200])
 def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
     """Values and all gradients, those of the mask among them; the other rows are as without them."""
-    if impl == "triton" and (dtype == torch.float64 or (N == 200 and kind != "bool")):
+    if impl == "triton" and (dtype == torch.float64 or N == 200):
         return  # it has no float64; and the interpreter takes its time
     keep = torch.rand(HEADS if kind == "bias" else 2, N, N) < 0.7
     keep |= torch.eye(N, dtype=torch.bool)
     keep[0, 3], keep[1, 0], keep[1, N - 1] = False, False, False
     added = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, -math.inf)
-    q, k, v = (torch.randn(1, 4, N, HEADS, 8, dtype=dtype).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 2, N, HEADS, 8, dtype=dtype).requires_grad_() for _ in range(3))
     extra = {"bias": added} if kind == "bias" else {"mask": keep if kind == "bool" else added}
     given = [q, k, v]
     if kind == "bias" or (kind == "float" and impl != "triton"):
@@ -271,14 +271,12 @@ def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
     out = nest_fast.block_attention(q, k, v, **extra, impl=impl)
     grads = torch.autograd.grad(out.square().sum(), given)
     assert all(g.isfinite().all() for g in (out, *grads))
-    for t, n in ((0, 3), (1, 0), (1, N - 1), (2, 3)):
+    for t, n in ((0, 3), (1, 0), (1, N - 1)):
         where = (0, slice(None), n, t) if kind == "bias" else (0, t, n)
-        if kind == "bias" and t == 2:
-            continue
         assert not out[where].any()
         assert not grads[0][where].any()
     scores = torch.einsum("btnhd,btmhd->bthnm", *(x.detach().double() for x in (q, k))) * 8**-0.5
-    allowed = keep[:, None].repeat(2, 1, 1, 1) if kind != "bias" else keep
+    allowed = keep if kind == "bias" else keep[:, None]
     weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
     wanted = torch.einsum("bthnm,btmhd->btnhd", weights, v.detach().double())
     assert relative_error(out.detach(), wanted) < (0.02 if dtype == torch.bfloat16 else 1e-5)
