@@ -192,6 +192,18 @@ def test_strided_operands_give_the_same_bits():
         assert torch.equal(*(call() for call in calls))
 
 
+@pytest.mark.parametrize("impl", ["auto", pytest.param("cpp", marks=needs_cpp)])
+def test_rows_that_are_a_view_and_not_dense(impl):
+    """As the features of a convolution are tokens, at batch 1, and every second channel."""
+    for function, tensors, options in both():
+        for x in (torch.randn(1, 24, 3, 5).flatten(2).mT.unsqueeze(1), torch.randn(2, 3, 5, 48)[..., ::2]):
+            assert x.reshape(-1, 24).data_ptr() == x.data_ptr()
+            dout = torch.randn_like(x)
+            ours = gradients(partial(function, **options, impl=impl), (x, *tensors[1:]), dout)
+            plain = gradients(partial(function, **options, impl="reference"), (x, *tensors[1:]), dout)
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 NAMES = ("x", "norm_weight", "norm_bias", "weight", "bias", "weight 2", "bias 2")
 
 
