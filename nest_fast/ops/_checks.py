@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -155,18 +154,6 @@ def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, i
 def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
-
-
-def no_double_backward(op: str) -> Callable[..., NoReturn]:
-    """The backward of a kernel that is the backward of ``op``: what it would need the forward did not keep."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"impl: wanted 'reference' for a derivative of {op}'s gradients, got a kernel;"
-            " in an accelerated model nest_fast.restore(model) gives plain PyTorch back"
-        )
-
-    return backward
 
 
 def training(given: bool) -> None:

@@ -7,27 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton, _vmap
+from nest_fast.ops import _checks, _choice, _extension, _triton
+from nest_fast.ops import _flops as flops
+from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["block_attention"]
 
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
-
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)")
-_LIB.define(
-    "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)"
-)
-_LIB.define(
-    "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
-    " -> (Tensor out, Tensor lse)"
-)
-_LIB.define(
-    "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
-    " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
-)
-_OPS = torch.ops.nest_fast
 
 
 def block_attention(
@@ -73,9 +59,9 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     given = (q, k, v, bias, mask)
     if impl == "auto":
-        impl = _choose(given, dropout_p)
-    elif impl in _WHY_NOT:
-        _choice.require("block_attention", impl, _WHY_NOT[impl](given, dropout_p))
+        impl = choose(given, dropout_p)
+    elif impl in WHY_NOT:
+        _choice.require("block_attention", impl, WHY_NOT[impl](given, dropout_p))
     if impl == "reference":
         out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
         return out.contiguous()
@@ -83,8 +69,8 @@ def block_attention(
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
     q, k, v = (_checks.dense_rows(_checks.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
-        return _OPS.block_attention_cpp_fwd(q, k, v, scale)[0]
-    return _OPS.block_attention_triton_fwd(q, k, v, bias, mask, scale)[0]
+        return _CPP(q, k, v, scale)[0]
+    return _TRITON(q, k, v, bias, mask, scale)[0]
 
 
 def _check(
@@ -154,10 +140,10 @@ def _triton_why_not(given: Given, dropout_p: float) -> list[str]:
     return reasons
 
 
-_WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
+WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
 
 
-def _choose(given: Given, dropout_p: float) -> str:
+def choose(given: Given, dropout_p: float) -> str:
     q = given[0]
     if _checks.in_functorch() or _choice.plain_only(*given):
         return "reference"
@@ -201,110 +187,77 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
     return scores.repeat(q.shape[0] * (q.shape[1] // mask.shape[0]), 1, 1, 1)
 
 
-# --- registration: both kernels --------------------------------------------------------------------------------------
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
-for _op in ("cpp", "triton"):
-    torch.library.register_autograd(
-        f"nest_fast::block_attention_{_op}_bwd", _checks.no_double_backward("block_attention"), lib=_LIB
-    )
-
-
-# --- registration: the C++ kernel -------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("nest_fast::block_attention_cpp_fwd", lib=_LIB)
-def _cpp_fwd_fake(q, k, v, scale):
-    return _out_and_lse(q)
-
-
-@torch.library.register_fake("nest_fast::block_attention_cpp_bwd", lib=_LIB)
-def _cpp_bwd_fake(dout, q, k, v, out, lse, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+def _out_and_lse(q, *_):
     B, T, N, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, T, heads, N), dtype=torch.float32)
 
 
-def _cpp_setup(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _flops(q, *_, out_shape=None):
+    return flops.attention(q)
 
 
-def _cpp_bwd(ctx, dout, _dlse):
-    if dout is None:
-        return None, None, None, None
-    return *_OPS.block_attention_cpp_bwd(_checks.dense_rows(dout), *ctx.saved_tensors, ctx.scale), None
+def _flops_bwd(dout, q, *_, out_shape=None):
+    return flops.attention(q, 4)
 
 
-torch.library.register_autograd("nest_fast::block_attention_cpp_fwd", _cpp_bwd, setup_context=_cpp_setup, lib=_LIB)
+def _cpp_gradients(kept, dout):
+    dout = _checks.dense_rows(dout)
+    dq, dk, dv = _CPP_BWD(dout, kept.q, kept.k, kept.v, kept.out, kept.lse, kept.scale)
+    return {"q": dq, "k": dk, "v": dv}
 
 
-torch.library.register_vmap(
-    "nest_fast::block_attention_cpp_fwd", _vmap.batching_rule(_OPS.block_attention_cpp_fwd, 3, 3), lib=_LIB
+def _cpp_bwd_fake(dout, q, k, v, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_CPP = operation(
+    "block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
+    fake=_out_and_lse,
+    saved=("q", "k", "v", "out", "lse"),
+    gradients=_cpp_gradients,
+    vmap=(3, 3),
+    flops=_flops,
 )
-torch.library.register_vmap(
-    "nest_fast::block_attention_cpp_bwd", _vmap.batching_rule(_OPS.block_attention_cpp_bwd, 6, 6), lib=_LIB
+_CPP_BWD = operation(
+    "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake=_cpp_bwd_fake,
+    backward_of="block_attention",
+    vmap=(6, 6),
+    flops=_flops_bwd,
 )
 
 
-# --- registration: the Triton kernels ---------------------------------------------------------------------------------
+def _triton_gradients(kept, dout):
+    need_dbias = kept.bias is not None and kept.needed["bias"]
+    tensors = dout.contiguous(), kept.q, kept.k, kept.v, kept.out, kept.lse, kept.bias, kept.mask
+    dq, dk, dv, dbias = _TRITON_BWD(*tensors, kept.scale, need_dbias)
+    return {"q": dq, "k": dk, "v": dv, "bias": dbias if need_dbias else None}
 
 
-def _triton_fwd(q, k, v, bias, mask, scale):
-    from nest_fast.kernels import block_attention as kernels
-
-    return kernels.block_attention_fwd(q, k, v, bias, mask, scale)
-
-
-def _triton_bwd(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
-    from nest_fast.kernels import block_attention as kernels
-
-    dq, dk, dv, dbias = kernels.block_attention_bwd(dout, q, k, v, out, lse, bias, mask, scale, need_dbias)
-    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dbias is None else dbias
-
-
-for _key in _triton.DISPATCH_KEYS:
-    _LIB.impl("block_attention_triton_fwd", _triton_fwd, _key)
-    _LIB.impl("block_attention_triton_bwd", _triton_bwd, _key)
-
-
-@torch.library.register_fake("nest_fast::block_attention_triton_fwd", lib=_LIB)
-def _triton_fwd_fake(q, k, v, bias, mask, scale):
-    return _out_and_lse(q)
-
-
-@torch.library.register_fake("nest_fast::block_attention_triton_bwd", lib=_LIB)
 def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
-    dbias = bias.new_empty(bias.shape) if need_dbias else q.new_empty(0, dtype=torch.float32)
+    dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _triton_setup(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, bias, mask, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _triton_autograd(ctx, dout, _dlse):
-    if dout is None:
-        return None, None, None, None, None, None
-    q, k, v, bias, mask, out, lse = ctx.saved_tensors
-    need_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = _OPS.block_attention_triton_bwd(
-        dout.contiguous(), q, k, v, out, lse, bias, mask, ctx.scale, need_dbias
-    )
-    return dq, dk, dv, dbias if need_dbias else None, None, None
-
-
-torch.library.register_autograd(
-    "nest_fast::block_attention_triton_fwd", _triton_autograd, setup_context=_triton_setup, lib=_LIB
+_TRITON = operation(
+    "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    launch="block_attention.block_attention_fwd",
+    fake=_out_and_lse,
+    saved=("q", "k", "v", "bias", "mask", "out", "lse"),
+    gradients=_triton_gradients,
+    vmap=(3, 5),
+    flops=_flops,
 )
-torch.library.register_vmap(
-    "nest_fast::block_attention_triton_fwd", _vmap.batching_rule(_OPS.block_attention_triton_fwd, 3, 5), lib=_LIB
+_TRITON_BWD = operation(
+    "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
+    " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    launch="block_attention.block_attention_bwd",
+    fake=_triton_bwd_fake,
+    backward_of="block_attention",
+    flops=_flops_bwd,
 )

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _triton
+from nest_fast.ops import _checks, _choice
+from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["bias_gelu"]
 
 APPROXIMATIONS = ("none", "tanh")
-
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("bias_gelu_triton_fwd(Tensor x, Tensor? bias, ScalarType dtype, bool tanh) -> Tensor")
-_LIB.define(
-    "bias_gelu_triton_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh, bool need_dbias) -> (Tensor dx, Tensor dbias)"
-)
-_OPS = torch.ops.nest_fast
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl: str = "auto") -> Tensor:
@@ -51,60 +45,46 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
     if not _choice.use_triton("bias_gelu", impl, (x, bias)):
         return reference.bias_gelu(x, bias, approximate=approximate)
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
-    return _OPS.bias_gelu_triton_fwd(x, bias, dtype, approximate == "tanh")
+    return _TRITON(x, bias, dtype, approximate == "tanh")
 
 
-def _fwd(*args):
-    from nest_fast.kernels import gelu as kernels
-
-    return kernels.bias_gelu_fwd(*args)
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _bwd(*args):
-    from nest_fast.kernels import gelu as kernels
-
-    dx, dbias = kernels.bias_gelu_bwd(*args)
-    return dx, dx.new_empty(0, dtype=torch.float32) if dbias is None else dbias
-
-
-for _key in _triton.DISPATCH_KEYS:
-    _LIB.impl("bias_gelu_triton_fwd", _fwd, _key)
-    _LIB.impl("bias_gelu_triton_bwd", _bwd, _key)
-
-
-@torch.library.register_fake("nest_fast::bias_gelu_triton_fwd", lib=_LIB)
-def _fwd_fake(x, bias, dtype, tanh):
+def _fake(x, bias, dtype, tanh):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake("nest_fast::bias_gelu_triton_bwd", lib=_LIB)
 def _bwd_fake(dout, x, bias, tanh, need_dbias):
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_dbias else 0, dtype=torch.float32)
+    dbias = x.new_empty(x.shape[-1], dtype=torch.float32) if need_dbias else nothing_like(x)
+    return x.new_empty(x.shape), dbias
 
 
-def _setup(ctx, inputs, output):
-    x, bias, _, ctx.tanh = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _autograd(ctx, dout):
-    x, bias = ctx.saved_tensors
-    need_dbias = ctx.needs_input_grad[1]
-    dx, dbias = _OPS.bias_gelu_triton_bwd(dout, x, bias, ctx.tanh, need_dbias)
-    return dx, dbias.to(bias.dtype) if need_dbias else None, None, None
-
-
-torch.library.register_autograd("nest_fast::bias_gelu_triton_fwd", _autograd, setup_context=_setup, lib=_LIB)
-torch.library.register_autograd("nest_fast::bias_gelu_triton_bwd", _checks.no_double_backward("bias_gelu"), lib=_LIB)
+def _gradients(kept, dout):
+    dx, dbias = _TRITON_BWD(dout, kept.x, kept.bias, kept.tanh, kept.needed["bias"])
+    return {"x": dx, "bias": dbias if kept.needed["bias"] else None}
 
 
 def _vmap(info, in_dims, x, bias, dtype, tanh):
-    op = _OPS.bias_gelu_triton_fwd
     if in_dims[1] is None:
-        return op(x.movedim(in_dims[0], 0), bias, dtype, tanh), 0
+        return _TRITON(x.movedim(in_dims[0], 0), bias, dtype, tanh), 0
     # A bias of its own for each: the kernel knows one, so one call each.
     xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
-    return torch.stack([op(*one, dtype, tanh) for one in zip(xs, bias.unbind(in_dims[1]), strict=True)]), 0
+    return torch.stack([_TRITON(*one, dtype, tanh) for one in zip(xs, bias.unbind(in_dims[1]), strict=True)]), 0
 
 
-torch.library.register_vmap("nest_fast::bias_gelu_triton_fwd", _vmap, lib=_LIB)
+_TRITON = operation(
+    "bias_gelu_triton_fwd(Tensor x, Tensor? bias, ScalarType dtype, bool tanh) -> Tensor",
+    launch="bias_gelu.bias_gelu_fwd",
+    fake=_fake,
+    saved=("x", "bias"),
+    gradients=_gradients,
+    vmap=_vmap,
+)
+_TRITON_BWD = operation(
+    "bias_gelu_triton_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh, bool need_dbias)"
+    " -> (Tensor dx, Tensor dbias)",
+    launch="bias_gelu.bias_gelu_bwd",
+    fake=_bwd_fake,
+    backward_of="bias_gelu",
+)
