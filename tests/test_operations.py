@@ -29,20 +29,20 @@ TABLE = {
         ("cpp",),
     ),
     "mlp_layer": (nest_fast.mlp_layer, ((2, 4, 9, C), *VECTORS, (HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,)), ("cpp",)),
-    "block_attention": (nest_fast.block_attention, ((2, 4, 9, HEADS, 8),) * 3, ("sdpa", "cpp", "triton")),
+    "block_attention": (nest_fast.block_attention, ((1, 2, 5, HEADS, 8),) * 3, ("sdpa", "cpp", "triton")),
     "block_attention, one key head": (
         nest_fast.block_attention,
-        ((2, 4, 9, HEADS, 8), *((2, 4, 9, 1, 8),) * 2),
+        ((1, 2, 5, HEADS, 8), *((1, 2, 5, 1, 8),) * 2),
         ("sdpa", "cpp", "triton"),
     ),
     "block_attention, bias": (
         lambda q, k, v, bias, **kwargs: nest_fast.block_attention(q, k, v, bias=bias, **kwargs),
-        (*((2, 4, 9, HEADS, 8),) * 3, (HEADS, 9, 9)),
+        (*((1, 2, 5, HEADS, 8),) * 3, (HEADS, 5, 5)),
         ("sdpa", "triton"),
     ),
     "block_attention, mask": (
         lambda q, k, v, mask, **kwargs: nest_fast.block_attention(q, k, v, mask=mask, **kwargs),
-        (*((2, 4, 9, HEADS, 8),) * 3, (4, 9, 9)),
+        (*((1, 2, 5, HEADS, 8),) * 3, (2, 5, 5)),
         ("sdpa",),
     ),
     "block_aggregate": (
@@ -145,7 +145,7 @@ def expandable(n, t):
 @each_way
 def test_any_strides(name, impl):
     """Operands and output gradients of any strides give what dense ones give, in plain PyTorch."""
-    for seed in range(3 if impl == "triton" else 12):
+    for seed in range(2 if impl == "triton" else 12):
         chance = random.Random(f"{name} {seed}")
         strange = [restrided(t, chance, expandable(n, t)) for n, t in enumerate(tensors_of(name))]
         dense = [t.contiguous() for t in strange]
@@ -353,7 +353,7 @@ def test_double_backward_in_float64(name):
 @pytest.mark.parametrize("options", [{"mask": True}, {"bias": True}, {"dropout_p": 0.0, "mask": True}])
 def test_double_backward_of_attention_that_no_kernel_takes(options):
     q, k, v = (t.requires_grad_() for t in tensors_of("block_attention"))
-    given = {"mask": {"mask": torch.randn(2, 9, 9)}, "bias": {"bias": torch.randn(HEADS, 9, 9)}}
+    given = {"mask": {"mask": torch.randn(2, 5, 5)}, "bias": {"bias": torch.randn(HEADS, 5, 5)}}
     extra = given["mask" if "mask" in options else "bias"]
     (dq,) = torch.autograd.grad(nest_fast.block_attention(q, k, v, **extra).sum(), q, create_graph=True)
     assert torch.autograd.grad(dq.square().sum(), k)[0].isfinite().all()
