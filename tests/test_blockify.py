@@ -354,9 +354,9 @@ BLOCKS = torch.zeros(2, 6, 16, 3)
             "pos_embed: wanted shape (1, 6, 16, 3) (1, T, N, C), got (1, 6, 15, 3)",
         ),
         (
-            lambda: blockify(X, 4, pos_embed=torch.zeros(1, 6, 16, 3).double()),
+            lambda: blockify(X, 4, pos_embed=torch.zeros(1, 6, 16, 3).long()),
             TypeError,
-            "pos_embed: wanted dtype torch.float32 as x has, got torch.float64",
+            "pos_embed: wanted a floating-point dtype, got torch.int64",
         ),
         (
             lambda: blockify(X.int(), 4, pos_embed=torch.zeros(1, 6, 16, 3).int()),

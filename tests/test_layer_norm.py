@@ -351,7 +351,7 @@ def test_reference_gradients():
         ({"x": torch.zeros(16)}, r"x: wanted 2 or more dimensions \(B, ..., C\), got shape \(16,\)"),
         ({"x": torch.zeros(2, 3, 16, dtype=torch.int64)}, "x: wanted a floating-point dtype, got torch.int64"),
         ({"branch": torch.zeros(2, 16)}, r"branch: wanted shape \(2, 3, 16\) as x has, got \(2, 16\)"),
-        ({"branch": torch.zeros(2, 3, 16).half()}, "branch: wanted dtype torch.float32 as x has, got torch.float16"),
+        ({"branch": torch.zeros(2, 3, 16).int()}, "branch: wanted a floating-point dtype, got torch.int32"),
         ({"weight": torch.zeros(8)}, r"weight: wanted shape \(16,\) \(C,\), got \(8,\)"),
         ({"bias": torch.zeros(16).double()}, "bias: wanted dtype torch.float32 as x has, got torch.float64"),
         ({"branch_bias": torch.zeros(3)}, r"branch_bias: wanted shape \(16,\) \(C,\), got \(3,\)"),

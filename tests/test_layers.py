@@ -1,6 +1,7 @@
 """attention_layer and mlp_layer: every implementation against float64, registration, choosing, errors."""
 
 import math
+import random
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch._dynamo.testing
 from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strides import restrided
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nest_fast import attention_layer, mlp_layer, reference
@@ -182,15 +184,25 @@ def test_reads_nothing_around_the_inputs(isa, dtype):
 
 
 @needs_cpp
-def test_strided_operands():
+def test_strided_operands_give_the_same_bits():
+    chance = random.Random(0)
+    for function, tensors, options in both() * 5:
+        strange = [restrided(t, chance, expandable=()) for t in tensors]
+        assert not all(t.is_contiguous() for t in strange)
+        calls = [partial(function, *given, **options, impl="cpp") for given in (tensors, strange)]
+        assert torch.equal(*(call() for call in calls))
+
+
+@pytest.mark.parametrize("impl", ["auto", pytest.param("cpp", marks=needs_cpp)])
+def test_rows_that_are_a_view_and_not_dense(impl):
+    """As the features of a convolution are tokens, at batch 1, and every second channel."""
     for function, tensors, options in both():
-        wanted = function(*tensors, **options, impl="cpp")
-        strided = [t.unsqueeze(-1).expand(*t.shape, 2)[..., 0] for t in tensors]
-        strided[3] = tensors[3].t().contiguous().t()
-        strided[5] = torch.cat([tensors[5], tensors[5]], 1)[:, : tensors[5].shape[1]]
-        assert torch.equal(function(*strided, **options, impl="cpp"), wanted)
-        x = tensors[0].transpose(0, 1).contiguous().transpose(0, 1)
-        assert torch.equal(function(x, *tensors[1:], **options, impl="cpp"), wanted)
+        for x in (torch.randn(1, 24, 3, 5).flatten(2).mT.unsqueeze(1), torch.randn(2, 3, 5, 48)[..., ::2]):
+            assert x.reshape(-1, 24).data_ptr() == x.data_ptr()
+            dout = torch.randn_like(x)
+            ours = gradients(partial(function, **options, impl=impl), (x, *tensors[1:]), dout)
+            plain = gradients(partial(function, **options, impl="reference"), (x, *tensors[1:]), dout)
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 NAMES = ("x", "norm_weight", "norm_bias", "weight", "bias", "weight 2", "bias 2")

@@ -31,13 +31,21 @@ def linear_gradients(rows_shape, weight_shape, drows, dweight):
 
 
 def attention(q_shape, count=2):
-    """``count`` products ``(N, head_dim)`` by ``(N, N)`` for every block and head."""
+    """``count`` products ``(N, head_dim)`` by ``(N, N)`` for every block and head; N comes third, as in PyTorch's."""
     return count * 2 * math.prod(q_shape) * q_shape[2]
 
 
 def convolution(image_shape, weight_shape):
     """A 3 x 3 convolution whose input ``(B, …, C)`` has as many pixels as its output, or the gradient of that."""
     return 2 * math.prod(image_shape[:-1]) * math.prod(weight_shape)
+
+
+def _sdpa(q, *_, out_shape=None, **options):
+    return attention(q)
+
+
+def _sdpa_backward(dout, q, *_, out_shape=None, **options):
+    return attention(q, 4)
 
 
 def _linear_pointwise(x, *_, out_shape=None):
@@ -56,8 +64,11 @@ def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas = {getattr(torch.ops.nest_fast, name): formula for name, formula in FORMULAS.items()}
+    # What the operations call of PyTorch's that PyTorch has no formula for.
     if torch.backends.mkldnn.is_available():
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _sdpa
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = _sdpa_backward
     for op, formula in formulas.items():
         if op not in flop_registry:  # as a later PyTorch may know it
             register_flop_formula(op)(formula)

@@ -76,7 +76,7 @@ def attention_layer(
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
     _checks.number("scale", scale)
     _checks.number("branch_scale", branch_scale)
-    scale = (C // num_heads) ** -0.5 if scale is None else scale
+    scale = float((C // num_heads) ** -0.5) if scale is None else scale
     if impl == "reference":
         return reference.attention_layer(
             *(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias),

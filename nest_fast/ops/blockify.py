@@ -135,9 +135,9 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     """Both in one dtype, ``pos_embed`` contiguous, as the kernels take them."""
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
-    _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype not in _ADDED:
         raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
+    _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype != pos_embed.dtype:
         dtype = torch.promote_types(x.dtype, pos_embed.dtype)
         x, pos_embed = x.to(dtype), pos_embed.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice, _extension
@@ -89,6 +90,8 @@ def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     if residual is not None and residual.dtype != x.dtype:
         reasons.append(f"residual is {residual.dtype}")
     reasons += _choice.mode_why_not(x, weight, bias, residual)
+    if isinstance(x, FakeTensor):
+        reasons.append("PyTorch has no fake of it")
     if x.numel() == 0:
         reasons.append("x is empty")
     if _choice.wants_gradients(x, weight, bias, residual):
