@@ -259,6 +259,7 @@ case(
     kinds=TIMM_KINDS,
     options={"attn_drop_rate": 0.3},
 )
+case("attention dropout", modes=ACTING, options={"attn_drop_rate": 0.4})
 case("no attention dropout to draw", manual_attention, options={"attn_drop_rate": 0.0})
 case("attn.scale changed", all_of(manual_attention, each_layer(lambda layer: setattr(layer.attn, "scale", 0.7))))
 case(
@@ -848,6 +849,14 @@ case(
 case(
     "a hook changes outputs in place",
     each([*LINEARS, *CONVS], lambda m: m.register_forward_hook(lambda module, args, out: out.add_(0.3))),
+)
+case(
+    "a hook changes a block's output in place",
+    each(
+        [LAYER, f"{LAYER}.attn", f"{LAYER}.mlp", "levels.0", "levels.1", "patch_embed"],
+        lambda m: m.register_forward_hook(lambda module, args, out: out.mul_(0.5)),
+    ),
+    kinds=FAST,
 )
 case(
     "a hook changes outputs of levels and pool",

@@ -39,6 +39,7 @@ from twins import (
     plain_model,
     run,
     runs,
+    strides,
     timm,
     timm_nest,
     twin,
@@ -224,6 +225,35 @@ def test_shapes_are_summarised():
             handle.remove()
         rows.append(table)
     assert rows[1] == rows[0]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_parts_are_called_by_hand(mode):
+    """A backbone's user calls its parts one by one: the same values in the same memory formats."""
+    results = []
+    for model in twins("accelerated after"):
+        model.train(mode == "train")
+        x = model.patch_embed(image())
+        blocks = torch.randn(2, 4, 16, 32, generator=torch.Generator().manual_seed(1))
+        first = model.levels[0](x)
+        features = model.forward_features(image())
+        results.append(
+            {
+                "patch_embed": x,
+                "levels": model.levels(x),
+                "levels.0": first,
+                "levels.1": model.levels[1](first),
+                "levels.1.pool": model.levels[1].pool(first),
+                "transformer_encoder": model.levels[0].transformer_encoder(blocks),
+                "a layer": layers(model)[0](blocks),
+                "attn": layers(model)[0].attn(blocks),
+                "forward_features": features,
+                "forward_head": model.forward_head(features, pre_logits=True),
+            }
+        )
+    for name, wanted in results[0].items():
+        assert_close(results[1][name], wanted, name)
+        assert strides(results[1][name]) == strides(wanted), name
 
 
 # --- patched methods --------------------------------------------------------------------------------------------------
