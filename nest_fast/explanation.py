@@ -89,16 +89,22 @@ def _like(module: nn.Module, x: Tensor | None, blocks: tuple[int, ...], *sizes: 
 def tell_layer(name: str, layer: Any, like: Like, *, known: fusion.Known) -> Iterator[Row]:
     """The two halves of a pre-norm layer."""
     for half in fusion.halves(layer, known):
-        x = like(next((p.shape[-1] for p in layer.parameters() if p.dim() == 1), 1))
+        x = like(_channels(half))
         why = fusion.everywhere(x) or half.why_not(x) or (not fusion.is_chained(x) and fusion.why_not_skipped(x, half))
         options = half.known[type(half.body)].options if type(half.body) in half.known else None
         attention = _plan.attention(x, options(half.body).num_heads) if options else None
-        how = (
-            _called(why, attention)
-            if why
-            else _plan.half_layer(x, attention, [*layer.parameters()], fusion.is_chained(x))
-        )
-        yield Row(name, f"{half.names[1]} half", *how)
+        if why:
+            plan = _called(why, attention)
+        else:
+            plan = _plan.half_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
+        yield Row(name, f"{half.names[1]} half", *plan)
+
+
+def _channels(half: fusion.Half) -> int:
+    """Those of what the half takes, as far as its modules tell."""
+    inside = getattr(half.body, "_modules", {})
+    first = inside.get("qkv", inside.get("fc1"))
+    return getattr(first, "in_features", 1)
 
 
 def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
@@ -107,7 +113,7 @@ def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
 
 def tell_attention(name: str, attn: Any, like: Like, *, heads: Callable[[Any], int]) -> Iterator[Row]:
     """Attention that is in no layer."""
-    yield Row(name, "attention", *_plan.attention(like(attn.proj.in_features), heads(attn)))
+    yield Row(name, "attention", *_plan.attention(like(getattr(attn.proj, "in_features", 1)), heads(attn)))
 
 
 def tell_aggregation(name: str, pool: Any, like: Like, *, parts: Callable, known: fusion.Known) -> Iterator[Row]:

@@ -232,16 +232,17 @@ def why_not(x: Tensor, parts: Iterable[Part], known: Known) -> Reason | None:
         written = known.get(type(module))
         if written is None or written.role not in place.roles:
             return Reason(_OTHER, name, module)
+        own = module.__dict__
         for cls, method, function in written.methods:
             if getattr(cls, method) is not function:
                 return Reason(_PATCHED, name, module)
-        own = module.__dict__
+            if method in own:
+                return Reason(_HEARD, name, module)
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
             or own.get("_compiled_call_impl")
         ):
             return Reason(_HEARD, name, module)

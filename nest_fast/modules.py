@@ -129,10 +129,14 @@ class BlockAggregation(nn.Module):
             raise RuntimeError(f"impl: {self.impl!r} cannot run block_aggregate here: {why}")
         if why:
             return self._step_by_step(x, grid_size, block_size, pos_embed)
-        options = {"grid_size": grid_size, "block_size": block_size, "pos_embed": pos_embed, "impl": self.impl}
+        options = {"grid_size": grid_size, "block_size": block_size, "impl": self.impl}
         image = x.permute(0, 2, 3, 1) if is_image else x
+        out_shape = (image.shape[1] // 4, image.shape[2], self.conv.out_channels)
+        if is_image or fusion.is_one_for_each(pos_embed, out_shape):
+            out = fusion.aggregate(image, self, self.padding, pos_embed=pos_embed, **options)
+            return out.permute(0, 3, 1, 2) if is_image else out
         out = fusion.aggregate(image, self, self.padding, **options)
-        return out.permute(0, 3, 1, 2) if is_image else out
+        return out if pos_embed is None else out + pos_embed
 
     def parts(self) -> tuple[fusion.Part, ...]:
         own = self._modules

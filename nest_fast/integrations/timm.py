@@ -151,11 +151,11 @@ def _is_in_other_blocks(model: Any, x: Tensor) -> bool:
     levels, patch = list(model.levels), model.patch_embed.patch_size
     edge = levels[0].block_size if levels else 0
     for i, level in enumerate(levels):
-        pos_embed = level.pos_embed
-        grid = math.isqrt(pos_embed.shape[1])
-        height, width = (edge * patch[j] * grid * 2**i for j in range(2))
-        one_each = fusion.is_one_for_each(pos_embed, (grid * grid, edge * edge, pos_embed.shape[-1]))
-        if level.block_size != edge or x.shape[2:] != (height, width) or not one_each:
+        grid = x.shape[2] // (edge * patch[0] * 2**i)
+        size = tuple(edge * side * grid * 2**i for side in patch)
+        conv = level.pool.conv if i else model.patch_embed.proj
+        blocks = (grid * grid, edge * edge, conv.out_channels)
+        if level.block_size != edge or x.shape[2:] != size or not fusion.is_one_for_each(level.pos_embed, blocks):
             return True
     return not levels
 

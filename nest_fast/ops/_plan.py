@@ -41,7 +41,8 @@ def half_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | Non
 
 def attention(x: Tensor, num_heads: int) -> Plan:
     """For block_attention inside ``x`` ``(B, T, N, C)``."""
-    q = x.unflatten(-1, (num_heads, -1))
+    head_dim = max(x.shape[-1] // num_heads, 1)
+    q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
     given = q, q, q, None, None
     impl = choose_attention(given, 0.0)
     wanted = "triton" if x.is_cuda else "cpp"
