@@ -63,6 +63,7 @@ class Case:
 
 # Where something acts in one of them alone; elsewhere a step of training and an answer without gradients say more.
 ACTING = ("eval", "train")
+FAST = ("accelerated after", "NesT")
 CASES: list[Case] = []
 
 
@@ -149,7 +150,7 @@ POOL = "levels.1.pool"
 # --- modules in the place of those that do nothing in eval mode -------------------------------------------------------
 
 for place in ("drop_path1", "drop_path2", "attn.proj_drop", "mlp.drop1", "mlp.drop2", "norm1", "norm2", "mlp.act"):
-    case(f"layer scale as {place}", replace(place, lambda old, dim: Scale(dim)), modes=ACTING)
+    case(f"layer scale as {place}", replace(place, lambda old, dim: Scale(dim)), modes=ACTING, kinds=FAST)
 for label, new in {
     "an adapter": lambda old, dim: Adapter(dim),
     "a sequence of dropout and scale": lambda old, dim: nn.Sequential(old, Scale(dim)),
@@ -165,7 +166,7 @@ for label, new in {
     "a norm": lambda old, dim: nn.LayerNorm(dim),
 }.items():
     case(f"{label} as attn.proj_drop", replace("attn.proj_drop", new), modes=ACTING)
-    case(f"{label} as mlp.drop1", replace("mlp.drop1", new), modes=ACTING, kinds=("accelerated after", "NesT"))
+    case(f"{label} as mlp.drop1", replace("mlp.drop1", new), modes=ACTING, kinds=FAST)
 for label, new in {
     "stochastic depth that always acts": lambda old, dim: AlwaysDropPath(0.3),
     "dropout": lambda old, dim: nn.Dropout(0.3),
@@ -200,7 +201,7 @@ for label, new in {
     "an identity": lambda old, dim: nn.Identity(),
     "a scripted activation": lambda old, dim: torch.jit.script(QuickGELU()),
 }.items():
-    case(f"{label} as the activation", replace("mlp.act", new), modes=ACTING)
+    case(f"{label} as the activation", replace("mlp.act", new), modes=ACTING, kinds=FAST)
 case("approximate changed", each_layer(lambda layer: setattr(layer.mlp.act, "approximate", "tanh")))
 
 # --- dropout and stochastic depth in some modules alone ---------------------------------------------------------------
@@ -258,6 +259,7 @@ case(
     kinds=TIMM_KINDS,
     options={"attn_drop_rate": 0.3},
 )
+case("attention dropout", modes=ACTING, options={"attn_drop_rate": 0.4})
 case("no attention dropout to draw", manual_attention, options={"attn_drop_rate": 0.0})
 case("attn.scale changed", all_of(manual_attention, each_layer(lambda layer: setattr(layer.attn, "scale", 0.7))))
 case(
@@ -325,8 +327,8 @@ for label, new in {
     "a simple norm": lambda old: timm.layers.SimpleNorm(old.normalized_shape[0]),
 }.items():
     case(f"{label} as a layer's norms", all_of(put(f"{LAYER}.norm1", new), put(f"{LAYER}.norm2", new)))
-    case(f"{label} as the pool's norm", put(f"{POOL}.norm", new))
-    case(f"{label} as the last norm", put("norm", new), kinds=("accelerated after", "NesT"))
+    case(f"{label} as the pool's norm", put(f"{POOL}.norm", new), kinds=FAST)
+    case(f"{label} as the last norm", put("norm", new), kinds=FAST)
 case("LayerNorm over two dimensions", put(f"{LAYER}.norm1", lambda old: nn.LayerNorm((16, 64))))
 case("GroupNorm over blocks", put(f"{LAYER}.norm1", lambda old: nn.GroupNorm(1, 1)))
 case("a norm is another's", each_layer(lambda layer: setattr(layer, "norm2", layer.norm1)))
@@ -584,12 +586,12 @@ for name in [*LINEARS, *CONVS, *NORMS]:
     case(
         f"parametrized bias of {short}",
         at(name, lambda m: parametrize.register_parametrization(m, "bias", Half())),
-        kinds=("accelerated after", "NesT"),
+        kinds=FAST,
     )
     case(
         f"pruned bias of {short}",
         at(name, lambda m: prune.l1_unstructured(m, "bias", 0.5)),
-        kinds=("accelerated after", "NesT"),
+        kinds=FAST,
     )
 for name in NORMS:
     short = name.removeprefix("levels.1.").removeprefix("transformer_encoder.0.")
@@ -768,14 +770,14 @@ case(
     "bfloat16 with a hook",
     lambda model: (to_dtype(model, torch.bfloat16), listen(model, LINEARS[2], "forward")),
     x=bf16,
-    kinds=("accelerated after", "NesT"),
+    kinds=FAST,
 )
 case(
     "bfloat16 with a dropout",
     lambda model: to_dtype(model, torch.bfloat16),
     x=bf16,
     options={"proj_drop_rate": 0.3},
-    kinds=("accelerated after", "NesT"),
+    kinds=FAST,
 )
 case(
     "a head in float64",
@@ -816,7 +818,7 @@ for label, x in {
     "channels in steps": lambda: torch.cat([image(), image()], 1)[:, ::2],
     "non-finite values": lambda: image().index_fill(0, torch.tensor([0]), torch.inf),
 }.items():
-    case(f"images: {label}", x=x, kinds=("accelerated after", "NesT"), backward=label != "non-finite values")
+    case(f"images: {label}", x=x, kinds=FAST, backward=label != "non-finite values")
     case(
         f"images with a hook: {label}",
         lambda model: listen(model, POOL, "forward", torch.Tensor.contiguous),
@@ -847,6 +849,14 @@ case(
 case(
     "a hook changes outputs in place",
     each([*LINEARS, *CONVS], lambda m: m.register_forward_hook(lambda module, args, out: out.add_(0.3))),
+)
+case(
+    "a hook changes a block's output in place",
+    each(
+        [LAYER, f"{LAYER}.attn", f"{LAYER}.mlp", "levels.0", "levels.1", "patch_embed"],
+        lambda m: m.register_forward_hook(lambda module, args, out: out.mul_(0.5)),
+    ),
+    kinds=FAST,
 )
 case(
     "a hook changes outputs of levels and pool",

@@ -39,6 +39,7 @@ from twins import (
     plain_model,
     run,
     runs,
+    strides,
     timm,
     timm_nest,
     twin,
@@ -224,6 +225,35 @@ def test_shapes_are_summarised():
             handle.remove()
         rows.append(table)
     assert rows[1] == rows[0]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_parts_are_called_by_hand(mode):
+    """A backbone's user calls its parts one by one: the same values in the same memory formats."""
+    results = []
+    for model in twins("accelerated after"):
+        model.train(mode == "train")
+        x = model.patch_embed(image())
+        blocks = torch.randn(2, 4, 16, 32, generator=torch.Generator().manual_seed(1))
+        first = model.levels[0](x)
+        features = model.forward_features(image())
+        results.append(
+            {
+                "patch_embed": x,
+                "levels": model.levels(x),
+                "levels.0": first,
+                "levels.1": model.levels[1](first),
+                "levels.1.pool": model.levels[1].pool(first),
+                "transformer_encoder": model.levels[0].transformer_encoder(blocks),
+                "a layer": layers(model)[0](blocks),
+                "attn": layers(model)[0].attn(blocks),
+                "forward_features": features,
+                "forward_head": model.forward_head(features, pre_logits=True),
+            }
+        )
+    for name, wanted in results[0].items():
+        assert_close(results[1][name], wanted, name)
+        assert strides(results[1][name]) == strides(wanted), name
 
 
 # --- patched methods --------------------------------------------------------------------------------------------------
@@ -471,12 +501,6 @@ def symbolic(model, x):
     return make_fx(model, tracing_mode="symbolic")(x)(image(3))
 
 
-def made(model, x):
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return make_fx(model)(x)(x)
-
-
 def on_meta(model, x):
     return torch.zeros(copy.deepcopy(model).to("meta")(x.to("meta")).shape)
 
@@ -567,6 +591,7 @@ def pruned_intermediates(model, x):
     return model.forward_features(x)
 
 
+SHALLOW = {"num_levels": 1, "embed_dims": (32,), "num_heads": (2,), "depths": (1,)}
 TRACERS = {
     "jit.trace": traced,
     "jit.script": lambda model, x: torch.jit.script(model)(x),
@@ -574,7 +599,6 @@ TRACERS = {
     "fx features": features,
     "fx": lambda model, x: torch.fx.symbolic_trace(model)(x),
     "fake tensors": fake,
-    "make_fx": made,
     "make_fx, symbolic": symbolic,
     "the meta device": on_meta,
     "a dispatch mode": dispatched,
@@ -598,7 +622,7 @@ MAY_REFUSE = ("jit.trace", "jit.script", "jit.script and freeze", "fx features",
 @pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("name", TRACERS)
 def test_tracers_and_modes(name, kind):
-    plain, other = twins(kind, depths=1)
+    plain, other = twins(kind, **(SHALLOW if name == "compile" else {"depths": 1}))
     try:
         wanted = TRACERS[name](plain, image())
     except Exception as error:
@@ -966,7 +990,7 @@ def test_options_are_the_same():
     ):
         for kind in FAST:
             size = options.get("img_size", SMALL["img_size"])
-            agree(*twins(kind, **options), image(size=size), layout=kind != "NesT")
+            agree(*twins(kind, **{"depths": 1, **options}), image(size=size), layout=kind != "NesT", modes=("train",))
 
 
 def test_data_parallel_style_replicas():
