@@ -92,9 +92,7 @@ class Log:
 
         steps, epochs = self.steps.read(), self.epochs.read()
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-        left.plot(
-            [r["step"] / per_epoch for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training"
-        )
+        left.plot([r["epoch"] for r in steps], [r["loss"] for r in steps], lw=0.7, alpha=0.6, label="training")
         for axis, names in (
             (left, {"val_loss": "validation", "ema_loss": "moving average"}),
             (right, {"val_top1": "top 1", "val_top5": "top 5", "ema_top1": "top 1, moving average"}),

@@ -19,6 +19,7 @@ from nest_fast.testing import import_timm
 from nest_fast.train import checkpoint, data
 from nest_fast.train.distributed import World
 from nest_fast.train.log import Log
+from nest_fast.train.meters import Clock, Mean, Rate
 from nest_fast.train.model import build, image_size
 from nest_fast.train.options import Options, UsageError, to_save
 
@@ -60,7 +61,7 @@ class Trainer:
         self.prepare = data.preprocessing(options, image_size(self.model), getattr(self.model, "pretrained_cfg", {}))
         self.step = self.evaluated = 0
         self.best, self.seconds, self.broken = -1.0, 0.0, set[str]()
-        self.window, self.epoch_mean = _Mean(world), _Mean(world)
+        self.window, self.epoch_mean = Mean(world), Mean(world)
         self.ema = ModelEmaV3(self.model, options.ema, use_warmup=True) if options.ema else None
         if self.ema and options.fsdp:
             world.shard(self.ema.module)
@@ -80,8 +81,8 @@ class Trainer:
         self._schedule()
         self.rng = saved["rng"][world.rank] if saved and world.rank < len(saved["rng"]) else None
         self.path: Path = options.out / "last.pt"
-        self.clock = _Clock(60 * options.checkpoint_minutes)
-        self.rate = _Rate(self.step * options.batch_size)
+        self.clock = Clock(60 * options.checkpoint_minutes)
+        self.rate = Rate(self.step * options.batch_size)
 
     def _sources(self) -> tuple[data.Source, data.Source]:
         """The first process may download; the others look after it."""
@@ -397,62 +398,3 @@ class Trainer:
         self.log.say(f"done: best top 1 {self.best:.2f} %, {minutes:.1f} minutes; {curves}")
         if self.broken:
             self.log.say(f"{len(self.broken)} broken images were skipped: {', '.join(sorted(self.broken))}")
-
-
-class _Mean:
-    """A mean over images, parts, processes and resumed runs."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.local = torch.zeros(2, dtype=torch.float64, device="cpu" if world.device.type == "mps" else world.device)
-        self.total = [0.0, 0.0]
-
-    def add(self, value: Tensor, images: int) -> None:
-        self.local[0] += value.double() * images
-        self.local[1] += images
-
-    def reduce(self) -> None:
-        self.total = [a + b for a, b in zip(self.total, self.world.sum(self.local), strict=True)]
-        self.local.zero_()
-
-    def take(self) -> float:
-        self.reduce()
-        mean, self.total = self.total[0] / max(self.total[1], 1.0), [0.0, 0.0]
-        return mean
-
-
-class _Rate:
-    """Images a second since it was last asked; evaluations and checkpoints count as they fall into the time."""
-
-    def __init__(self, images: int) -> None:
-        self.images, self.time = images, time.monotonic()
-
-    def take(self, images: int) -> float:
-        now = time.monotonic()
-        rate = (images - self.images) / max(now - self.time, 1e-9)
-        self.images, self.time = images, now
-        return rate
-
-
-class _Clock:
-    """When the next checkpoint has to begin for none to be older than ``interval`` seconds at any moment."""
-
-    def __init__(self, interval: float) -> None:
-        self.interval = interval
-        self.born = time.monotonic()
-        # At the first step: it tells what a checkpoint costs, and a full disk before hours are spent.
-        self.last = -math.inf
-        self.step = self.cost = 0.0
-
-    def alive(self) -> float:
-        return time.monotonic() - self.born
-
-    def stepped(self, started: float) -> None:
-        self.step = max(time.monotonic() - started, 0.9 * self.step)
-
-    def saved(self, started: float) -> None:
-        self.last, self.cost = started, max(time.monotonic() - started, 0.9 * self.cost)
-
-    def due(self, ahead: float = 0.0) -> bool:
-        """Whether it would be late after another step, or ``ahead`` seconds."""
-        return time.monotonic() + 1.5 * (max(ahead, self.step) + self.cost) > self.last + self.interval
