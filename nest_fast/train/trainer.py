@@ -68,17 +68,17 @@ class Trainer:
         self.called = world.spread(self.model, options.fsdp)
         if options.compile:
             self.called.compile()
+        self.per_epoch = len(self.train.labels) // options.batch_size
         self._optimizer_and_loss()
+        self._schedule(options.epochs * self.per_epoch)
         if saved:
             self._restore(saved)
-        self.per_epoch = len(self.train.labels) // options.batch_size
         steps = data.Steps(
             len(self.train.labels), options, world.rank, world.size, self.step, options.epochs * self.per_epoch
         )
         self.total, self.share = steps.stop, steps.share
         self.loader = data.train_loader(self.train, options, self.prepare, steps)
         self.val_loader = data.val_loader(self.val, options, self.prepare, world.rank, world.size)
-        self._schedule()
         self.rng = saved["rng"][world.rank] if saved and world.rank < len(saved["rng"]) else None
         self.path: Path = options.out / "last.pt"
         self.clock = Clock(60 * options.checkpoint_minutes)
@@ -120,19 +120,17 @@ class Trainer:
         else:
             self.loss = LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing else nn.CrossEntropyLoss()
 
-    def _schedule(self) -> None:
+    def _schedule(self, total: int) -> None:
         warmup = round(self.options.warmup_epochs * self.per_epoch)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=max(1, self.total - warmup),
+            t_initial=max(1, total - warmup),
             lr_min=self.options.min_lr * self.options.batch_size / 256,
             warmup_t=warmup,
             warmup_lr_init=self.lr / max(1, warmup),
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        self.scheduler.base_values = [self.lr] * len(self.optimizer.param_groups)
-        self.scheduler.step_update(self.step)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -141,7 +139,10 @@ class Trainer:
         if self.ema:
             checkpoint.load_states(self.ema.module, None, saved["ema"] or saved["model"])
         self.scaler.load_state_dict(saved["scaler"])
+        for group in self.optimizer.param_groups:  # the run's, where it has others than the checkpoint
+            group["weight_decay"] = self.options.weight_decay if group["weight_decay"] else 0.0
         self.step, self.evaluated = saved["step"], saved["evaluated"]
+        self.scheduler.step_update(self.step)
         self.best, self.seconds, self.broken = saved["best"], saved["seconds"], set(saved["broken"])
         self.window.total, self.epoch_mean.total = list(saved["window"]), list(saved["epoch_mean"])
 
@@ -172,7 +173,7 @@ class Trainer:
                 "broken": sorted(self.broken),
                 "window": self.window.total,
                 "epoch_mean": self.epoch_mean.total,
-                "versions": {"torch": torch.__version__, "timm": timm.__version__, "nest_fast": nest_fast.__version__},
+                "versions": {"torch": str(torch.__version__), "timm": timm.__version__, "nest_fast": nest_fast.__version__},
             }
             try:
                 checkpoint.write(self.path, state)
