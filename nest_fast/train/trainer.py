@@ -148,7 +148,7 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         """Write ``last.pt``; all processes call it. The step it holds is done: nothing of it is computed again."""
-        started = time.monotonic()
+        started, now = time.monotonic(), time.time()
         model, optimizer = checkpoint.states(self.model, self.optimizer)
         ema = checkpoint.model_state(self.ema.module) if self.ema else None
         self.window.reduce()
@@ -170,10 +170,15 @@ class Trainer:
                 "rng": rng,
                 "best": self.best,
                 "seconds": self.seconds + self.clock.alive(),
+                "time": now,
                 "broken": sorted(self.broken),
                 "window": self.window.total,
                 "epoch_mean": self.epoch_mean.total,
-                "versions": {"torch": str(torch.__version__), "timm": timm.__version__, "nest_fast": nest_fast.__version__},
+                "versions": {
+                    "torch": str(torch.__version__),
+                    "timm": timm.__version__,
+                    "nest_fast": nest_fast.__version__,
+                },
             }
             try:
                 checkpoint.write(self.path, state)
