@@ -4,7 +4,7 @@ Importing needs no GPU, no triton, no compiler and no timm.
 """
 
 from nest_fast import reference, weights
-from nest_fast.integrations import accelerate, restore
+from nest_fast.integrations import accelerate, explain, restore
 from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
 from nest_fast.nest import (
     NesT,
@@ -43,6 +43,7 @@ __all__ = [
     "block_aggregate",
     "block_attention",
     "blockify",
+    "explain",
     "layer_norm_mean",
     "linear",
     "mlp_layer",

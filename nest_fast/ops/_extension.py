@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx"]
+__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "onednn_dtypes"]
 
 _LIB = torch.library.Library("nest_fast", "FRAGMENT")
 _LIB.define("cpp_isa() -> str")
@@ -47,6 +47,11 @@ cpp_isa = _isa()
 
 # Whether PyTorch's matmuls in bfloat16 have a matrix unit. Asked once: the compiler cannot trace the question.
 has_amx = torch.cpu._is_amx_tile_supported()
+# The dtypes that oneDNN has on this processor; an operation of its own in another raises.
+_ONEDNN = torch.backends.mkldnn.is_available()
+onednn_dtypes = (torch.float32,) * _ONEDNN
+if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn_dtypes += (torch.bfloat16,)
 
 
 def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
