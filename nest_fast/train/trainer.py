@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import random
 import signal
 import time
 from pathlib import Path
@@ -55,12 +56,13 @@ class Trainer:
                              f"{saved['classes'][:3]}...")  # fmt: skip
         torch.manual_seed(options.seed)
         np.random.seed(options.seed)
+        random.seed(options.seed)
         self.model = build(
             options.model, len(self.classes), options.model_kwargs, options.drop_path, options.impl, options.accelerate
         ).to(world.device)
         self.prepare = data.preprocessing(options, image_size(self.model), getattr(self.model, "pretrained_cfg", {}))
         self.step = self.evaluated = 0
-        self.best, self.seconds, self.broken = -1.0, 0.0, set[str]()
+        self.best, self.use_ema, self.seconds, self.broken = -1.0, False, 0.0, set[str]()
         self.window, self.epoch_mean = Mean(world), Mean(world)
         self.ema = ModelEmaV3(self.model, options.ema, use_warmup=True) if options.ema else None
         if self.ema and options.fsdp:
@@ -143,7 +145,8 @@ class Trainer:
             group["weight_decay"] = self.options.weight_decay if group["weight_decay"] else 0.0
         self.step, self.evaluated = saved["step"], saved["evaluated"]
         self.scheduler.step_update(self.step)
-        self.best, self.seconds, self.broken = saved["best"], saved["seconds"], set(saved["broken"])
+        self.best, self.use_ema, self.seconds = saved["best"], saved["use_ema"], saved["seconds"]
+        self.broken = set(saved["broken"])
         self.window.total, self.epoch_mean.total = list(saved["window"]), list(saved["epoch_mean"])
 
     def save(self, best: bool = False) -> None:
@@ -169,6 +172,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng,
                 "best": self.best,
+                "use_ema": self.use_ema,  # whether the average was the better one when last evaluated
                 "seconds": self.seconds + self.clock.alive(),
                 "time": now,
                 "broken": sorted(self.broken),
@@ -368,6 +372,7 @@ class Trainer:
         }
         score = max(row["val_top1"], row["ema_top1"] or 0.0)
         better, self.best = score > self.best, max(score, self.best)
+        self.use_ema = averaged is not None and row["ema_top1"] >= row["val_top1"]
         self.evaluated = self.step
         self.log.epoch(row)
         told = f"epoch {row['epoch']}/{self.options.epochs}  loss {row['train_loss']:.4f}  validation: loss "
