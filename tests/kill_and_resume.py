@@ -143,7 +143,7 @@ def main() -> None:
         )
         assert kill.seconds <= 60 * args.minutes
     print(
-        "every checkpoint whole; the last one's weights, average, optimizer and generators bitwise those of the run that"
+        "every checkpoint whole; the last one's weights, average, optimizer, generators are bitwise those of the run that"
     )
     print(f"nothing interrupted; {time.time() - started:.0f} s, torch {torch.__version__}, seed {args.seed}")
     shutil.rmtree(folder)

@@ -131,9 +131,9 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UsageError(f"resume: wanted a checkpoint, got {path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"resume: wanted a checkpoint of nest_fast.train, got {path}, which is none or damaged"
         ) from error

@@ -178,16 +178,20 @@ def preprocessing(options: Options, size: tuple[int, int], pretrained_cfg: dict[
 
 def _augmentation(options: Options, prepare: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
     config = {key: value for key, value in prepare.items() if key != "crop_pct"}
-    return create_transform(
-        **config,
-        is_training=True,
-        scale=(options.min_crop, 1.0),
-        hflip=options.hflip,
-        color_jitter=None,
-        auto_augment=options.auto_augment or None,
-        re_prob=options.random_erasing,
-        re_mode="pixel",
-    )
+    try:
+        return create_transform(
+            **config,
+            is_training=True,
+            scale=(options.min_crop, 1.0),
+            hflip=options.hflip,
+            color_jitter=None,
+            auto_augment=options.auto_augment or None,
+            re_prob=options.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # that is how timm tells it
+        policy = options.auto_augment
+        raise UsageError(f"auto_augment: wanted one of timm's policies, got {policy!r} ({error})") from error
 
 
 class _Seeded:

@@ -59,10 +59,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     # 1437 small grey images: a small model, no mirror images, of the augmentations the crops alone.
     "digits": {
         "model": "nest_tiny_s16_32",
-        "model_kwargs": {"embed_dims": 96, "depths": 1},
+        "model_kwargs": {"embed_dims": 64, "num_heads": 2, "depths": 1},
         "epochs": 12,
         "batch_size": 32,
-        "lr": 1.2e-2,
+        "lr": 1.6e-2,
         "warmup_epochs": 1.0,
         "clip_grad": 1.0,
         "drop_path": 0.0,
@@ -78,7 +78,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # What may differ between a checkpoint and the run that resumes it without the run being another one.
-_FREE = ("device", "workers", "checkpoint_minutes", "log_every", "data_dir", "compile", "accelerate", "impl", "fsdp")
+_FREE = ("workers", "checkpoint_minutes", "log_every", "data_dir", "compile", "accelerate", "impl")
+_NOT_SAVED = ("out", "resume", "device", "fsdp")
 _SAME = ("model", "model_kwargs")
 
 
@@ -214,8 +215,8 @@ def changed(options: Options, saved: dict[str, Any]) -> list[str]:
 
 
 def to_save(options: Options) -> dict[str, Any]:
-    """Plain values; where the run is kept is the run's, not the checkpoint's."""
-    return {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
+    """Plain values; where it is kept and which processes on which devices run it is no part of a run."""
+    return {name: value for name, value in vars(options).items() if name not in _NOT_SAVED}
 
 
 def _check(values: dict[str, Any]) -> None:
