@@ -142,10 +142,8 @@ def main() -> None:
             f"step {kill.saved}, {kill.seconds:.1f} s before, of {60 * args.minutes:.0f} s allowed"
         )
         assert kill.seconds <= 60 * args.minutes
-    print(
-        "every checkpoint whole; the last one's weights, average, optimizer, generators are bitwise those of the run that"
-    )
-    print(f"nothing interrupted; {time.time() - started:.0f} s, torch {torch.__version__}, seed {args.seed}")
+    print("every checkpoint whole; weights, average, optimizer, generators end bitwise as without a kill;")
+    print(f"{time.time() - started:.0f} s, torch {torch.__version__}, seed {args.seed}")
     shutil.rmtree(folder)
 
 

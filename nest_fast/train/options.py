@@ -192,7 +192,7 @@ def complete(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Opti
         UsageError: a value out of its range, or one that makes of the checkpoint's another model.
     """
     saved = saved or {}
-    data = given.get("data", saved.get("data"))
+    data = str(given.get("data", saved.get("data")))
     recipe = {**RECIPE, **RECIPES.get(data, {})}
     values = {**recipe, **saved, **given, "data": data}
     if "warmup_epochs" not in {**saved, **given}:

@@ -305,10 +305,11 @@ class Trainer:
 
     def _synchronising(self, last: bool) -> Any:
         """Gradients are exchanged with the last part's."""
+        model: Any = self.called
         if self.options.fsdp:
-            self.model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last)
         elif not last and self.world.started:
-            return self.called.no_sync()
+            return model.no_sync()
         return contextlib.nullcontext()
 
     def _autocast(self) -> Any:
