@@ -72,7 +72,7 @@ $(READY): $(SOURCES) constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools ninja torch
 	$(call say,building the extension)
-	@$(call build,-c constraints.txt,'.[timm$(comma)test$(comma)bench]')
+	@$(call build,-c constraints.txt,'.[train$(comma)test$(comma)bench]')
 	@touch $@
 endif
 	@$(PY) -m nest_fast.info

@@ -17,6 +17,8 @@ ALLOWED = {
     "nest": {"ops", "fusion", "modules", "weights"},
     "explanation": {"ops", "fusion", "modules"},
     "integrations": {"ops", "fusion", "explanation", "integrations"},
+    "train": {"__init__", "testing", "train"},
+    "classify": {"__init__", "weights", "testing", "train"},
     "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations"},
     "kernels": {"kernels"},
 }
