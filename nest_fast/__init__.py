@@ -4,6 +4,7 @@ Importing needs no GPU, no triton, no compiler and no timm.
 """
 
 from nest_fast import reference, weights
+from nest_fast.gradcat import attention_maps, gradcat
 from nest_fast.integrations import accelerate, restore
 from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
 from nest_fast.nest import (
@@ -39,10 +40,12 @@ __all__ = [
     "accelerate",
     "add_layer_norm",
     "attention_layer",
+    "attention_maps",
     "bias_gelu",
     "block_aggregate",
     "block_attention",
     "blockify",
+    "gradcat",
     "layer_norm_mean",
     "linear",
     "mlp_layer",
