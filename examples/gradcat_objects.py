@@ -1,7 +1,7 @@
 """GradCAT finds small objects: train a tiny NesT to name them, then walk to them in images it has not seen.
 
-An image of 64 x 64 px is a noisy texture of random colour with one object of 9 px, pasted anywhere; the class is the
-object's shape. The model is told the class and never the place. Then :func:`nest_fast.gradcat` walks down the tree to
+An image of 64 x 64 px is a noisy texture with one object of 9 px, a disc, ring, square, cross, saltire or stripes, pasted
+anywhere; the class is its hue. The model is told the class and never the place. Then :func:`nest_fast.gradcat` walks down the tree to
 one of 4 x 4 blocks, which has to be the one that holds (most of) the object.
 
 ``python examples/gradcat_objects.py --out DIR`` writes gradcat_objects.png and gradcat_objects.json there; the exit
@@ -26,6 +26,8 @@ from torch import Tensor
 import nest_fast
 
 SIZE, OBJECT, GRID = 64, 9, 4
+# Red, green, blue, cyan, magenta, yellow.
+HUES = ((0.9, 0.1, 0.1), (0.1, 0.7, 0.1), (0.1, 0.2, 0.9), (0.1, 0.8, 0.8), (0.8, 0.1, 0.8), (0.9, 0.8, 0.1))
 
 
 def shapes() -> Tensor:
@@ -53,14 +55,13 @@ def draw_images(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
     coarse = F.interpolate(uniform(number, 3, 8, 8), SIZE, mode="bilinear")
     images = 0.25 + 0.35 * coarse + 0.15 * uniform(number, 3, SIZE, SIZE)
-    masks = shapes()
-    classes = torch.randint(len(masks), (number,), generator=generator)
+    classes = torch.randint(len(HUES), (number,), generator=generator)
     corners = torch.randint(SIZE - OBJECT + 1, (number, 2), generator=generator)
-    # Brighter or darker than the texture, in a colour that says nothing of the class.
-    colours = torch.where(uniform(number, 1) < 0.5, 0.2 * uniform(number, 3), 1 - 0.2 * uniform(number, 3))
-    for image, label, (top, left), colour in zip(images, classes, corners.tolist(), colours, strict=True):
+    colours = (torch.tensor(HUES)[classes] + 0.2 * uniform(number, 3) - 0.1).clamp(0, 1)
+    masks = shapes()[torch.randint(len(shapes()), (number,), generator=generator)]
+    for image, mask, (top, left), colour in zip(images, masks, corners.tolist(), colours, strict=True):
         patch = image[:, top : top + OBJECT, left : left + OBJECT]
-        patch.lerp_(colour[:, None, None].expand_as(patch), masks[label])
+        patch.lerp_(colour[:, None, None].expand_as(patch), mask)
     return images, classes, corners
 
 
