@@ -3,9 +3,9 @@
 Importing needs no GPU, no triton, no compiler and no timm.
 """
 
-from nest_fast import reference, weights
-from nest_fast.gradcat import attention_maps, gradcat
-from nest_fast.integrations import accelerate, restore
+from nest_fast import export, reference, weights
+from nest_fast.integrations import accelerate, explain, restore
+from nest_fast.interpretation import attention_maps, gradcat
 from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
 from nest_fast.nest import (
     NesT,
@@ -45,6 +45,8 @@ __all__ = [
     "block_aggregate",
     "block_attention",
     "blockify",
+    "explain",
+    "export",
     "gradcat",
     "layer_norm_mean",
     "linear",

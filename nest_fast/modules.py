@@ -2,107 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nest_fast.ops import (
-    _checks,
-    add_layer_norm,
-    attention_layer,
-    bias_gelu,
-    block_aggregate,
-    block_attention,
-    linear,
-    mlp_layer,
-    patchify,
-)
+from nest_fast import fusion
+from nest_fast.ops import _checks, blockify, unblockify
 from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
 from nest_fast.ops.block_attention import IMPLS as ATTENTION_IMPLS
-from nest_fast.weights import head_minor_to_major
 
 __all__ = ["BlockAggregation", "BlockAttention", "DropPath", "Mlp", "PatchEmbed", "TransformerLayer", "layer_norm"]
-
-
-# Classes of LayerNorm that compute nothing else; an integration adds its library's.
-LAYER_NORMS: set[type[nn.Module]] = {nn.LayerNorm}
 
 
 def layer_norm(dim: int, device=None, dtype=None) -> nn.LayerNorm:
     """The LayerNorm of NesT: eps 1e-6, as the authors and timm have it."""
     return nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether someone listens to these modules or patched them, so that they have to be called."""
-    return any(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in m.__dict__
-        for m in modules
-    )
-
-
-def project(
-    x: Tensor, module: nn.Module, *, activation: str = "none", residual: Tensor | None = None, impl: str = "auto"
-) -> Tensor:
-    """``residual + activation(module(x))``, in one pass where ``module`` is a linear layer and nothing more."""
-    if type(module) is nn.Linear and not has_hooks(module):
-        return linear(x, module.weight, module.bias, activation=activation, residual=residual, impl=impl)
-    y = module(x)  # a LoRA, a parametrization, a listener
-    if activation != "none":
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y if residual is None else residual + y
-
-
-def attend(
-    x: Tensor,
-    attn: Any,
-    norm: Any = None,
-    *,
-    multi_query: bool = False,
-    head_minor: bool = False,
-    residual: bool = False,
-    branch_scale: float = 1.0,
-    impl: str = "auto",
-) -> Tensor:
-    """Attention inside blocks with its projections: ``(B, T, N, C)`` → the same.
-
-    ``norm`` comes before it; with ``residual`` it is x plus ``branch_scale`` times that. ``attn`` has ``qkv``,
-    ``proj``, ``num_heads``, ``scale`` and ``attn_drop`` as :class:`BlockAttention` has.
-    """
-    heads, qkv, proj = attn.num_heads, attn.qkv, attn.proj
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    if norm is not None and residual and impl == "auto" and dropout_p == 0.0 and _are_plain(x, norm, qkv, proj):
-        weight = head_minor_to_major(proj.weight, heads) if head_minor else proj.weight
-        return attention_layer(
-            *(x, norm.weight, norm.bias, qkv.weight, qkv.bias, weight, proj.bias),
-            num_heads=heads,
-            multi_query=multi_query,
-            scale=attn.scale,
-            branch_scale=branch_scale,
-            eps=norm.eps,
-        )
-    kv_heads, linear_impl = 1 if multi_query else heads, "reference" if impl == "reference" else "auto"
-    packed = project(x if norm is None else norm(x), qkv, impl=linear_impl).unflatten(-1, (heads + 2 * kv_heads, -1))
-    q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
-    out = block_attention(q, k, v, scale=attn.scale, dropout_p=dropout_p, impl=impl)
-    if head_minor and type(proj) is nn.Linear and not has_hooks(proj):
-        # Reordering the weight's C x C columns is far less than reordering every token. It is done anew every time: a
-        # remembered copy could not see a weight that changes through ``.data``.
-        branch = partial(linear, out.flatten(-2), head_minor_to_major(proj.weight, heads), proj.bias, impl=linear_impl)
-    else:
-        branch = partial(project, (out.transpose(-1, -2) if head_minor else out).flatten(-2), proj, impl=linear_impl)
-    if not residual:
-        return branch()
-    return branch(residual=x) if branch_scale == 1.0 else x + branch_scale * branch()
 
 
 class BlockAttention(nn.Module):
@@ -153,14 +69,11 @@ class BlockAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.attend(x))
-
-    def attend(self, x: Tensor, norm: nn.Module | None = None, **options) -> Tensor:
-        """``forward`` without the output's dropout; ``norm``, ``residual`` and ``branch_scale`` as in `attend`."""
         _checks.tensor("x", x, "(B, T, N, C)")
-        return attend(
-            x, self, norm, multi_query=self.multi_query, head_minor=self.head_minor, impl=self.impl, **options
-        )
+        return self.proj_drop(fusion.attend(x, self, self.options(), KNOWN))
+
+    def options(self) -> fusion.Attention:
+        return fusion.Attention(self.num_heads, self.scale, self.multi_query, self.head_minor, self.impl)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, multi_query={self.multi_query}, head_minor={self.head_minor}"
@@ -209,41 +122,34 @@ class BlockAggregation(nn.Module):
         block_size: int | tuple[int, int] | None = None,
         pos_embed: Tensor | None = None,
     ) -> Tensor:
-        return aggregate(
-            x, self.conv, self.norm, self.padding, grid_size, block_size, pos_embed=pos_embed, impl=self.impl
-        )
+        is_image = grid_size is None
+        _checks.tensor("x", x, "(B, C, H, W)" if is_image else "(B, T, N, C)")
+        why = fusion.everywhere(x) or fusion.why_not(x, self.parts(), KNOWN)
+        if why and self.impl not in ("auto", "reference"):
+            raise RuntimeError(f"impl: {self.impl!r} cannot run block_aggregate here: {why}")
+        if why:
+            return self._step_by_step(x, grid_size, block_size, pos_embed)
+        options = {"grid_size": grid_size, "block_size": block_size, "pos_embed": pos_embed, "impl": self.impl}
+        image = x.permute(0, 2, 3, 1) if is_image else x
+        out = fusion.aggregate(image, self, self.padding, **options)
+        return out.permute(0, 3, 1, 2) if is_image else out
+
+    def parts(self) -> tuple[fusion.Part, ...]:
+        own = self._modules
+        return ("conv", own.get("conv"), fusion.CONV_3X3), ("norm", own.get("norm"), fusion.INNER_NORM)
+
+    def _step_by_step(self, x: Tensor, grid_size: Any, block_size: Any, pos_embed: Tensor | None) -> Tensor:
+        is_image = grid_size is None
+        if not is_image:
+            grid_size, block_size = _checks.grid(x, grid_size, block_size)
+            x = unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = F.max_pool2d(y, 3, 2, ceil_mode=True) if self.padding == "same" else F.max_pool2d(y, 3, 2, padding=1)
+        out = y if is_image else blockify(y.permute(0, 2, 3, 1), block_size)
+        return out if pos_embed is None else out + pos_embed
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}"
-
-
-def aggregate(
-    x: Tensor,
-    conv: nn.Conv2d,
-    norm: Any,
-    padding: str,
-    grid_size: int | tuple[int, int] | None = None,
-    block_size: int | tuple[int, int] | None = None,
-    *,
-    pos_embed: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """``block_aggregate`` with the parameters of ``conv`` and ``norm``; an image comes and goes as ``(B, C, H, W)``."""
-    _checks.tensor("x", x, "(B, C, H, W)" if grid_size is None else "(B, T, N, C)")
-    out = block_aggregate(
-        x.permute(0, 2, 3, 1) if grid_size is None else x,
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.bias,
-        grid_size=grid_size,
-        block_size=block_size,
-        eps=norm.eps,
-        padding=padding,
-        pos_embed=pos_embed,
-        impl=impl,
-    )
-    return out.permute(0, 3, 1, 2) if grid_size is None else out
 
 
 class DropPath(nn.Module):
@@ -270,12 +176,24 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``."""
+    """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``.
+
+    ``impl`` "reference" keeps it out of the operation that computes the MLP half of a layer at once.
+    """
 
     def __init__(
-        self, dim: int, hidden_dim: int, act_layer: Callable[[], nn.Module], drop: float = 0.0, device=None, dtype=None
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module],
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+        *,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
@@ -284,145 +202,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-
-
-def gelu_of(act: nn.Module) -> str | None:
-    """The name of ``act`` as an activation of ``linear``, None if it is no GELU that may be computed around."""
-    if type(act) is not nn.GELU or has_hooks(act):
-        return None
-    return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-
-
-def fused_layer(x: Tensor, layer: Any) -> Tensor | None:
-    """A pre-norm layer in as few passes as this machine knows; None where something has to happen between them.
-
-    That is a dropout in training, a hook, another activation than GELU; on a GPU, stochastic depth. ``layer`` has
-    ``norm1``, ``attn``, ``drop_path1``, ``norm2``, ``mlp`` and ``drop_path2`` as :class:`TransformerLayer` has.
-    """
-    attn, mlp = layer.attn, layer.mlp
-    activation = gelu_of(mlp.act)
-    dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
-    if activation is None or _is_reference(attn) or has_hooks(attn, mlp, *dropouts, *paths):
-        return None
-    if layer.training and not all(_never_drops(module) for module in dropouts):
-        return None
-    if not all(_never_drops(path) or _can_skip(x, path) for path in paths):
-        return None
-    x = _kept_samples(x, layer.drop_path1, partial(_attention_half, layer))
-    return _kept_samples(x, layer.drop_path2, partial(_mlp_half, layer, activation))
-
-
-def run_layers(x: Tensor, layers: Sequence[Any], known: type) -> Tensor:
-    """Layers of the class ``known``, one after the other; on a GPU, where nothing else is asked for, chained."""
-    eager_gpu = x.device.type == "cuda" and not torch.compiler.is_compiling()
-    if eager_gpu and all(type(layer) is known and _can_chain(x, layer) for layer in layers):
-        return chained_layers(x, layers)
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-def chained_layers(x: Tensor, layers: Sequence[Any]) -> Tensor:
-    """Pre-norm layers, each residual sum in the pass of the LayerNorm that comes after it."""
-    branch: Tensor | None = None
-    scale: Tensor | None = None
-    for layer in layers:
-        fc1, fc2, approximate = layer.mlp.fc1, layer.mlp.fc2, layer.mlp.act.approximate
-        x, y = _add_norm(x, branch, scale, layer.norm1)
-        branch, scale = layer.attn.attend(y), _sample_scale(x, layer.drop_path1)
-        x, y = _add_norm(x, branch, scale, layer.norm2)
-        hidden = bias_gelu(linear(y, fc1.weight), fc1.bias, approximate=approximate)
-        branch, scale = linear(hidden, fc2.weight, fc2.bias), _sample_scale(x, layer.drop_path2)
-    if branch is None:
-        return x
-    return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
-
-
-def _add_norm(x: Tensor, branch: Tensor | None, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    if branch is None:
-        return x, norm(x)
-    return add_layer_norm(x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps)
-
-
-def _can_chain(x: Tensor, layer: Any) -> bool:
-    attn, mlp = layer.attn, layer.mlp
-    dropouts, paths = (attn.proj_drop, mlp.drop1, mlp.drop2), (layer.drop_path1, layer.drop_path2)
-    if gelu_of(mlp.act) is None or _is_reference(attn) or has_hooks(layer, attn, mlp, *dropouts, *paths):
-        return False
-    if not all(map(_never_drops, dropouts)) or any(math.isnan(_drop_rate(path)) for path in paths):
-        return False
-    norms, linears = (layer.norm1, layer.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-    if any(type(module) is not nn.Linear for module in linears) or has_hooks(*norms, *linears):
-        return False
-    return all(type(norm) in LAYER_NORMS and norm.bias is not None for norm in norms)
-
-
-def _sample_scale(x: Tensor, path: nn.Module) -> Tensor | None:
-    """The factors ``(B,)`` of stochastic depth: the module's own draw. None where nothing is dropped."""
-    rate = _drop_rate(path)
-    if rate == 0.0:
-        return None
-    scale = x.new_empty(x.shape[0]).bernoulli_(1.0 - rate)
-    return scale.div_(1.0 - rate) if rate < 1.0 and getattr(path, "scale_by_keep", True) else scale
-
-
-def _attention_half(layer: Any, x: Tensor, branch_scale: float) -> Tensor:
-    return layer.attn.attend(x, layer.norm1, residual=True, branch_scale=branch_scale)
-
-
-def _mlp_half(layer: Any, activation: str, x: Tensor, branch_scale: float) -> Tensor:
-    norm, fc1, fc2 = layer.norm2, layer.mlp.fc1, layer.mlp.fc2
-    if _are_plain(x, norm, fc1, fc2):
-        weights = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return mlp_layer(x, *weights, activation=activation, branch_scale=branch_scale, eps=norm.eps)
-    hidden = project(norm(x), fc1, activation=activation)
-    return project(hidden, fc2, residual=x) if branch_scale == 1.0 else x + branch_scale * project(hidden, fc2)
-
-
-# Classes of stochastic depth by whole samples and the attribute that has their rate; an integration adds its library's.
-DROP_PATHS: dict[type[nn.Module], str] = {DropPath: "p"}
-
-
-def _drop_rate(module: nn.Module) -> float:
-    """With what probability stochastic depth drops a sample now; NaN of another module that acts."""
-    if isinstance(module, nn.Identity) or not module.training:
-        return 0.0
-    return getattr(module, DROP_PATHS[type(module)]) if type(module) in DROP_PATHS else math.nan
-
-
-def _can_skip(x: Tensor, path: nn.Module) -> bool:
-    """Whether samples that are dropped need not be computed: which, a GPU would have to tell first."""
-    return type(path) in DROP_PATHS and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _kept_samples(x: Tensor, path: nn.Module, half: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """``half`` of a layer with stochastic depth, computed for the samples that it keeps and for no others."""
-    rate = _drop_rate(path)
-    if rate == 0.0:
-        return half(x, 1.0)
-    keep = 1.0 - rate
-    kept = x.new_empty(x.shape[0]).bernoulli_(keep).nonzero().flatten()  # the same draw as the module's
-    scale = 1.0 / keep if keep > 0.0 and getattr(path, "scale_by_keep", True) else 1.0
-    if len(kept) == x.shape[0]:
-        return half(x, scale)
-    return x.index_copy(0, kept, half(x.index_select(0, kept), scale))
-
-
-def _are_plain(x: Tensor, norm: Any, *linears: nn.Module) -> bool:
-    """Whether an operation may compute a LayerNorm and linear layers, in the dtype of ``x``, without calling them."""
-    if type(norm) not in LAYER_NORMS or norm.bias is None or norm.normalized_shape != x.shape[-1:]:
-        return False
-    if any(type(module) is not nn.Linear for module in linears) or has_hooks(norm, *linears):
-        return False
-    return all(module.weight.dtype == x.dtype for module in (norm, *linears))
-
-
-def _is_reference(attn: nn.Module) -> bool:
-    return getattr(attn, "impl", "auto") == "reference"
-
-
-def _never_drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or not module.training or getattr(module, "p", None) == 0.0
 
 
 class TransformerLayer(nn.Module):
@@ -466,15 +245,12 @@ class TransformerLayer(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **dd)
+        mlp_impl = "reference" if impl == "reference" else "auto"
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, impl=mlp_impl, **dd)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fused_layer(x, self)
-        if y is not None:
-            return y
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return fusion.run(x, self, KNOWN)
 
 
 class PatchEmbed(nn.Module):
@@ -503,8 +279,30 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = patchify(x, self.patch_size, self.block_size, impl=self.impl)
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias, impl=self.impl)
+        if fusion.everywhere(x) or fusion.why_not(x, self.parts(), KNOWN):
+            return blockify(self.proj(x).permute(0, 2, 3, 1), self.block_size)
+        return fusion.embed_patches(x, self.proj, self.block_size, self.impl)
+
+    def parts(self) -> tuple[fusion.Part, ...]:
+        return (("proj", self._modules.get("proj"), fusion.CONV_OF_PATCHES),)
 
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, block_size={self.block_size}"
+
+
+_IMPL: fusion.Rules = (("an impl of {name} was asked for", lambda m, x: m.impl != "auto"),)
+
+# What fusion knows of these classes, beside PyTorch's own.
+KNOWN: fusion.Known = {
+    **fusion.TORCH,
+    TransformerLayer: fusion.as_written("layer", TransformerLayer),
+    BlockAttention: fusion.as_written(
+        "attention",
+        BlockAttention,
+        rules=_IMPL,
+        parts=fusion.ATTENTION_PARTS,
+        options=BlockAttention.options,
+    ),
+    Mlp: fusion.as_written("mlp", Mlp, rules=_IMPL, parts=fusion.MLP_PARTS),
+    DropPath: fusion.as_written("drop_path", DropPath, rate="p"),
+}

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nest_fast import weights
-from nest_fast.modules import (
-    LAYER_NORMS,
-    BlockAggregation,
-    PatchEmbed,
-    TransformerLayer,
-    has_hooks,
-    layer_norm,
-    run_layers,
-)
+from nest_fast import fusion, weights
+from nest_fast.modules import KNOWN, BlockAggregation, PatchEmbed, TransformerLayer, layer_norm
 from nest_fast.ops import _checks, layer_norm_mean, unblockify
-from nest_fast.ops.block_aggregate import IMPLS as AGGREGATE_IMPLS
 
 __all__ = [
     "NesT",
@@ -73,7 +64,7 @@ class NesTLevel(nn.Module):
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
         if not (self.grad_checkpointing and self.training):
-            return run_layers(x, list(self.transformer_encoder), TransformerLayer)
+            return fusion.run_layers(x, list(self.transformer_encoder), KNOWN)
         for layer in self.transformer_encoder:
             x = checkpoint(layer, x, use_reentrant=False)
         return x
@@ -116,8 +107,7 @@ class NesT(nn.Module):
         padding: of the max-pools: "symmetric" (timm's default) or "same" (the authors); None follows ``pad_type``.
         gelu: "exact" (timm) or "tanh" (the authors).
         multi_query: one key and value head for all query heads (the authors' 32 px models).
-        impl: who computes the operations, see :func:`nest_fast.block_attention`: "auto", ...; "reference" is plain
-            PyTorch throughout.
+        impl: "auto" takes the best this machine has for each operation; "reference" is plain PyTorch throughout.
 
     Shape: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
 
@@ -158,8 +148,7 @@ class NesT(nn.Module):
         padding = _padding(padding, pad_type)
         act_layer = _activation(act_layer, gelu)
         norm_layer = norm_layer or layer_norm
-        # Some choices exist for attention only; the aggregation then takes what is best.
-        pool_impl = impl if impl in AGGREGATE_IMPLS else "auto"
+        _checks.choice("impl", impl, ("auto", "reference"))
         dims, heads, depth = (
             _per_level(name, value, num_levels)
             for name, value in (("embed_dims", embed_dims), ("num_heads", num_heads), ("depths", depths))
@@ -178,15 +167,12 @@ class NesT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
         self.impl = impl
-        patch_impl = "reference" if impl == "reference" else "auto"
-        self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], impl=patch_impl, **dd)
+        self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], impl=impl, **dd)
         self.levels: Any = nn.ModuleList()  # of NesTLevel
         for i in range(num_levels):
             pool = None
             if i > 0:
-                pool = BlockAggregation(
-                    dims[i - 1], dims[i], padding=padding, norm_layer=norm_layer, impl=pool_impl, **dd
-                )
+                pool = BlockAggregation(dims[i - 1], dims[i], padding=padding, norm_layer=norm_layer, impl=impl, **dd)
             layers = [
                 TransformerLayer(
                     dims[i],
@@ -226,6 +212,9 @@ class NesT(nn.Module):
             elif isinstance(module, NesTLevel):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError("model: wanted one for torch.jit.script, got a NesT; use torch.export or torch.jit.trace")
+
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W)`` → normalised features ``(B, num_features, H', W')``."""
         return self.levels[-1].to_image(self.norm(self._run_levels(x)))
@@ -236,7 +225,8 @@ class NesT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._pools_with_norm():
+        end = (("norm", self.norm, fusion.INNER_NORM),)
+        if fusion.everywhere(x) or fusion.flags(x, "the model", self, _WRITTEN) or fusion.why_not(x, end, KNOWN):
             return self.forward_head(self.forward_features(x))
         norm: Any = self.norm
         return self.head(self.head_drop(layer_norm_mean(self._run_levels(x), norm.weight, norm.bias, eps=norm.eps)))
@@ -315,16 +305,6 @@ class NesT(nn.Module):
         for level in self.levels:
             level.grad_checkpointing = enable
 
-    def _pools_with_norm(self) -> bool:
-        """Whether the last LayerNorm and the mean over tokens may be one pass."""
-        kind, norm = type(self), self.norm
-        if kind.forward_features is not NesT.forward_features or kind.forward_head is not NesT.forward_head:
-            return False  # a subclass's own
-        if self.impl == "reference" or self.global_pool != "avg" or type(norm) not in LAYER_NORMS or norm.bias is None:
-            return False
-        patched = "forward_features" in self.__dict__ or "forward_head" in self.__dict__
-        return not patched and not has_hooks(norm)
-
     def _run_levels(self, x: Tensor) -> Tensor:
         x = self._embed(x)
         for level in self.levels:
@@ -346,6 +326,19 @@ class NesT(nn.Module):
         if not wanted or min(wanted) < 0 or max(wanted) >= n:
             raise ValueError(f"indices: wanted some of the {n} levels, got {indices!r}")
         return wanted
+
+
+# What the model must be for the last LayerNorm and the mean over tokens to be one pass.
+_WRITTEN = fusion.as_written(
+    "nest",
+    NesT,
+    methods=("forward_features", "forward_head"),
+    rules=(
+        ("impl='reference' was asked for", lambda m, x: m.impl == "reference"),
+        ("{name} pools in another way", lambda m, x: m.global_pool != "avg"),
+        ("{name} was patched", lambda m, x: "forward_features" in m.__dict__ or "forward_head" in m.__dict__),
+    ),
+)
 
 
 def _padding(padding: str | None, pad_type: str) -> str:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
+
+from nest_fast import explanation
 
 if TYPE_CHECKING:
     from nest_fast.integrations.timm import Report
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "explain", "restore"]
 
 
 def accelerate(model: nn.Module) -> Report:
     """Make the NesT layers inside ``model`` fast, in place: same parameters, state dict, hooks and outputs.
 
     Replaces the computation of timm's ``nest.Attention``, ``TransformerLayer``, ``ConvPool``, ``NestLevel`` and
-    ``PatchEmbed`` by giving the instances a subclass of their own class; nothing of timm is patched, no tensor is
-    copied or moved. Doing it twice changes nothing. Layers that someone subclassed or patched are left alone and
-    reported.
+    ``Nest`` by giving the instances a subclass of their own class; nothing of timm is patched, no tensor is copied or
+    moved. Doing it twice changes nothing; an error leaves the model as it was. Layers that someone subclassed or
+    patched are left alone and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
 
     Args:
         model: timm's NesT, or any module with one inside.
@@ -42,6 +45,9 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     """Undo :func:`accelerate` in place; returns how many layers were given back.
 
+    Also below what was put around since: wrapped ``forward``s, FSDP, parametrizations. A class that someone derived
+    from a fast one by hand stays, with a warning that names it.
+
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
@@ -51,6 +57,33 @@ def restore(model: nn.Module) -> int:
     from nest_fast.integrations import timm
 
     return timm.restore(model)
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanation:
+    """How every layer inside ``model`` would be computed on this machine, and why not in a faster way.
+
+    Nothing is computed and nothing changes. What decides is asked as the model stands: its mode, hooks, weights and
+    parts, and whether autocast and gradients are on.
+
+    Args:
+        model: a :class:`nest_fast.NesT`, timm's NesT, accelerated or not, or any module with such layers inside.
+        x: an image ``(B, C, H, W)`` as the model would get it: its batch, dtype and device are taken; without one a
+            single image of the dtype and on the device of the weights.
+
+    Returns:
+        A :class:`nest_fast.explanation.Explanation` with a row for every step; print it.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``, or ``x`` no tensor.
+    """
+    _check_module(model)
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"x: wanted a tensor (B, C, H, W), got {type(x).__name__}")
+    if "timm.models.nest" not in sys.modules:  # then there is none of timm's in the model
+        return explanation.explain(model, x, {})
+    from nest_fast.integrations import timm
+
+    return explanation.explain(model, x, timm.TOLD)
 
 
 def _check_module(model: object) -> None:

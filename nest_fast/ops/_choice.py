@@ -40,16 +40,26 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
 
 def use_layer(op: str, impl: str, x: Tensor, weights: list[Tensor | None]) -> bool:
     """Whether ``impl``, "auto" or "cpp", means the C++ kernel of the layer ``op``; an error if that cannot run."""
-    reasons = [*_extension.cpp_why_not("x", x), *dtype_why_not(x.dtype), *mode_why_not(x)]
     if impl == "cpp":
-        require(op, impl, reasons)
+        require(op, impl, _layer_cannot(x, weights))
         return True
-    if reasons or any(t is not None and t.numel() == 0 for t in (x, *weights)):
-        return False
+    return not layer_why_not(x, weights)
+
+
+def layer_why_not(x: Tensor, weights: list[Tensor | None]) -> list[str]:
+    """Why "auto" does not take the C++ kernel of a layer."""
+    reasons = _layer_cannot(x, weights)
+    if any(t is not None and t.numel() == 0 for t in (x, *weights)):
+        reasons.append("there is nothing to compute")
     if x.dtype == torch.bfloat16 and _extension.has_amx:
-        return False  # PyTorch's matmuls use the matrix unit, which the C++ kernels do not know
-    # A compiler that sees plain PyTorch decides itself what to keep for the gradient.
-    return not (torch.compiler.is_compiling() and wants_gradients(x, *weights))
+        reasons.append("PyTorch's matmuls use the matrix unit, which the C++ kernels do not know")
+    if torch.compiler.is_compiling() and wants_gradients(x, *weights):
+        reasons.append("a compiler that sees plain PyTorch decides itself what to keep for the gradient")
+    return reasons
+
+
+def _layer_cannot(x: Tensor, weights: list[Tensor | None]) -> list[str]:
+    return [*_extension.cpp_why_not("x", x), *dtype_why_not(x.dtype), *mode_why_not(x)]
 
 
 def dtype_why_not(*dtypes: torch.dtype) -> list[str]:

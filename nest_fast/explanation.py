@@ -1,0 +1,131 @@
+"""How every layer of a model would be computed on this machine, by which kernels, and why not faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nest_fast import fusion
+from nest_fast.modules import KNOWN, BlockAggregation, BlockAttention, PatchEmbed, TransformerLayer
+from nest_fast.ops import _plan
+
+__all__ = ["Explanation", "Row", "explain"]
+
+
+class Row(NamedTuple):
+    """One step of a model.
+
+    Attributes:
+        name: of the module, as ``named_modules`` has it.
+        what: which step of it: "attention half", "MLP half", "aggregation", ...
+        how: the operation and its kernel, or "its modules".
+        why: what keeps it from the fast way; "" where this is it.
+    """
+
+    name: str
+    what: str
+    how: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The rows of :func:`nest_fast.explain`; ``print`` shows them as a table."""
+
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        named = (row._replace(name=row.name or "(model)") for row in self.rows)
+        table = [Row("module", "step", "computed by", "why not faster"), *named]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        columns = [[cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)] for row in table]
+        lines = ["  ".join([*cells, row.why]).rstrip() for cells, row in zip(columns, table, strict=True)]
+        return "\n".join([*lines, *(f"missing: {what}" for what in self.missing)])
+
+
+Like = Callable[..., Tensor]  # makes a tensor as a module would get it, of these sizes after the batch
+Tell = Callable[[str, Any, Like], Iterator[Row]]
+
+
+def explain(model: nn.Module, x: Tensor | None, others: dict[type, Tell]) -> Explanation:
+    """See :func:`nest_fast.explain`; ``others`` tells of the classes of other libraries."""
+    return Explanation(tuple(_rows(model, x, _OURS | others)), tuple(_plan.missing()))
+
+
+def _rows(model: nn.Module, x: Tensor | None, tables: dict[type, Tell]) -> Iterator[Row]:
+    blocks: tuple[int, ...] = (1, 1)  # the (T, N) of the level that is being told
+    told = ""
+    for name, module in model.named_modules():
+        pos_embed = getattr(module, "pos_embed", None)
+        if isinstance(pos_embed, Tensor) and pos_embed.dim() == 4:
+            blocks = tuple(pos_embed.shape[1:3])
+        tell = next((tables[cls] for cls in type(module).__mro__ if cls in tables), None)
+        if tell is None or (told and name.startswith(told)):
+            continue
+        if isinstance(tell, partial) and tell.func is tell_layer:
+            told = f"{name}." if name else ""  # its rows say all of what is inside
+        yield from tell(name, module, partial(_like, module, x, blocks))
+
+
+def _like(module: nn.Module, x: Tensor | None, blocks: tuple[int, ...], *sizes: int) -> Tensor:
+    """``(B, *sizes)``, or ``(B, T, N, C)`` of one size C; dtype and device of ``x``, else of the module's weights."""
+    given = next(module.parameters(), torch.empty(0)) if x is None else x
+    sizes = (*blocks, *sizes) if len(sizes) == 1 else sizes
+    return torch.empty(1, dtype=given.dtype, device=given.device).expand(1 if x is None else len(x), *sizes)
+
+
+def tell_layer(name: str, layer: Any, like: Like, *, known: fusion.Known) -> Iterator[Row]:
+    """The two halves of a pre-norm layer."""
+    for half in fusion.halves(layer, known):
+        x = like(next((p.shape[-1] for p in layer.parameters() if p.dim() == 1), 1))
+        why = fusion.everywhere(x) or half.why_not(x) or (not fusion.is_chained(x) and fusion.why_not_skipped(x, half))
+        options = half.known[type(half.body)].options if type(half.body) in half.known else None
+        attention = _plan.attention(x, options(half.body).num_heads) if options else None
+        how = (
+            _called(why, attention)
+            if why
+            else _plan.half_layer(x, attention, [*layer.parameters()], fusion.is_chained(x))
+        )
+        yield Row(name, f"{half.names[1]} half", *how)
+
+
+def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
+    return "its modules" + (f"; {inside[0]}" if inside else ""), str(why)
+
+
+def tell_attention(name: str, attn: Any, like: Like, *, heads: Callable[[Any], int]) -> Iterator[Row]:
+    """Attention that is in no layer."""
+    yield Row(name, "attention", *_plan.attention(like(attn.proj.in_features), heads(attn)))
+
+
+def tell_aggregation(name: str, pool: Any, like: Like, *, parts: Callable, known: fusion.Known) -> Iterator[Row]:
+    conv = pool._modules.get("conv")
+    x = like(conv.in_channels if isinstance(conv, nn.Conv2d) else 1)
+    why = fusion.everywhere(x) or fusion.why_not(x, parts(pool), known)
+    yield Row(name, "aggregation", *(_called(why) if why else _plan.aggregation(x, pool.conv.out_channels)))
+
+
+def _tell_patches(name: str, embed: Any, like: Like) -> Iterator[Row]:
+    x = like(getattr(embed.proj, "in_channels", 1), 1, 1)
+    why = fusion.everywhere(x) or fusion.why_not(x, embed.parts(), KNOWN)
+    yield Row(name, "patch embedding", *(_called(why) if why else _plan.patches(x)))
+
+
+_OURS: dict[type, Tell] = {
+    TransformerLayer: partial(tell_layer, known=KNOWN),
+    BlockAttention: partial(tell_attention, heads=lambda attn: attn.num_heads),
+    BlockAggregation: partial(tell_aggregation, parts=BlockAggregation.parts, known=KNOWN),
+    PatchEmbed: _tell_patches,
+}

@@ -1,0 +1,489 @@
+"""How a layer, half a layer, an aggregation and a patch embedding are computed: decided here and nowhere else.
+
+An operation may compute around a module only if the module would do now just what the operation does: its class is
+known, as its library wrote it; nobody listens to it; its weights are ordinary tensors; its own flags say so. These
+conditions are the rows of the tables below, each with its reason in words. Where one is broken, the modules are called
+as their owner wrote them.
+
+What a class of modules is, its owner says in a table of his own (``Known``): nest_fast's modules theirs, the adapter of
+a library its library's. Nothing is registered, so no import changes what another model does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as nn_module
+
+from nest_fast.ops import (
+    add_layer_norm,
+    attention_layer,
+    bias_gelu,
+    block_aggregate,
+    block_attention,
+    blockify,
+    linear,
+    mlp_layer,
+    patchify,
+)
+from nest_fast.weights import head_minor_to_major
+
+# --- what is known of a class of modules ------------------------------------------------------------------------------
+
+Rules = tuple[tuple[str, Callable[..., object]], ...]  # reasons, and whether they hold
+
+
+class Place(NamedTuple):
+    """A place in a layer: the roles that may be computed around there, and rules ``(module, x)`` for such a module."""
+
+    roles: tuple[str, ...]
+    rules: Rules = ()
+
+
+class Attention(NamedTuple):
+    """What an attention module computes between its projections, by its flags of now."""
+
+    num_heads: int
+    scale: float | None = None
+    multi_query: bool = False
+    head_minor: bool = False
+    impl: str = "auto"
+
+
+class Written(NamedTuple):
+    """A class of modules as its library wrote it.
+
+    Attributes:
+        role: what its modules are in a layer: "linear", "norm", "dropout", ...
+        methods: (class, name, function) of what must not have been exchanged.
+        rules: ``(module, x)``, what its flags must say.
+        rate: the attribute with the probability of what it drops in training.
+        parts: of "attention" and "mlp": the names of its modules, and the place of each.
+        options: of "attention": reads its :class:`Attention`.
+    """
+
+    role: str
+    methods: tuple[tuple[type, str, object], ...]
+    rules: Rules = ()
+    rate: str = ""
+    parts: tuple[tuple[str, Place], ...] = ()
+    options: Callable[[Any], Attention] | None = None
+
+
+Known = dict[type, Written]
+Part = tuple[str, Any, Place]
+
+
+def as_written(role: str, cls: type, *bases: type, methods: Sequence[str] = ("forward",), **what: Any) -> Written:
+    """What is known of ``cls``, where its ``methods``, and those of ``bases`` that it stands for, are not patched."""
+    return Written(role, tuple((c, name, _written(c, name)) for c in (cls, *bases) for name in methods), **what)
+
+
+def _written(cls: type, name: str) -> object:
+    """The method of ``cls`` if its code is where the class is; else it was patched already, and no function is it."""
+    owner = next(c for c in cls.__mro__ if name in vars(c))
+    function = vars(owner)[name]
+    code, file = getattr(function, "__code__", None), getattr(sys.modules[owner.__module__], "__file__", None)
+    own = code is not None and code.co_filename == file and function.__qualname__ == f"{owner.__qualname__}.{name}"
+    return function if own else object()
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+# Tensors that the operations take: ordinary ones, and those of tracers, which the registrations provide for.
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_CALLS = nn.Module.__call__, nn.Module._call_impl
+
+# Where one of these holds for the input, every module is called; the second kind is asked in eager mode only.
+_EVERYWHERE: Rules = (
+    ("its input is no ordinary tensor", lambda x: type(x) not in _PLAIN),
+    (
+        "somebody listens to all modules",
+        lambda x: (
+            nn_module._global_forward_hooks
+            or nn_module._global_forward_pre_hooks
+            or nn_module._global_backward_hooks
+            or nn_module._global_backward_pre_hooks
+        ),
+    ),
+)
+_EVERYWHERE_EAGER: Rules = (
+    ("the call of nn.Module was patched", lambda x: (nn.Module.__call__, nn.Module._call_impl) != _CALLS),
+    ("torch.jit is tracing", lambda x: torch._C._get_tracing_state() is not None),
+    ("torch.func is transforming", lambda x: torch._C._are_functorch_transforms_active()),
+)
+
+# What holds of everything that is computed around; the rules of its class and of its place come on top.
+_OTHER = "{name} is a {kind}, which may compute something else"
+_PATCHED = "the class of {name}, {kind}, was patched"
+_HEARD = "somebody listens to {name}, or patched it"
+
+_ORDINARY = ("a weight of {name} is no ordinary tensor", lambda m, x: _is_strange(m))
+_DTYPE = ("{name} has another dtype than its input", lambda m, x: m._parameters["weight"].dtype != x.dtype)
+NORM_RULES: Rules = (
+    ("{name} is no affine LayerNorm", lambda m, x: m._parameters.get("bias", m) is None),
+    _ORDINARY,
+    ("{name} normalises more than the channels", lambda m, x: len(m.normalized_shape) != 1),
+)
+_CONV: Rules = (
+    _ORDINARY,
+    ("{name} dilates, or has groups", lambda m, x: m.dilation != (1, 1) or m.groups != 1),
+    ("{name} pads otherwise than with zeros", lambda m, x: m.padding_mode != "zeros"),
+)
+
+LINEAR = Place(("linear",), (_DTYPE,))
+NORM = Place(("norm",), (_DTYPE, ("{name} is not for its input", lambda m, x: m.normalized_shape[0] != x.shape[-1])))
+INNER_NORM = Place(("norm",), (_DTYPE,))
+ACTIVATION = Place(("gelu",))
+IDENTITY = Place(("identity",))
+SILENT = Place(("identity", "dropout"), (("{name} drops", lambda m, x: m.training and getattr(m, "p", 0.0) != 0.0),))
+CONV_3X3 = Place(
+    ("conv",),
+    (
+        _DTYPE,
+        (
+            "{name} is no 3x3 convolution with padding 1",
+            lambda m, x: (m.kernel_size, m.stride, m.padding) != ((3, 3), (1, 1), (1, 1)),
+        ),
+    ),
+)
+CONV_OF_PATCHES = Place(
+    ("conv",),
+    (
+        _DTYPE,
+        (
+            "{name} is no convolution of patches",
+            lambda m, x: m.stride != m.kernel_size or m.padding != (0, 0) or m.in_channels != x.shape[1],
+        ),
+    ),
+)
+MAX_POOL = Place(("max_pool",))
+_DROPOUT = Place(("identity", "dropout"))
+_BODY = Place(("attention", "mlp"))
+_LAYER = Place(("layer",))
+_PATH = Place(("identity", "drop_path"))
+
+ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
+MLP_PARTS = (("fc1", LINEAR), ("act", ACTIVATION), ("drop1", SILENT), ("fc2", LINEAR), ("drop2", SILENT))
+
+
+def max_pool_rules(padding: int) -> Rules:
+    """For a class of max-pools whose attribute ``padding`` has to be this one."""
+    wanted = (3, 3), (2, 2), (padding, padding), (1, 1), False, False
+
+    def is_other(m: Any, x: Tensor) -> bool:
+        sizes = (v if isinstance(v, tuple) else (v, v) for v in (m.kernel_size, m.stride, m.padding, m.dilation))
+        return (*sizes, m.ceil_mode, m.return_indices) != wanted
+
+    return (("{name} is no 3x3 max-pool with stride 2", is_other),)
+
+
+# What PyTorch itself brings.
+TORCH: Known = {
+    nn.Linear: as_written("linear", nn.Linear, rules=(_ORDINARY,)),
+    nn.LayerNorm: as_written("norm", nn.LayerNorm, rules=NORM_RULES),
+    nn.GELU: as_written("gelu", nn.GELU),
+    nn.Identity: as_written("identity", nn.Identity),
+    nn.Dropout: as_written("dropout", nn.Dropout),
+    nn.Conv2d: as_written("conv", nn.Conv2d, methods=("forward", "_conv_forward"), rules=_CONV),
+    nn.MaxPool2d: as_written("max_pool", nn.MaxPool2d, rules=max_pool_rules(1)),
+    nn.Sequential: as_written("sequential", nn.Sequential),
+}
+
+
+class Reason(NamedTuple):
+    """Why something is not computed by an operation: the row of a table, and the module that broke it."""
+
+    why: str
+    name: str = ""
+    module: Any = None
+
+    def __str__(self) -> str:
+        return self.why.format(name=self.name, kind=type(self.module).__name__)
+
+
+def everywhere(x: Tensor) -> Reason | None:
+    """Why all modules are called for ``x``, whatever they are; None if nothing speaks for that."""
+    for why, holds in _EVERYWHERE if torch.compiler.is_compiling() else _EVERYWHERE + _EVERYWHERE_EAGER:
+        if holds(x):
+            return Reason(why)
+    return None
+
+
+def why_not(x: Tensor, parts: Iterable[Part], known: Known) -> Reason | None:
+    """Why ``parts``, each a name, a module and its place, may not be computed around; None if they may be."""
+    for name, module, place in parts:
+        written = known.get(type(module))
+        if written is None or written.role not in place.roles:
+            return Reason(_OTHER, name, module)
+        for cls, method, function in written.methods:
+            if getattr(cls, method) is not function:
+                return Reason(_PATCHED, name, module)
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or own.get("_compiled_call_impl")
+        ):
+            return Reason(_HEARD, name, module)
+        for why, holds in written.rules:
+            if holds(module, x):
+                return Reason(why, name, module)
+        for why, holds in place.rules:
+            if holds(module, x):
+                return Reason(why, name, module)
+    return None
+
+
+def flags(x: Tensor, name: str, module: Any, written: Written) -> Reason | None:
+    """Why a module whose own call this is may not compute ``x`` around what is inside it; who listens has heard."""
+    own = written.methods[0][0]
+    if any(cls is own and getattr(type(module), method) is not function for cls, method, function in written.methods):
+        return Reason("{name} has methods of its own", name, module)
+    for why, holds in written.rules:
+        if holds(module, x):
+            return Reason(why, name, module)
+    return None
+
+
+def _is_strange(module: Any) -> bool:
+    """Whether its weight or bias is more than a tensor: a subclass, or made anew before every call."""
+    own = module._parameters
+    if "weight" not in own or "bias" not in own:
+        return True
+    bias = own["bias"]
+    return type(own["weight"]) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN)
+
+
+# --- half a layer -----------------------------------------------------------------------------------------------------
+
+
+class Half(NamedTuple):
+    """Half a pre-norm layer, ``x + path(body(norm(x)))``: ``path`` is stochastic depth, ``body`` attention or MLP."""
+
+    names: tuple[str, str, str]
+    norm: Any
+    body: Any
+    path: Any
+    known: Known
+
+    @property
+    def written(self) -> Written:
+        return self.known[type(self.body)]
+
+    def why_not(self, x: Tensor) -> Reason | None:
+        """Why it is not one operation: one of its own modules, or one inside its body."""
+        norm, body, path = self.names
+        own = (norm, self.norm, NORM), (body, self.body, _BODY), (path, self.path, _PATH)
+        why = why_not(x, own, self.known)
+        if why is None:
+            inside = self.body._modules
+            why = why_not(x, [(name, inside.get(name), place) for name, place in self.written.parts], self.known)
+            if why is not None:
+                why = why._replace(name=f"{body}.{why.name}")
+        return why
+
+
+_HALVES = ("norm1", "attn", "drop_path1"), ("norm2", "mlp", "drop_path2")
+
+
+def halves(layer: Any, known: Known) -> list[Half]:
+    """The attention's and the MLP's half of a layer that names its modules as timm's do."""
+    own = layer._modules
+    return [Half((n, b, p), own.get(n), own.get(b), own.get(p), known) for n, b, p in _HALVES]
+
+
+def run(x: Tensor, layer: Any, known: Known) -> Tensor:
+    """A pre-norm layer: each half by one operation, or by its modules."""
+    called = everywhere(x)
+    for half in halves(layer, known):
+        x = _call(x, half) if called or half.why_not(x) else _fused(x, half)
+    return x
+
+
+def _call(x: Tensor, half: Half) -> Tensor:
+    return x + half.path(half.body(half.norm(x)))
+
+
+def _fused(x: Tensor, half: Half) -> Tensor:
+    """One operation; with stochastic depth only for the samples that it keeps, where they can be told."""
+    drop = _drop_rate(half)
+    if drop == 0.0:
+        return _operation(x, half, 1.0)
+    if why_not_skipped(x, half):
+        return _call(x, half)
+    keep = 1.0 - drop
+    kept = x.new_empty(x.shape[0]).bernoulli_(keep).nonzero().flatten()  # the same draw as the module's
+    scale = 1.0 / keep if keep > 0.0 and getattr(half.path, "scale_by_keep", True) else 1.0
+    if len(kept) == x.shape[0]:
+        return _operation(x, half, scale)
+    return x.index_copy(0, kept, _operation(x.index_select(0, kept), half, scale))
+
+
+def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
+    norm, body = half.norm, half.body
+    if half.written.role == "mlp":
+        return mlp_layer(
+            *(x, norm.weight, norm.bias, body.fc1.weight, body.fc1.bias, body.fc2.weight, body.fc2.bias),
+            activation="gelu_tanh" if body.act.approximate == "tanh" else "gelu",
+            branch_scale=branch_scale,
+            eps=norm.eps,
+        )
+    options, qkv, proj = half.written.options(body), body.qkv, body.proj  # type: ignore[misc]
+    return attention_layer(
+        *(x, norm.weight, norm.bias, qkv.weight, qkv.bias, _head_major(proj.weight, options), proj.bias),
+        num_heads=options.num_heads,
+        multi_query=options.multi_query,
+        scale=options.scale,
+        branch_scale=branch_scale,
+        eps=norm.eps,
+    )
+
+
+def _drop_rate(half: Half) -> float:
+    """With what probability stochastic depth drops a sample now."""
+    rate = half.known[type(half.path)].rate
+    return getattr(half.path, rate) if rate and half.path.training else 0.0
+
+
+def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
+    """Why samples that stochastic depth drops are computed: a GPU would have to tell which, a tracer would fix them."""
+    if _drop_rate(half) == 0.0:
+        return None
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is FakeTensor
+    if x.device.type == "cpu" and not traced:
+        return None
+    return Reason("{name} drops samples, which only an eager CPU can leave out", half.names[2], half.path)
+
+
+def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
+    """Reordering the weight's columns is far less than reordering every token.
+
+    Done anew every time: a remembered copy could not see a weight that changes through ``.data``.
+    """
+    return head_minor_to_major(proj_weight, options.num_heads) if options.head_minor else proj_weight
+
+
+# --- parts of a model -------------------------------------------------------------------------------------------------
+
+
+def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
+    """Attention with its projections, its output's dropout aside: ``(B, T, N, C)`` → the same."""
+    heads, impl = options.num_heads, options.impl
+    kv_heads = 1 if options.multi_query else heads
+    packed = attn.qkv(x).unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
+    why = why_not(x, [("attn_drop", attn.attn_drop, _DROPOUT)], known)
+    drop = 0.0 if why or not attn.attn_drop.training else getattr(attn.attn_drop, "p", 0.0)
+    library = impl in ("auto", "reference")
+    if why and not library:
+        raise RuntimeError(f"impl: {impl!r} cannot run block_attention here: {why}")
+    if why or (drop and library and not x.is_cuda):
+        out = _attend_by_weights(q, k, v, options.scale, attn.attn_drop)
+    else:
+        out = block_attention(q, k, v, scale=options.scale, dropout_p=drop, impl=impl)
+    if not options.head_minor:
+        return attn.proj(out.flatten(-2))
+    if everywhere(x) or why_not(x, [("proj", attn.proj, LINEAR)], known):
+        return attn.proj(out.transpose(-1, -2).flatten(-2))
+    weight = _head_major(attn.proj.weight, options)
+    return linear(out.flatten(-2), weight, attn.proj.bias, impl="reference" if impl == "reference" else "auto")
+
+
+def _attend_by_weights(q: Tensor, k: Tensor, v: Tensor, scale: float | None, attn_drop: Any) -> Tensor:
+    """Attention whose weights ``(B, heads, T, N, N)`` somebody wants to see: laid out as timm does."""
+    q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = attn_drop(((q * scale) @ k.transpose(-2, -1)).softmax(-1))
+    return (weights @ v).permute(0, 2, 3, 1, 4)
+
+
+def aggregate(x: Tensor, pool: Any, padding: str, **options: Any) -> Tensor:
+    """``block_aggregate`` with the parameters of ``pool.conv`` and ``pool.norm``."""
+    conv, norm = pool.conv, pool.norm
+    weights = conv.weight, conv.bias, norm.weight, norm.bias
+    return block_aggregate(x, *weights, eps=norm.eps, padding=padding, **options)
+
+
+def embed_patches(x: Tensor, conv: Any, block_size: tuple[int, int], impl: str = "auto") -> Tensor:
+    """A convolution of patches as one matmul, in blocks: ``(B, C, H, W)`` → ``(B, T, N, dim)``."""
+    patches = patchify(x, conv.kernel_size, block_size, impl=impl)
+    return linear(patches, conv.weight.flatten(1), conv.bias, impl=impl)
+
+
+def cut(image: Tensor, edge: int, pos_embed: Tensor) -> Tensor:
+    """``(B, H, W, C)`` → square blocks ``(B, T, N, C)`` with their position embedding."""
+    _, H, W, C = image.shape
+    if is_one_for_each(pos_embed, (H * W // edge**2, edge**2, C)):
+        return blockify(image, edge, pos_embed=pos_embed)
+    return blockify(image, edge) + pos_embed
+
+
+def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
+    """Whether ``pos_embed`` is an ordinary ``(1, T, N, C)`` for that ``shape``, and does not broadcast otherwise."""
+    return type(pos_embed) in _PLAIN and tuple(pos_embed.shape) == (1, *shape)
+
+
+# --- layers in a chain ------------------------------------------------------------------------------------------------
+
+
+def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
+    """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one."""
+    places = [("a layer", layer, _LAYER) for layer in layers]
+    if not is_chained(x) or everywhere(x) or why_not(x, places, known):
+        return reduce(lambda x, layer: layer(x), layers, x)
+    both = [half for layer in layers for half in halves(layer, known)]
+    fused = [half.why_not(x) is None for half in both]
+    if all(fused):
+        return chained(x, both)
+    for half, is_fused in zip(both, fused, strict=True):
+        x = _fused(x, half) if is_fused else _call(x, half)
+    return x
+
+
+def is_chained(x: Tensor) -> bool:
+    """Whether layers' residual sums are to be in the passes of the LayerNorms after them; a compiler does so itself."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
+    """Halves of layers, each residual sum in the pass of the LayerNorm that comes after it."""
+    branch: Tensor | None = None
+    scale: Tensor | None = None
+    for half in halves:
+        norm = half.norm
+        if branch is None:
+            y = norm(x)
+        else:
+            x, y = add_layer_norm(x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps)
+        branch, scale = _branch(y, half), _sample_scale(x, half)
+    if branch is None:
+        return x
+    return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
+
+
+def _branch(y: Tensor, half: Half) -> Tensor:
+    body = half.body
+    if half.written.role == "attention":
+        return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
+    hidden = bias_gelu(linear(y, body.fc1.weight), body.fc1.bias, approximate=body.act.approximate)
+    return linear(hidden, body.fc2.weight, body.fc2.bias)
+
+
+def _sample_scale(x: Tensor, half: Half) -> Tensor | None:
+    """The factors ``(B,)`` of stochastic depth: the module's own draw. None where nothing is dropped."""
+    rate = _drop_rate(half)
+    if rate == 0.0:
+        return None
+    scale = x.new_empty(x.shape[0]).bernoulli_(1.0 - rate)
+    return scale.div_(1.0 - rate) if rate < 1.0 and getattr(half.path, "scale_by_keep", True) else scale
