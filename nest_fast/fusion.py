@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -100,6 +100,7 @@ def _written(cls: type, name: str) -> object:
 # Tensors that the operations take: ordinary ones, and those of tracers, which the registrations provide for.
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _CALLS = nn.Module.__call__, nn.Module._call_impl
+_FUNCTIONS = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention, torch._C._nn.gelu, torch.conv2d
 
 # Where one of these holds for the input, every module is called; the second kind is asked in eager mode only.
 _EVERYWHERE: Rules = (
@@ -116,6 +117,10 @@ _EVERYWHERE: Rules = (
 )
 _EVERYWHERE_EAGER: Rules = (
     ("the call of nn.Module was patched", lambda x: (nn.Module.__call__, nn.Module._call_impl) != _CALLS),
+    (
+        "a function of torch.nn.functional was patched",
+        lambda x: (F.linear, F.scaled_dot_product_attention, F.gelu, F.conv2d) != _FUNCTIONS,
+    ),
     ("torch.jit is tracing", lambda x: torch._C._get_tracing_state() is not None),
     ("torch.func is transforming", lambda x: torch._C._are_functorch_transforms_active()),
 )
@@ -168,6 +173,7 @@ MAX_POOL = Place(("max_pool",))
 _DROPOUT = Place(("identity", "dropout"))
 _BODY = Place(("attention", "mlp"))
 _LAYER = Place(("layer",))
+SEQUENTIAL = Place(("sequential",))
 _PATH = Place(("identity", "drop_path"))
 
 ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
@@ -437,11 +443,13 @@ def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
 # --- layers in a chain ------------------------------------------------------------------------------------------------
 
 
-def run_layers(x: Tensor, layers: Sequence[Any], known: Known) -> Tensor:
+def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
     """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one."""
-    places = [("a layer", layer, _LAYER) for layer in layers]
-    if not is_chained(x) or everywhere(x) or why_not(x, places, known):
-        return reduce(lambda x, layer: layer(x), layers, x)
+    if not is_chained(x) or everywhere(x) or why_not(x, (("the encoder", encoder, SEQUENTIAL),), known):
+        return encoder(x)
+    layers = list(encoder)
+    if why_not(x, [("a layer", layer, _LAYER) for layer in layers], known):
+        return encoder(x)
     both = [half for layer in layers for half in halves(layer, known)]
     fused = [half.why_not(x) is None for half in both]
     if all(fused):

@@ -153,26 +153,27 @@ class BlockAggregation(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops a whole sample's branch with probability ``p``, scaling the others up.
+    """Stochastic depth: in training drops whole samples of a branch with ``drop_prob``, scaling the others up.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
     """
 
-    def __init__(self, p: float = 0.0) -> None:
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"p: wanted a probability in [0, 1), got {p}")
-        self.p = p
+        if not 0.0 <= drop_prob <= 1.0:
+            raise ValueError(f"drop_prob: wanted a probability between 0 and 1, got {drop_prob}")
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
+        if not self.training or self.drop_prob == 0.0:
             return x
-        keep = 1.0 - self.p
+        keep = 1.0 - self.drop_prob
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        return x * (mask.div_(keep) if keep > 0.0 and self.scale_by_keep else mask)
 
     def extra_repr(self) -> str:
-        return f"p={self.p:.3f}"
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 class Mlp(nn.Module):
@@ -304,5 +305,5 @@ KNOWN: fusion.Known = {
         options=BlockAttention.options,
     ),
     Mlp: fusion.as_written("mlp", Mlp, rules=_IMPL, parts=fusion.MLP_PARTS),
-    DropPath: fusion.as_written("drop_path", DropPath, rate="p"),
+    DropPath: fusion.as_written("drop_path", DropPath, rate="drop_prob"),
 }

@@ -55,7 +55,7 @@ class NesTLevel(nn.Module):
         self.pool = pool
         num_blocks, seq_length = grid_size[0] * grid_size[1], block_size[0] * block_size[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, num_blocks, seq_length, dim, device=device, dtype=dtype))
-        self.transformer_encoder = nn.ModuleList(layers)
+        self.transformer_encoder = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is None:
@@ -64,7 +64,7 @@ class NesTLevel(nn.Module):
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
         if not (self.grad_checkpointing and self.training):
-            return fusion.run_layers(x, list(self.transformer_encoder), KNOWN)
+            return fusion.run_layers(x, self.transformer_encoder, KNOWN)
         for layer in self.transformer_encoder:
             x = checkpoint(layer, x, use_reentrant=False)
         return x
@@ -76,9 +76,46 @@ class NesTLevel(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         key = prefix + "pos_embed"
         saved = state_dict.get(key)
-        if saved is not None and saved.dim() == 4 and saved.shape[1:3] != self.pos_embed.shape[1:3]:
-            state_dict[key] = weights.resize_pos_embed(saved, self.grid_size, self.block_size)
+        if isinstance(saved, Tensor) and saved.dim() == 4 and saved.shape[1:3] != self.pos_embed.shape[1:3]:
+            try:
+                state_dict[key] = weights.resize_pos_embed(saved, self.grid_size, self.block_size)
+            except ValueError as error:  # load_state_dict collects what is wrong, and says it all at once
+                errors: list[str] = args[-1]
+                errors.append(f"{key} cannot be resized: {error}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GlobalPool(nn.Module):
+    """Pooling before the head: ``(B, C, H, W)`` → ``(B, C * feat_mult())``, or unchanged for "".
+
+    ``pool_type`` is "avg", "max", "avgmax" (their mean), "catavgmax" (both) or ""; the attributes are those of timm's
+    ``SelectAdaptivePool2d``.
+    """
+
+    def __init__(self, pool_type: str) -> None:
+        super().__init__()
+        _checks.choice("global_pool", pool_type, POOLS)
+        self.pool_type = pool_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool_type == "avg":
+            return x.mean((2, 3))
+        if self.pool_type == "max":
+            return x.amax((2, 3))
+        if self.pool_type == "avgmax":
+            return 0.5 * (x.mean((2, 3)) + x.amax((2, 3)))
+        if self.pool_type == "catavgmax":
+            return torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)
+        return x
+
+    def is_identity(self) -> bool:
+        return not self.pool_type
+
+    def feat_mult(self) -> int:
+        return 2 if self.pool_type == "catavgmax" else 1
+
+    def extra_repr(self) -> str:
+        return f"pool_type={self.pool_type!r}"
 
 
 class NesT(nn.Module):
@@ -110,6 +147,11 @@ class NesT(nn.Module):
         impl: "auto" takes the best this machine has for each operation; "reference" is plain PyTorch throughout.
 
     Shape: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
+
+    Attributes and methods are timm's, in timm's meaning, but for three: ``block_size`` is (height, width), since blocks
+    need not be square; a level takes and gives blocks
+    ``(B, T, N, C)`` where timm's takes and gives an image; ``pretrained_cfg`` tells the model's sizes and names alone,
+    since there are no weights whose training and normalisation it could tell.
 
     State dict: timm's names and layouts, so timm's checkpoints load as they are (:mod:`nest_fast.weights` also reads
     wrapped ones and the authors' JAX parameters). Position embeddings of another size are resized when loaded.
@@ -160,6 +202,7 @@ class NesT(nn.Module):
         self.num_blocks = [4**i for i in reversed(range(num_levels))]
         self.seq_length = self.block_size[0] * self.block_size[1]
         self.num_features = dims[-1]
+        self.drop_rate = drop_rate
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"levels.{i}"} for i, dim in enumerate(dims)
         ]
@@ -167,8 +210,12 @@ class NesT(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
         self.impl = impl
-        self.patch_embed = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], impl=impl, **dd)
-        self.levels: Any = nn.ModuleList()  # of NesTLevel
+        patch_embed: Any = PatchEmbed(patch_size, self.block_size, in_chans, dims[0], impl=impl, **dd)
+        patch_embed.img_size = self.img_size
+        patch_embed.grid_size = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
+        self.num_patches = patch_embed.num_patches = self.num_blocks[0] * self.seq_length
+        self.patch_embed = patch_embed
+        self.levels: Any = nn.Sequential()  # of NesTLevel
         for i in range(num_levels):
             pool = None
             if i > 0:
@@ -194,10 +241,19 @@ class NesT(nn.Module):
             edge = 2 ** (num_levels - 1 - i)
             self.levels.append(NesTLevel(dims[i], (edge, edge), self.block_size, pool, layers, **dd))
         self.norm = norm_layer(dims[-1], **dd)
+        self.global_pool: Any = GlobalPool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.num_classes = num_classes
-        self.reset_classifier(num_classes, global_pool)
+        self.reset_classifier(num_classes)
         self.init_weights(weight_init)
+        # What timm's helpers ask a model for; normalisation belongs to weights, and is theirs to say.
+        self.pretrained_cfg = self.default_cfg = {
+            "input_size": (in_chans, *self.img_size),
+            "fixed_input_size": True,
+            "num_classes": num_classes,
+            "pool_size": self.block_size,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
 
     @torch.no_grad()
     def init_weights(self, mode: str = "") -> None:
@@ -221,12 +277,12 @@ class NesT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``(B, num_features, H', W')`` → logits ``(B, num_classes)``, or the pooled features."""
-        x = self.head_drop(_global_pool(x, self.global_pool))
+        x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        end = (("norm", self.norm, fusion.INNER_NORM),)
-        if fusion.everywhere(x) or fusion.flags(x, "the model", self, _WRITTEN) or fusion.why_not(x, end, KNOWN):
+        end = (("norm", self.norm, fusion.INNER_NORM), ("global_pool", self.global_pool, _MEAN))
+        if fusion.everywhere(x) or fusion.flags(x, "the model", self, _WRITTEN) or fusion.why_not(x, end, _KNOWN):
             return self.forward_head(self.forward_features(x))
         norm: Any = self.norm
         return self.head(self.head_drop(layer_norm_mean(self._run_levels(x), norm.weight, norm.bias, eps=norm.eps)))
@@ -255,39 +311,64 @@ class NesT(nn.Module):
         """
         _checks.choice("output_fmt", output_fmt, ("NCHW",))
         wanted = self._feature_indices(indices)
-        stop = max(wanted) + 1 if stop_early else self.num_levels
+        stop = max(wanted) + 1 if stop_early else len(self.levels)
         intermediates = []
         x = self._embed(x)
         for i, level in enumerate(self.levels[:stop]):
             x = level(x)
             if i in wanted:
-                normed = norm and i == self.num_levels - 1
+                normed = norm and i == len(self.levels) - 1
                 intermediates.append(level.to_image(self.norm(x) if normed else x))
         if intermediates_only:
             return intermediates
-        x = self.norm(x) if stop == self.num_levels else x
+        x = self.norm(x) if stop == len(self.levels) else x
         return self.levels[stop - 1].to_image(x), intermediates
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of ``num_classes`` outputs (0 for none), and another pooling unless ``global_pool`` is None."""
+        """A new head of ``num_classes`` outputs (0 for none), and another pooling unless ``global_pool`` is None.
+
+        The head has the device and dtype of the first parameter. A pooling of the user's own, put in ``global_pool``'s
+        place, is replaced only where ``global_pool`` is given; it may say ``feat_mult()``.
+        """
         if global_pool is not None:
-            _checks.choice("global_pool", global_pool, POOLS)
-            self.global_pool = global_pool
+            self.global_pool = GlobalPool(global_pool).train(self.training)
         self.num_classes = num_classes
-        self.head_hidden_size = self.num_features * (2 if self.global_pool == "catavgmax" else 1)
+        self.head_hidden_size = self.num_features * getattr(self.global_pool, "feat_mult", lambda: 1)()
+        head: nn.Module = nn.Identity()
         if num_classes > 0:
-            at = self.norm.weight
-            self.head: nn.Module = nn.Linear(self.head_hidden_size, num_classes, device=at.device, dtype=at.dtype)
-        else:
-            self.head = nn.Identity()
-        self.head.train(self.training)
+            first = next(self.parameters())
+            head = nn.Linear(self.head_hidden_size, num_classes, device=first.device, dtype=first.dtype)
+        self.head = head.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what :meth:`forward_intermediates` does not need for the levels ``indices``; they are returned.
+
+        Args:
+            indices: as :meth:`forward_intermediates` has them, but 1 by default: the last level.
+            prune_norm: drop the last LayerNorm, too.
+            prune_head: drop the head and the pooling. Where levels are dropped, all three go, since they are of the
+                last level's width; ``num_features`` and ``head_hidden_size`` are then those of the last level left.
+        """
+        wanted = self._feature_indices(indices)
+        end = max(wanted) + 1
+        shorter = end < len(self.levels)
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        self.levels = self.levels[:end]
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[end - 1]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return wanted
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not to decay: the position embeddings."""
-        return {f"levels.{i}.pos_embed" for i in range(self.num_levels)}
+        return {f"levels.{i}.pos_embed" for i in range(len(self.levels))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into groups by depth, as timm's layer-wise learning rates take them."""
@@ -306,20 +387,18 @@ class NesT(nn.Module):
             level.grad_checkpointing = enable
 
     def _run_levels(self, x: Tensor) -> Tensor:
-        x = self._embed(x)
-        for level in self.levels:
-            x = level(x)
-        return x
+        return self.levels(self._embed(x))
 
     def _embed(self, x: Tensor) -> Tensor:
         _checks.tensor("x", x, "(B, C, H, W)")
-        if tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            wanted = f"(B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
+        channels = getattr(self.patch_embed.proj, "in_channels", self.in_chans)  # of another stem, if one was put there
+        if tuple(x.shape[1:]) != (channels, *self.img_size):
+            wanted = f"(B, {channels}, {self.img_size[0]}, {self.img_size[1]})"
             raise ValueError(f"x: wanted shape {wanted} as in_chans and img_size say, got {tuple(x.shape)}")
         return self.patch_embed(x)
 
     def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        n = self.num_levels
+        n = len(self.levels)
         if indices is None:
             return list(range(n))
         wanted = list(range(n - indices, n)) if isinstance(indices, int) else [i + n if i < 0 else i for i in indices]
@@ -328,6 +407,9 @@ class NesT(nn.Module):
         return wanted
 
 
+_KNOWN = KNOWN | {GlobalPool: fusion.as_written("global_pool", GlobalPool)}
+_MEAN = fusion.Place(("global_pool",), (("{name} pools in another way", lambda m, x: m.pool_type != "avg"),))
+
 # What the model must be for the last LayerNorm and the mean over tokens to be one pass.
 _WRITTEN = fusion.as_written(
     "nest",
@@ -335,7 +417,6 @@ _WRITTEN = fusion.as_written(
     methods=("forward_features", "forward_head"),
     rules=(
         ("impl='reference' was asked for", lambda m, x: m.impl == "reference"),
-        ("{name} pools in another way", lambda m, x: m.global_pool != "avg"),
         ("{name} was patched", lambda m, x: "forward_features" in m.__dict__ or "forward_head" in m.__dict__),
     ),
 )
@@ -383,20 +464,19 @@ def _image_and_block(
     return (height, width), (height // step, width // step)
 
 
-def _global_pool(x: Tensor, kind: str) -> Tensor:
-    if kind == "avg":
-        return x.mean((2, 3))
-    if kind == "max":
-        return x.amax((2, 3))
-    if kind == "avgmax":
-        return 0.5 * (x.mean((2, 3)) + x.amax((2, 3)))
-    if kind == "catavgmax":
-        return torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)
-    return x
-
-
 def _create(defaults: dict[str, Any], kwargs: dict[str, Any]) -> NesT:
+    for name, instead in _TIMM_ONLY.items():
+        if kwargs.pop(name, False):
+            raise ValueError(f"{name}: wanted False, since {instead}, got True")
     return NesT(**{**defaults, **kwargs})
+
+
+# What timm's model functions take beside the constructor's arguments, and what to do instead.
+_TIMM_ONLY = {
+    "pretrained": "NesT has no weights of its own: accelerate(timm.create_model(..., pretrained=True)) has timm's, and"
+    " load_state_dict(weights.from_timm(...)) takes them",
+    "features_only": "forward_intermediates(x, indices, intermediates_only=True) gives the levels' outputs",
+}
 
 
 def nest_tiny(**kwargs: Any) -> NesT:

@@ -1,25 +1,32 @@
 """Checkpoints: timm's state dicts and the authors' JAX parameters in, timm's format out, position embeddings resized.
 
-Every function takes and gives plain dictionaries of tensors; nothing here needs timm, JAX or a model.
+Every function gives plain dictionaries of tensors; nothing here needs timm, JAX or a model.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
-from os import PathLike, fspath
-from typing import Any
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nest_fast.reference import blockify, unblockify
 
 __all__ = ["from_jax", "from_timm", "head_major_to_minor", "head_minor_to_major", "resize_pos_embed", "to_timm"]
 
-_TIMM_KEYS = ("patch_embed.proj.weight", "module.patch_embed.proj.weight")
+# What torch.compile, FSDP, activation checkpointing and Lightning Fabric put into names, at any depth; no module of a
+# NesT is called so. "module." (DataParallel, DDP, averaged models) is treated as any other prefix.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+# The one name that timm's NesT has and no other model of timm.
+_TIMM_NAME = ("levels", "0", "pos_embed")
 
 
 def head_minor_to_major(weight: Tensor, num_heads: int) -> Tensor:
@@ -32,59 +39,87 @@ def head_major_to_minor(weight: Tensor, num_heads: int) -> Tensor:
     return weight.unflatten(1, (num_heads, -1)).transpose(1, 2).flatten(1)
 
 
-def from_timm(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict of timm's ``Nest`` as one for :class:`nest_fast.NesT`.
+def from_timm(
+    checkpoint: Mapping[str, Any] | str | PathLike[str], *, use_ema: bool = True, prefix: str | None = None
+) -> dict[str, Tensor]:
+    """A checkpoint of timm's ``Nest`` as a state dict for :class:`nest_fast.NesT`.
 
-    ``NesT`` keeps timm's names and layouts (head-minor projections included), so the tensors themselves pass through;
-    what this does is find them and refuse what is something else.
+    ``NesT`` keeps timm's names and layouts (head-minor projections included), so the tensors themselves pass through,
+    whatever their class, dtype or device; what this does is find them and refuse what is something else.
 
     Args:
-        checkpoint: the state dict of a timm ``nest_*`` model (``_jx`` or not), or a checkpoint that holds one under
-            "state_dict", "model" or "module"; a "module." in front of every name is taken off.
+        checkpoint: the state dict of a timm ``nest_*`` model (``_jx`` or not), or dictionaries that hold one at any
+            depth, as trainers save them ("state_dict", "model", ...), or the path of a file with either: safetensors
+            by the name ``.safetensors`` (needs the safetensors library), everything else by
+            ``torch.load(weights_only=True)`` onto the CPU. The names may have any prefix in common ("module.",
+            "_orig_mod.", "model.", "backbone.", ...) and what torch.compile and FSDP put into their middle; both are
+            taken off, and what lies outside the prefix is left out.
+        use_ema: prefer averaged weights, as timm's loader does: those under a key such as "state_dict_ema" or
+            "model_ema". False leaves them out.
+        prefix: which model to take where ``checkpoint`` holds several, a student and its teacher say; the error that
+            asks for it names them. Either the prefix of the names ("model.") or the whole way to them
+            ("state_dict.model"). Without it timm's order decides between "state_dict" and "model".
 
     Raises:
-        ValueError: there is no NesT state dict in ``checkpoint``.
+        TypeError: ``checkpoint`` is neither a dictionary nor a path; a model, for instance.
+        FileNotFoundError: there is no such file; a ValueError as well.
+        ValueError: there is no NesT in ``checkpoint`` or more than one, or the file cannot be read.
+        ModuleNotFoundError: a ``.safetensors`` file without safetensors.
+
+    Source: timm, ``models/_helpers.py`` (``load_state_dict`` and ``clean_state_dict``).
     """
-    found = {
-        key.removeprefix("module."): value
-        for key, value in _unwrap(checkpoint, ("state_dict", "model", "module"), _TIMM_KEYS).items()
-    }
-    if _TIMM_KEYS[0] not in found or "levels.0.pos_embed" not in found:
-        raise ValueError(f"checkpoint: wanted the state dict of a timm Nest, got names such as {list(checkpoint)[:3]}")
-    return found
+    return _timm_state("checkpoint", checkpoint, use_ema, prefix)
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of :class:`nest_fast.NesT` in timm's format: the inverse of :func:`from_timm`.
 
     Raises:
+        TypeError: ``state_dict`` is no dictionary.
         ValueError: the model is multi-query, which timm has not, or ``state_dict`` is not ``NesT``'s.
     """
-    found = from_timm(state_dict)
+    found = _timm_state("state_dict", state_dict)
     for key, value in found.items():
         if key.endswith(".attn.qkv.weight") and value.shape[0] != 3 * value.shape[1]:
             raise ValueError(f"state_dict: wanted multi-head attention, all that timm has, got multi-query in {key}")
     return found
 
 
-def from_jax(tree: Mapping[str, Any] | str | PathLike[str], depths: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+def from_jax(
+    tree: Mapping[str, Any] | str | PathLike[str],
+    depths: tuple[int, ...] | None = None,
+    *,
+    use_ema: bool = True,
+    prefix: str | None = None,
+) -> dict[str, Tensor]:
     """The authors' parameters as a float32 state dict for :class:`nest_fast.NesT`.
 
     The model to load it into has ``padding="same"``, ``gelu="tanh"`` and, for their 32 px models, ``multi_query=True``.
 
     Args:
-        tree: nested dictionaries as flax has them, a flat one with "/" in its names, the path of an ``.npz`` with such
-            names, or of a flax msgpack checkpoint (needs flax). The parameters may lie under "params", "param",
-            "target" or "optimizer".
+        tree: nested dictionaries as flax has them, flat ones with "/" in their names, the path of an ``.npz`` with such
+            names, or of a flax msgpack checkpoint (needs flax). The parameters may lie at any depth; of several trees
+            alike, as optimizers hold them, the one called "params", "target" or "param" is taken.
         depths: layers of each level. None reads them off the widths; levels of the same width share evenly.
+        use_ema, prefix: as for :func:`from_timm`; ways are joined by dots here too ("optimizer.target").
 
     Raises:
-        ValueError: no NesT parameters are found, or ``depths`` does not fit them.
+        TypeError: ``tree`` is neither a dictionary nor a path.
+        FileNotFoundError: there is no such file; a ValueError as well.
+        ValueError: no NesT parameters are found, or several, or ``depths`` does not fit them, or the file cannot be
+            read.
         ModuleNotFoundError: a msgpack file without flax.
 
     Source: github.com/google-research/nested-transformer, ``models/nest_net.py`` and ``libml/self_attention.py``.
     """
-    params = _jax_params(tree if isinstance(tree, Mapping) else _read_jax(fspath(tree)))
+    params = _jax_params(tree, use_ema, prefix)
+    try:
+        return _from_jax_params(params, depths)
+    except KeyError as error:
+        raise ValueError(f"tree: wanted all of NesT's parameters, got none called {error}") from error
+
+
+def _from_jax_params(params: Mapping[str, Any], depths: tuple[int, ...] | None) -> dict[str, Tensor]:
     out = _jax_affine("patch_embed.proj", params["PatchEmbedding_0"]["Conv_0"])
     num_levels = sum(key.startswith("PositionEmbedding_") for key in params)
     depths = _jax_depths(params, num_levels) if depths is None else depths
@@ -134,40 +169,209 @@ def resize_pos_embed(
     return blockify(image.permute(0, 2, 3, 1), block_size)
 
 
-def _unwrap(tree: Mapping[str, Any], names: tuple[str, ...], until: tuple[str, ...]) -> Mapping[str, Any]:
-    """The first tree that holds one of ``until``, going down through ``names``; ``tree`` itself if there is none."""
-    found = tree
-    while not any(key in found for key in until):
-        name = next((n for n in names if isinstance(found.get(n), Mapping)), None)
-        if name is None:
-            return tree
-        found = found[name]
+class _Model(NamedTuple):
+    """Where a model was found: the keys that lead to a dictionary, and the prefix of the names in it."""
+
+    way: tuple[str, ...]
+    prefix: str
+    state: Mapping[str, Any]
+
+    @property
+    def place(self) -> str:
+        return ".".join((*self.way, *self.prefix.split("."))).rstrip(".")
+
+
+class _NoFileError(FileNotFoundError, ValueError):
+    """No file at a path: what ``open`` would raise, and what every other checkpoint without a NesT raises."""
+
+
+def _timm_state(name: str, tree: Any, use_ema: bool = True, prefix: str | None = None) -> dict[str, Tensor]:
+    if isinstance(tree, (str, PathLike)):
+        tree = _read_torch(name, os.fspath(tree))
+    wanted = f"{name}: wanted the state dict of a timm Nest"
+    if isinstance(tree, nn.Module):
+        raise TypeError(f"{wanted}, got a {type(tree).__name__}; give its state_dict()")
+    _check_mapping(wanted, tree)
+    models = list(_find(tree, _timm_prefixes))
+    if not models:
+        model = next((key for key, value in tree.items() if isinstance(value, nn.Module)), None)
+        if model is not None:
+            raise TypeError(f"{wanted}, got a {type(tree[model]).__name__} under {model!r}; give its state_dict()")
+        hint = "; nest_fast.weights.from_jax reads it" if _mentions(tree, "PatchEmbedding_0") else ""
+        raise ValueError(f"{wanted}, got names such as {list(tree)[:3]}{hint}")
+    model = _choose(name, models, ("state_dict", "model"), use_ema, prefix)
+    # A longer prefix in the same dictionary belongs to another model.
+    others = tuple(m.prefix for m in models if m.state is model.state and len(m.prefix) > len(model.prefix))
+    found: dict[str, Tensor] = {}
+    for key, value in model.state.items():
+        if key.startswith(model.prefix) and not key.startswith(others):
+            clean = ".".join(part for part in key[len(model.prefix) :].split(".") if part not in _WRAPPERS)
+            if clean in found:
+                raise ValueError(f"{name}: wanted one tensor for {clean}, got a second one as {key}")
+            found[clean] = value
     return found
 
 
-def _read_jax(path: str) -> Mapping[str, Any]:
+def _check_mapping(wanted: str, tree: object) -> None:
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{wanted}, in a dictionary or at the path of a file, got {type(tree).__name__}")
+
+
+def _timm_prefixes(tree: Mapping[Any, Any]) -> list[str]:
+    found = set()
+    for key, value in tree.items():
+        if isinstance(key, str) and key.endswith(_TIMM_NAME[-1]) and isinstance(value, Tensor):
+            parts = key.split(".")
+            names = [i for i, part in enumerate(parts) if part not in _WRAPPERS]
+            if tuple(parts[i] for i in names[-3:]) == _TIMM_NAME:
+                found.add("".join(f"{part}." for part in parts[: names[-3]]))
+    return sorted(found)
+
+
+def _jax_prefixes(tree: Mapping[Any, Any]) -> list[str]:
+    return [""] if isinstance(tree.get("PatchEmbedding_0"), Mapping) else []
+
+
+def _mentions(tree: Mapping[Any, Any], word: str) -> bool:
+    return any(
+        word in str(key) or (isinstance(value, Mapping) and _mentions(value, word)) for key, value in tree.items()
+    )
+
+
+def _find(
+    tree: Mapping[Any, Any], prefixes: Callable[[Mapping[Any, Any]], list[str]], way: tuple[str, ...] = ()
+) -> Iterator[_Model]:
+    """Every model that ``tree`` holds, by the ``prefixes`` of the names in a dictionary."""
+    for prefix in prefixes(tree):
+        yield _Model(way, prefix, tree)
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _find(value, prefixes, (*way, str(key)))
+
+
+def _choose(name: str, models: list[_Model], order: tuple[str, ...], use_ema: bool, prefix: str | None) -> _Model:
+    """The one model that ``prefix`` names, ``use_ema`` asks for and, where that leaves several, ``order`` prefers."""
+    chosen = models
+    if prefix is not None:
+        chosen = [m for m in models if prefix.rstrip(".") in (m.place, m.prefix.rstrip("."))]
+    if len(chosen) > 1 or (prefix is None and not use_ema):
+        averaged = [m for m in chosen if any("ema" in key.lower().split("_") for key in m.way)]
+        plain = [m for m in chosen if m not in averaged]
+        if not use_ema and not plain:
+            places = ", ".join(repr(m.place) for m in averaged)
+            raise ValueError(f"use_ema: wanted True, since {name} holds averaged weights alone ({places}), got False")
+        chosen = averaged if use_ema and averaged else plain
+    for key in order:
+        if len(chosen) > 1:
+            chosen = [m for m in chosen if m.way[-1:] == (key,)] or chosen
+    if len(chosen) != 1:
+        places = ", ".join(repr(m.place) for m in models)
+        raise ValueError(f"prefix: wanted one of {places}, since {name} holds these models, got {prefix!r}")
+    return chosen[0]
+
+
+def _check_file(name: str, path: str) -> None:
+    if not os.path.exists(path):
+        raise _NoFileError(f"{name}: wanted the path of a file, got {path!r}, where there is none")
+    if os.path.isdir(path):
+        raise ValueError(f"{name}: wanted the path of a file, got the directory {path!r}")
+
+
+def _reason(error: Exception) -> str:
+    """The one sentence of a reader's error that says what was wrong."""
+    found = re.search(r"WeightsUnpickler error: \s*(\S.*)", str(error))
+    text = found[1] if found else str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0]
+
+
+def _read_torch(name: str, path: str) -> Any:
+    _check_file(name, path)
+    if path.endswith((".npz", ".flax", ".msgpack")):
+        raise ValueError(f"{name}: wanted a file of PyTorch's, got {path!r}; nest_fast.weights.from_jax reads it")
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{name}: wanted the safetensors library (pip install safetensors) to read {path!r}, got none"
+            ) from error
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise ValueError(f"{name}: wanted a safetensors file, got {path!r}: {_reason(error)}") from error
+    try:
+        # timm's training script saves its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling arbitrary bytes raises anything
+        more = "; where you trust it, give what torch.load(path, weights_only=False) returns" * ("GLOBAL" in str(error))
+        raise ValueError(
+            f"{name}: wanted tensors as torch.save writes them or a .safetensors file, got {path!r}:"
+            f" {_reason(error)}{more}"
+        ) from error
+
+
+def _read_jax(path: str) -> Any:
+    _check_file("tree", path)
+    if path.endswith((".pth", ".pt", ".bin", ".ckpt", ".safetensors")):
+        raise ValueError(f"tree: wanted an .npz or flax file, got {path!r}; nest_fast.weights.from_timm reads it")
     if path.endswith(".npz"):
         import numpy as np
 
-        with np.load(path) as arrays:
-            return dict(arrays)
-    from flax.serialization import msgpack_restore
-
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except Exception as error:
+            raise ValueError(f"tree: wanted an .npz file, got {path!r}: {_reason(error)}") from error
+    try:
+        from flax.serialization import msgpack_restore
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"tree: wanted flax (pip install flax) to read {path!r}, got none") from error
     with open(path, "rb") as file:
-        return msgpack_restore(file.read())
+        content = file.read()
+    try:
+        return msgpack_restore(content)
+    except Exception as error:
+        raise ValueError(f"tree: wanted a flax checkpoint, got {path!r}: {_reason(error)}") from error
 
 
-def _jax_params(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+def _nested(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """``tree`` with every "/" in a name made a dictionary, at any depth."""
     nested: dict[str, Any] = {}
     for path, value in tree.items():
-        *parents, name = path.split("/")
+        *parents, name = str(path).split("/")
         node = nested
         for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    params = _unwrap(nested, ("params", "param", "target", "optimizer"), ("PatchEmbedding_0",))
-    if "PatchEmbedding_0" not in params:
-        raise ValueError(f"tree: wanted NesT's parameters with a PatchEmbedding_0, got {sorted(tree)[:5]}")
+            node = _child(node, parent)
+        if isinstance(value, Mapping):
+            _child(node, name).update(_nested(value))
+        else:
+            node[name] = value
+    return nested
+
+
+def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
+    child = node.setdefault(name, {})
+    if not isinstance(child, dict):
+        raise ValueError(f"tree: wanted names below {name!r} or a value there, got both")
+    return child
+
+
+def _jax_params(tree: Any, use_ema: bool, prefix: str | None) -> Mapping[str, Any]:
+    if isinstance(tree, (str, PathLike)):
+        tree = _read_jax(os.fspath(tree))
+    wanted = "tree: wanted NesT's parameters with a PatchEmbedding_0"
+    _check_mapping(wanted, tree)
+    models = list(_find(_nested(tree), _jax_prefixes))
+    if not models:
+        hint = "; nest_fast.weights.from_timm reads it" if list(_find(tree, _timm_prefixes)) else ""
+        raise ValueError(f"{wanted}, got names such as {sorted(map(str, tree))[:5]}{hint}")
+    params = _choose("tree", models, ("params", "target", "param"), use_ema, prefix).state
+    shape = getattr(params["PatchEmbedding_0"].get("Conv_0", {}).get("kernel"), "shape", ())
+    if len(shape) != 4:  # five: pmap's copies, one for each device
+        raise ValueError(f"tree: wanted PatchEmbedding_0's kernel (h, w, in, out), unreplicated, got shape {shape}")
     return params
 
 

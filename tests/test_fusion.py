@@ -142,6 +142,10 @@ def test_nothing_is_fused_where_all_modules_are_called(monkeypatch):
     seen.clear()
     torch.jit.trace(lambda x: seen.append(fusion.everywhere(x)) or x + 1, x)
     assert str(seen[0]) == "torch.jit is tracing"
+    with monkeypatch.context() as patched:
+        sdpa = nn.functional.scaled_dot_product_attention
+        patched.setattr(nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: sdpa(*args, **kwargs))
+        assert str(fusion.everywhere(x)) == "a function of torch.nn.functional was patched"
     original = nn.Module.__call__
     monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: original(self, *args))
     assert str(fusion.everywhere(x)) == "the call of nn.Module was patched"

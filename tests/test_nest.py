@@ -40,7 +40,7 @@ def test_default_rates_are_the_authors():
     for name in ("nest_tiny", "nest_small", "nest_base", "nest_tiny_s16_32"):
         model = getattr(nest_fast, name)(device="meta")
         layers = [layer for level in model.levels for layer in level.transformer_encoder]
-        rates[name] = (layers[0].drop_path1.p, layers[-1].drop_path2.p)
+        rates[name] = (layers[0].drop_path1.drop_prob, layers[-1].drop_path2.drop_prob)
     assert rates == {
         "nest_tiny": (0.0, pytest.approx(0.2)),
         "nest_small": (0.0, pytest.approx(0.3)),

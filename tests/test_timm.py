@@ -85,17 +85,6 @@ def test_state_dicts_are_interchangeable(image):
     assert relative_error(ours(image), theirs(image)) < 1e-5
 
 
-def test_from_timm_unwraps_and_refuses():
-    state = small_timm().state_dict()
-    for wrapped in ({"state_dict": state}, {"model": {f"module.{key}": value for key, value in state.items()}}):
-        got = nest_fast.weights.from_timm(wrapped)
-        assert got.keys() == state.keys()
-    with pytest.raises(ValueError, match=r"wanted the state dict of a timm Nest, got names such as \['a'\]"):
-        nest_fast.weights.from_timm({"a": torch.zeros(1)})
-    with pytest.raises(ValueError, match="multi-query"):
-        nest_fast.weights.to_timm(nest_fast.nest_tiny_s16_32().state_dict())
-
-
 def test_features_and_intermediates_are_timms(image):
     theirs = small_timm()
     ours = nest_fast.NesT(**SMALL).eval()
@@ -109,19 +98,6 @@ def test_features_and_intermediates_are_timms(image):
         assert len(got[1]) == len(wanted[1])
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(got[1], wanted[1], strict=True))
     assert ours.feature_info == theirs.feature_info
-
-
-def test_position_embeddings_are_resized_on_loading():
-    theirs, larger = small_timm(), nest_fast.NesT(**{**SMALL, "img_size": (128, 96)})
-    before = theirs.state_dict()
-    larger.load_state_dict(before)
-    square = nest_fast.NesT(**{**SMALL, "img_size": 128})
-    square.load_state_dict(before)
-    for i, level in enumerate(square.levels):
-        wanted = timm.models.nest.resize_pos_embed(before[f"levels.{i}.pos_embed"], level.pos_embed)
-        torch.testing.assert_close(level.pos_embed.data, wanted)
-    assert larger.eval()(torch.randn(1, 3, 128, 96)).isfinite().all()
-    assert before["levels.0.pos_embed"].shape == (1, 16, 16, 32)  # the dictionary given is left as it was
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
@@ -148,6 +124,157 @@ def test_constructor_arguments_are_timms(pool, image):
         model.reset_classifier(3, "catavgmax")
     assert ours.head.weight.shape == theirs.head.weight.shape
     assert ours.head_hidden_size == theirs.head_hidden_size
+
+
+def twins(**kwargs):
+    theirs = small_timm(**kwargs)
+    ours = nest_fast.NesT(**{**SMALL, "drop_path_rate": 0.0, **kwargs}).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def test_public_names_are_timms():
+    """Every public name that timm's model and its parts of ours have; values too, where they are plain."""
+    theirs, ours = twins()
+    assert {name for name in dir(theirs) if not name.startswith("_")} <= set(dir(ours))
+    assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()]
+    names = ("num_classes", "in_chans", "num_features", "head_hidden_size", "drop_rate", "num_levels", "patch_size",
+             "num_blocks", "num_patches", "seq_length", "feature_info", "training")  # fmt: skip
+    for name in names:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.block_size == (theirs.block_size, theirs.block_size)
+    for name in ("img_size", "grid_size", "num_patches"):
+        assert getattr(ours.patch_embed, name) == getattr(theirs.patch_embed, name), name
+    for pool in ("avg", "max", "avgmax", "catavgmax", ""):
+        for model in (theirs, ours):
+            model.reset_classifier(0, pool)
+        assert ours.global_pool.pool_type == theirs.global_pool.pool_type == pool
+        assert ours.global_pool.feat_mult() == theirs.global_pool.feat_mult()
+        assert ours.global_pool.is_identity() == theirs.global_pool.is_identity()
+
+
+def test_data_configuration_is_that_of_timms_model():
+    theirs = timm.create_model("nest_tiny", img_size=64)
+    ours = nest_fast.nest_tiny(img_size=64, device="meta")
+    from timm.data import resolve_model_data_config as resolve
+
+    assert resolve(ours) == resolve(theirs) | {"input_size": (3, 64, 64)}
+    for key in ("first_conv", "classifier", "num_classes", "fixed_input_size"):
+        assert ours.default_cfg[key] == ours.pretrained_cfg[key] == theirs.default_cfg[key]
+
+
+@pytest.mark.parametrize("prune_norm", [False, True])
+@pytest.mark.parametrize("prune_head", [False, True])
+@pytest.mark.parametrize("indices", [1, 3, [0], [0, 1], [-2, 0]])
+def test_pruned_models_are_timms(indices, prune_norm, prune_head, image):
+    theirs, ours = twins()
+    left = []
+    for model in (theirs, ours):
+        taken = model.prune_intermediate_layers(indices, prune_norm, prune_head)
+        names = (model.num_features, model.head_hidden_size, model.num_classes, model.global_pool.pool_type)
+        left.append((taken, names, list(model.state_dict()), model.no_weight_decay(), str(model.get_classifier())))
+    assert left[0] == left[1]
+    for norm in (False, True):
+        got, wanted = (model.forward_intermediates(image, norm=norm) for model in (ours, theirs))
+        for a, b in zip([got[0], *got[1]], [wanted[0], *wanted[1]], strict=True):
+            assert relative_error(a, b) < 1e-5
+    assert relative_error(ours.forward_features(image), theirs.forward_features(image)) < 1e-5
+    assert relative_error(ours(image), theirs(image)) < 1e-5
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        model.reset_classifier(5, "avg")
+    assert relative_error(ours(image), theirs(image)) < 1e-5
+
+
+def exchange_norm(model):
+    model.norm = nn.Identity()
+    model.reset_classifier(5)
+
+
+def exchange_pool(model):
+    model.global_pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def dense_head(model):
+    model.reset_classifier(0, "")
+    model.head = nn.Conv2d(model.num_features, 3, 1)
+
+
+def patched_pool(model):
+    model.global_pool.forward = lambda x: x.amax((2, 3))
+
+
+def listen_to_pool(model):
+    model.global_pool.register_forward_hook(lambda module, args, out: 2 * out + args[0].sum((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "surgery", [exchange_norm, exchange_pool, dense_head, patched_pool, listen_to_pool], ids=lambda f: f.__name__
+)
+def test_surgery_on_the_head_does_what_it_does_to_timms(surgery, image):
+    theirs, ours = twins()
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        surgery(model)
+    assert type(ours.get_classifier()) is type(theirs.get_classifier())
+    assert relative_error(ours(image), theirs(image)) < 1e-5
+
+
+def test_a_new_head_has_the_parameters_dtype():
+    for model in twins():
+        model.bfloat16().norm.float()
+        model.reset_classifier(3)
+        assert model.head.weight.dtype == torch.bfloat16
+        assert nest_fast.NesT(**SMALL, device="meta").head.weight.is_meta
+
+
+def test_timms_tools_take_a_nest(image):
+    """Layer-wise learning rates, freezing, averaging, feature extraction: the same groups, names and numbers."""
+    from timm import optim, utils
+    from timm.models._features import FeatureGetterNet
+
+    theirs, ours = twins()
+    results = []
+    for model in (theirs, ours):
+        names = {id(p): name for name, p in model.named_parameters()}
+        optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+        groups = [
+            (group["weight_decay"], group["lr_scale"], sorted(names[id(p)] for p in group["params"]))
+            for group in optimizer.param_groups
+        ]
+        utils.freeze(model, ["patch_embed", "levels.0"])
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        results.append((groups, model.group_matcher(True), frozen))
+    assert results[0] == results[1]
+    features = []
+    for model in (theirs, ours):
+        average = utils.ModelEmaV3(model, decay=0.5)
+        with torch.no_grad():
+            model.head.bias.add_(1.0)
+        average.update(model)
+        net = FeatureGetterNet(copy.deepcopy(model), out_indices=(0, 1))
+        features.append([average.module(image), *net(image)])
+        assert net.feature_info.channels() == [32, 64]
+        assert net.feature_info.reduction() == [4, 8]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(*features, strict=True))
+
+
+def test_models_are_saved_whole(image):
+    _, ours = twins()
+    ours.prune_intermediate_layers([1])
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(image), ours(image))
+
+
+def test_what_timm_does_elsewhere_says_so():
+    with pytest.raises(ValueError, match=r"pretrained: wanted False, since NesT has no weights .*, got True") as error:
+        nest_fast.nest_tiny(pretrained=True)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"features_only: wanted False, since forward_intermediates.*, got True"):
+        nest_fast.nest_tiny_s16_32(features_only=True)
+    assert nest_fast.nest_tiny(pretrained=False, features_only=False, num_classes=3, device="meta").num_classes == 3
 
 
 # --- accelerate -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class NestLevel(_Fast, timm_nest.NestLevel):
 class Nest(_Fast, timm_nest.Nest):
     @_instead_of(timm_nest.Nest, "forward_features")
     def forward_features(self, x: Tensor) -> Tensor:
-        if fusion.flags(x, "the model", self, _KNOWN[Nest]) or fusion.why_not(x, _nest_parts(self), _KNOWN):
+        if fusion.why_not(x, _nest_parts(self), _KNOWN) or fusion.flags(x, "the model", self, _KNOWN[Nest]):
             return timm_nest.Nest.forward_features(self, x)
         levels: list[Any] = list(self.levels)
         edge = levels[0].block_size
@@ -107,11 +107,7 @@ class Nest(_Fast, timm_nest.Nest):
 
 def _run_layers(level: Any, x: Tensor) -> Tensor:
     encoder = level.transformer_encoder
-    if level.grad_checkpointing:
-        return checkpoint_seq(encoder, x)
-    if x.is_cuda and not fusion.why_not(x, (("transformer_encoder", encoder, _SEQUENTIAL),), _KNOWN):
-        return fusion.run_layers(x, list(encoder), _KNOWN)
-    return encoder(x)
+    return checkpoint_seq(encoder, x) if level.grad_checkpointing else fusion.run_layers(x, encoder, _KNOWN)
 
 
 def _padding(pool: Any) -> str:
@@ -137,11 +133,11 @@ def _pool_parts(pool: Any) -> tuple[fusion.Part, ...]:
 
 def _nest_parts(model: Any) -> Iterator[fusion.Part]:
     """What stands between the layers of a model: nothing of it is called where it stays in block layout."""
-    embed, levels = model._modules["patch_embed"], model._modules["levels"]
+    embed, levels = model._modules.get("patch_embed"), model._modules.get("levels")
     yield "patch_embed", embed, _EMBEDDING
     yield "patch_embed.proj", embed._modules.get("proj"), fusion.CONV_OF_PATCHES
     yield "patch_embed.norm", embed._modules.get("norm"), fusion.IDENTITY
-    yield "levels", levels, _SEQUENTIAL
+    yield "levels", levels, fusion.SEQUENTIAL
     for i, level in enumerate(levels._modules.values()):
         pool = level._modules.get("pool")
         yield f"levels.{i}", level, _LEVEL
@@ -164,7 +160,6 @@ def _is_in_other_blocks(model: Any, x: Tensor) -> bool:
     return not levels
 
 
-_SEQUENTIAL = fusion.Place(("sequential",))
 _EMBEDDING = fusion.Place(("patch_embed",))
 _LEVEL = fusion.Place(("level",))
 _POOL = fusion.Place(("pool",))
@@ -330,10 +325,11 @@ def _why_not(module: Any) -> str | None:
 
 
 def _tell_nest(name: str, model: Any, like: Like) -> Iterator[Row]:
-    height, width = model.patch_embed.img_size or (1, 1)
-    x = like(getattr(model.patch_embed.proj, "in_channels", 1), height, width)
-    why = fusion.everywhere(x) or fusion.flags(x, "the model", model, _KNOWN[Nest])
-    why = why or fusion.why_not(x, _nest_parts(model), _KNOWN)
+    embed = model._modules.get("patch_embed")
+    height, width = getattr(embed, "img_size", None) or (1, 1)
+    x = like(getattr(getattr(embed, "proj", None), "in_channels", 1), height, width)
+    why = fusion.everywhere(x) or fusion.why_not(x, _nest_parts(model), _KNOWN)
+    why = why or fusion.flags(x, "the model", model, _KNOWN[Nest])
     if why:
         yield Row(name, "between levels", "its modules", str(why))
     else:
