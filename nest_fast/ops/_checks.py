@@ -126,6 +126,12 @@ def in_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def onnx_why_not() -> list[str]:
+    """Why no kernel may be chosen while ``torch.onnx.export`` traces."""
+    exporting = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    return ["ONNX has PyTorch's operations only"] if exporting else []
+
+
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
     kind = x.device.type

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice
+from nest_fast.ops import _checks, _choice, _extension
 from nest_fast.ops._layer import fake_branch_backward, layer_backward
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
@@ -16,7 +16,7 @@ __all__ = ["attention_layer"]
 IMPLS = ("auto", "reference", "cpp")
 
 _OPS = torch.ops.nest_fast
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 _LIB.define(
     "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
     " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"

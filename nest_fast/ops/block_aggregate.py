@@ -15,7 +15,7 @@ __all__ = ["block_aggregate"]
 IMPLS = ("auto", "reference", "triton", "two_step", "cpp")
 Size2 = tuple[int, int]
 
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 _LIB.define(
     "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor"
 )

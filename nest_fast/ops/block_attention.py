@@ -13,7 +13,7 @@ __all__ = ["block_attention"]
 
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
 
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 _LIB.define("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)")
 _LIB.define(
     "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"

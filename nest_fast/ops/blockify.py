@@ -21,7 +21,7 @@ _SMALL = 2**20
 # where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
 _LARGE = 2**24
 
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 _LIB.define("blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor")
 _LIB.define("unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Tensor? pos_embed) -> Tensor")
 _LIB.define("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor")
@@ -179,6 +179,8 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
 
 def _why_not(x: Tensor) -> str | None:
     """Why there is no compiled kernel for ``x``."""
+    if is_compiling() and (reasons := _checks.onnx_why_not()):
+        return reasons[0]
     if x.is_cpu:
         return _extension.cpu_error
     return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"

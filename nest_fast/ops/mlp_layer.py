@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice
+from nest_fast.ops import _checks, _choice, _extension
 from nest_fast.ops._layer import fake_branch_backward, layer_backward
 from nest_fast.ops.linear import linear
 
@@ -16,7 +16,7 @@ IMPLS = ("auto", "reference", "cpp")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 _OPS = torch.ops.nest_fast
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 _LIB.define(
     "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
     " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
