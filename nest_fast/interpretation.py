@@ -6,6 +6,7 @@ model as it was: mode, gradients, hooks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nest_fast.ops import _checks
+from nest_fast.ops import _checks, unblockify
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,8 +37,7 @@ class GradCAT:
         blocks: ``(row, column)`` of the block in the grid of each level: ``num_levels``, the root's ``(0, 0)`` first.
         boxes: the same blocks as ``(left, top, right, bottom)`` in pixels of the image, the whole image first.
         maps: activation times gradient of the logit, added up over channels: for each level ``(H', W')``, the root's,
-            the smallest, first; float32. Positive speaks for the class. The root's, taken behind the last LayerNorm, is
-            what each token adds to the logit where the pooling is the mean.
+            the smallest, first; float32. Positive speaks for the class.
     """
 
     target: int
@@ -80,9 +80,9 @@ def gradcat(model: nn.Module, image: Tensor, target: int | None = None) -> GradC
     """GradCAT: walk down the tree of blocks to the part of ``image`` that speaks most for a class.
 
     At each node, the root first, the walk enters the quarter of the node's block whose activation times gradient of the
-    class's logit, averaged over the quarter, is largest. A node's activations are what its level hands on: the output of
-    its layers, at the root of the LayerNorm behind them (before it, activation times gradient adds up to nothing at
-    every token, since a LayerNorm does not see the length of what it is given).
+    class's logit, averaged over the quarter, is largest. A node's activations are what its level's layers are given: the
+    features that its children handed up, whose quarters are the children. (Behind the layers attention has carried what
+    speaks for the class to other tokens.)
 
     Args:
         model: a classifier that is, or has inside, one :class:`nest_fast.NesT` or one of timm's; accelerated,
@@ -96,26 +96,23 @@ def gradcat(model: nn.Module, image: Tensor, target: int | None = None) -> GradC
     Raises:
         TypeError, ValueError: ``model`` is no such classifier, ``image`` is not one image, there is no class ``target``.
 
-    Source: Zhang et al., AAAI 2022 (arXiv 2105.12723), "Visual Interpretability", the algorithm GradCAT. Its minus sign
-    before the gradient is left out: with it the walk leaves the object.
+    Source: Zhang et al., AAAI 2022 (arXiv 2105.12723), the algorithm GradCAT. Its minus sign before the gradient is left
+    out: with it the walk avoids the object (examples/gradcat_objects.py measures both).
     """
     nest = _nest(model)
     image = _image(image)
-    nodes = [*nest.levels[:-1], nest.norm]  # fine to coarse
-    activations: dict[nn.Module, Tensor] = {}
+    layers = [level.transformer_encoder[0] for level in nest.levels]
+    given: dict[nn.Module, Tensor] = {}
     with _evaluated(model), torch.inference_mode(False), torch.enable_grad():
-        with _listening(nodes, activations.__setitem__):
+        with _listening(layers, lambda layer, x, _: given.setdefault(layer, x)):
             # Some have frozen every parameter; then only the image asks for gradients.
             logits = model(image.detach().clone().requires_grad_())
         _check_logits(logits)
         target = int(logits[0].argmax()) if target is None else _class(target, logits.shape[1])
-        missing = [type(node).__name__ for node in nodes if node not in activations]
-        if missing:
-            raise ValueError(f"model: wanted one that calls the levels and norm of its NesT, got none for {missing[0]}")
-        values = [activations[node] for node in nodes]
-        gradients = torch.autograd.grad(logits[0, target], values)
-    relevances = [(value * gradient).detach().float() for value, gradient in zip(values, gradients, strict=True)]
-    maps = tuple(_map(nest, i, relevances[i]) for i in reversed(range(len(nodes))))
+        activations = [given[layer] for layer in layers]
+        gradients = torch.autograd.grad(logits[0, target], activations)
+    relevances = [(x * dx).detach().float().sum(-1, keepdim=True) for x, dx in zip(activations, gradients, strict=True)]
+    maps = tuple(_map(level, x) for level, x in zip(nest.levels[::-1], relevances[::-1], strict=True))
     path, blocks = _walk(maps)
     boxes = tuple(_box(i, block, image.shape[-2:]) for i, block in enumerate(blocks))
     return GradCAT(target, logits[0, target].item(), path, blocks, boxes, maps)
@@ -148,7 +145,7 @@ def attention_maps(model: nn.Module, image: Tensor, layers: Sequence[str] | None
     wanted = {name: module for name, module in known.items() if layers is None or name in layers}
     packed: dict[nn.Module, Tensor] = {}
     projections = [module.qkv for module in wanted.values()]
-    with _evaluated(model), torch.no_grad(), _listening(projections, packed.__setitem__):
+    with _evaluated(model), torch.no_grad(), _listening(projections, lambda qkv, _, out: packed.setdefault(qkv, out)):
         model(image)
     return {name: _weights(module, packed[module.qkv].detach()) for name, module in wanted.items()}
 
@@ -167,10 +164,10 @@ def _nest(model: nn.Module) -> Any:
 
 
 def _is_nest(module: Any) -> bool:
-    levels, norm = getattr(module, "levels", None), getattr(module, "norm", None)
-    if not isinstance(levels, (nn.ModuleList, nn.Sequential)) or not isinstance(norm, nn.Module):
+    levels = getattr(module, "levels", None)
+    if not isinstance(levels, (nn.ModuleList, nn.Sequential)) or len(levels) == 0:
         return False
-    return len(levels) > 0 and all(hasattr(level, "transformer_encoder") for level in levels)
+    return all(len(getattr(level, "transformer_encoder", ())) > 0 for level in levels)
 
 
 def _is_attention(module: Any) -> bool:
@@ -190,9 +187,13 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(modules: Sequence[nn.Module], say: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """``say(module, output)`` whenever one of ``modules`` is called; a listener makes the fused layers call it."""
-    handles = [module.register_forward_hook(lambda module, args, output: say(module, output)) for module in modules]
+def _listening(modules: Sequence[nn.Module], say: Callable[[nn.Module, Tensor, Tensor], object]) -> Iterator[None]:
+    """``say(module, input, output)`` whenever one of ``modules`` is called; to be heard, fused layers call it."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # a result would replace the output
+        say(module, args[0], output)
+
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks that came later
             yield
@@ -225,13 +226,9 @@ def _class(target: int, classes: int) -> int:
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
-def _map(nest: Any, i: int, relevance: Tensor) -> Tensor:
-    """``relevance`` at the node of level ``i``, in whatever layout the model has it, added up over channels."""
-    level = nest.levels[i]
-    if hasattr(level, "to_image"):  # blocks (1, T, N, C)
-        return level.to_image(relevance.sum(-1, keepdim=True))[0, 0]
-    # timm's levels give images with channels first, its last LayerNorm has them last.
-    return relevance[0].sum(-1 if i == len(nest.levels) - 1 else 0)
+def _map(level: Any, x: Tensor) -> Tensor:
+    """Blocks ``(1, T, N, 1)`` of a level as an image ``(H', W')``."""
+    return unblockify(x, math.isqrt(x.shape[1]), level.block_size)[0, :, :, 0]
 
 
 def _walk(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:

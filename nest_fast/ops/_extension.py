@@ -46,7 +46,9 @@ class Library(torch.library.Library):
         if not known:
             return super().define(schema, *args, **kwargs)
         if known != [wanted]:
-            raise ImportError(f"nest_fast/_C_cpu.abi3.so: wanted {wanted}, got {known[0]}; build it again (pip install)")
+            raise ImportError(
+                f"nest_fast/_C_cpu.abi3.so: wanted {wanted}, got {known[0]}; build it again (pip install)"
+            )
         return wanted.name
 
 
