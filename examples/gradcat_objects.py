@@ -1,8 +1,8 @@
 """GradCAT finds small objects: train a tiny NesT to say which are there, then walk to them in images it has not seen.
 
-An image of 64 x 64 px is a noisy texture with two objects of 9 px, each somewhere inside one of its 4 x 4 blocks: a disc,
-ring, square, cross, saltire or stripes, in one of six hues, which are the classes. The model is told the hues and never the
-places. Then :func:`nest_fast.gradcat` is asked for each of the two and has to end in the block that holds it.
+An image of 64 x 64 px is a noisy texture with two objects of 9 px, each somewhere inside one of its 4 x 4 blocks: a
+disc, ring, square, cross, saltire or stripes, in one of six hues, which are the classes. The model is told the hues and
+never the places. Then :func:`nest_fast.gradcat` is asked for each of the two and has to end in the block that holds it.
 
 ``python examples/gradcat_objects.py --out DIR`` writes gradcat_objects.png and gradcat_objects.json there; the exit
 status says whether nine walks in ten found their object.

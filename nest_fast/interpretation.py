@@ -26,7 +26,7 @@ __all__ = ["GradCAT", "attention_maps", "gradcat"]
 Box = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradCAT:
     """Where the evidence for a class lies: a walk from the root of the tree of blocks to one of its leaves.
 
@@ -57,7 +57,7 @@ class GradCAT:
         Raises:
             ValueError: there is no such level.
         """
-        from PIL import Image, ImageDraw
+        from PIL import ImageDraw
 
         canvas = photo.convert("RGB")
         if level is not None:
@@ -79,10 +79,10 @@ class GradCAT:
 def gradcat(model: nn.Module, image: Tensor, target: int | None = None) -> GradCAT:
     """GradCAT: walk down the tree of blocks to the part of ``image`` that speaks most for a class.
 
-    At each node, the root first, the walk enters the quarter of the node's block whose activation times gradient of the
-    class's logit, averaged over the quarter, is largest. A node's activations are what its level's layers are given: the
-    features that its children handed up, whose quarters are the children. (Behind the layers attention has carried what
-    speaks for the class to other tokens.)
+    At each node, the root first, the walk enters the quarter of the node's block whose activation times gradient of
+    the class's logit, averaged over the quarter, is largest. A node's activations are what its level's layers are
+    given: the features that its children handed up, whose quarters are the children. (Behind the layers attention has
+    carried what speaks for the class to other tokens.)
 
     Args:
         model: a classifier that is, or has inside, one :class:`nest_fast.NesT` or one of timm's; accelerated,
@@ -94,10 +94,10 @@ def gradcat(model: nn.Module, image: Tensor, target: int | None = None) -> GradC
         A :class:`GradCAT`: the path, its blocks and boxes, a map for each level; ``.draw(photo)`` shows it.
 
     Raises:
-        TypeError, ValueError: ``model`` is no such classifier, ``image`` is not one image, there is no class ``target``.
+        TypeError, ValueError: ``model`` is no such classifier, ``image`` not one image, or there is no such class.
 
-    Source: Zhang et al., AAAI 2022 (arXiv 2105.12723), the algorithm GradCAT. Its minus sign before the gradient is left
-    out: with it the walk avoids the object (examples/gradcat_objects.py measures both).
+    Source: Zhang et al., AAAI 2022 (arXiv 2105.12723), the algorithm GradCAT. Its minus sign before the gradient is
+    left out: with it the walk avoids the object (examples/gradcat_objects.py measures both).
     """
     nest = _nest(model)
     image = _image(image)
@@ -163,8 +163,8 @@ def _nest(model: nn.Module) -> Any:
     return found[0]
 
 
-def _is_nest(module: Any) -> bool:
-    levels = getattr(module, "levels", None)
+def _is_nest(module: nn.Module) -> bool:
+    levels = module._modules.get("levels")  # its own: what torch.compile wraps has the attributes of what is inside
     if not isinstance(levels, (nn.ModuleList, nn.Sequential)) or len(levels) == 0:
         return False
     return all(len(getattr(level, "transformer_encoder", ())) > 0 for level in levels)

@@ -185,7 +185,7 @@ def test_a_saved_program_says_what_it_needs(tmp_path):
     torch.export.load(tmp_path / "kernels.pt2", extra_files=extra)
     assert "import nest_fast" in extra["nest_fast"]
     assert extra["labels"] == "cat, dog"
-    with pytest.raises(AssertionError, match="this program needs `import nest_fast` before torch.export.load"):
+    with pytest.raises(AssertionError, match=r"this program needs `import nest_fast` before torch\.export\.load"):
         run_python("-c", LOAD.format(first=""), str(tmp_path / "kernels.pt2"))
     assert "[3, 5]" in run_python("-c", LOAD.format(first="import nest_fast"), str(tmp_path / "kernels.pt2"))
 
@@ -197,7 +197,7 @@ def test_a_saved_program_says_what_it_needs(tmp_path):
 
 
 def test_only_a_program_is_saved():
-    with pytest.raises(TypeError, match="program: wanted a torch.export.ExportedProgram, got NesT"):
+    with pytest.raises(TypeError, match=r"program: wanted a torch\.export\.ExportedProgram, got NesT"):
         nest_fast.export.save(small(), "model.pt2")
 
 
@@ -244,7 +244,7 @@ def test_an_explicit_kernel_is_refused_in_onnx():
             return nest_fast.blockify(x, 2, impl="cpp")
 
     # Refused while tracing, PyTorch's exporter traces in another way, and then has no translation.
-    with pytest.raises(torch.onnx.OnnxExporterError, match="nest_fast.blockify"):
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"nest_fast\.blockify"):
         torch.onnx.export(Blocks().eval(), (torch.randn(1, 4, 4, 3),), dynamo=True, verbose=False)
 
 

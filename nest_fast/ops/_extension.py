@@ -1,8 +1,8 @@
 """Loads the compiled parts, once, at import; what cannot be loaded is remembered with its reason.
 
 ``cpu_error`` and ``cuda_error`` are None where the part is loaded, else one line that says why not. Nothing is compiled
-here and no CUDA context is made. The parts register kernels. The CPU part defines its operations, too, for programs that
-load it without Python; here they are defined where it is missing.
+here and no CUDA context is made. The parts register kernels. The CPU part defines its operations, too, for programs
+that load it without Python; here they are defined where it is missing.
 ``cpp_isa`` names the vector instructions of the CPU part: "avx512_bf16", "avx512", "avx2", or "" where there are none.
 """
 
