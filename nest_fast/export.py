@@ -84,17 +84,17 @@ def save(program: ExportedProgram, f: str | os.PathLike[str] | IO[bytes], **kwar
 
 
 def _blockify(x: Tensor, block_size: Size2, pos_embed: Tensor | None) -> Tensor:
-    out = reference.blockify(x, tuple(block_size))
+    out = reference.blockify(x, block_size)
     return (out if pos_embed is None else out + pos_embed).contiguous()
 
 
 def _unblockify(x: Tensor, grid_size: Size2, block_size: Size2, pos_embed: Tensor | None) -> Tensor:
     x = x if pos_embed is None else x + pos_embed
-    return reference.unblockify(x, tuple(grid_size), tuple(block_size)).contiguous()
+    return reference.unblockify(x, grid_size, block_size).contiguous()
 
 
 def _patchify(x: Tensor, patch_size: Size2, block_size: Size2) -> Tensor:
-    return reference.patchify(x, tuple(patch_size), tuple(block_size)).contiguous()
+    return reference.patchify(x, patch_size, block_size).contiguous()
 
 
 def _unpatchify(x: Tensor, patch_size: Size2, grid_size: Size2, block_size: Size2) -> Tensor:
@@ -103,13 +103,13 @@ def _unpatchify(x: Tensor, patch_size: Size2, grid_size: Size2, block_size: Size
     return x.reshape(*x.shape[:2], gh * bh * ph, gw * bw * pw).contiguous()
 
 
-def _block_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
     return _block_attention_triton(q, k, v, None, None, scale)
 
 
 def _block_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask)
     scores = (q.float() * scale).transpose(2, 3) @ k.float().permute(0, 1, 3, 4, 2)
     if bias is not None:
@@ -122,12 +122,13 @@ def _block_attention_triton(
 
 def _attention_layer(
     x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, kv_heads, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     scale, branch_scale, training = rest
     C = x.shape[1]
     qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
     packed = qkv.reshape(-1, 1, tokens, heads + 2 * kv_heads, C // heads)
-    out, lse = _block_attention(*packed.split((heads, kv_heads, kv_heads), 3), scale)
+    q, k, v = packed.split((heads, kv_heads, kv_heads), 3)
+    out, lse = _block_attention(q, k, v, scale)
     attended = out.reshape(-1, C)
     out = x + branch_scale * F.linear(attended, proj_weight, proj_bias)
     return out, *_kept(training, qkv, attended, lse.flatten(0, 1))
@@ -135,7 +136,7 @@ def _attention_layer(
 
 def _mlp_layer(
     x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, branch_scale, training
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     hidden = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
     y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     return x + branch_scale * F.linear(y, fc2_weight, fc2_bias), *_kept(training, hidden)
@@ -143,8 +144,8 @@ def _mlp_layer(
 
 def _block_aggregate(
     x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid_size, block_size, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    image = reference.unblockify(x, tuple(grid_size), tuple(block_size)).permute(0, 3, 1, 2)
+) -> tuple[Tensor, ...]:
+    image = reference.unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
     y = F.conv2d(image, conv_weight, padding=1).permute(0, 2, 3, 1).contiguous()
     out, *statistics = _norm_pool(y, conv_bias, norm_weight, norm_bias, pos_embed, *rest)
     return out, *_kept(rest[-1], y), *statistics
@@ -152,17 +153,17 @@ def _block_aggregate(
 
 def _norm_pool(
     y, conv_bias, norm_weight, norm_bias, pos_embed, out_block_size, eps, same, training
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     x = y.float() if conv_bias is None else y.float() + conv_bias
     normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    pool = {"kernel_size": 3, "stride": 2, "padding": 0 if same else 1, "ceil_mode": bool(same)}
+    padding = 0 if same else 1  # as reference.block_aggregate pools
     channels_first = normed.permute(0, 3, 1, 2)
     if training:
-        pooled, index = F.max_pool2d_with_indices(channels_first, **pool)
-        argmax = reference.blockify(_place_in_window(index, y.shape[2], pool["padding"]), tuple(out_block_size))
+        pooled, index = F.max_pool2d_with_indices(channels_first, (3, 3), (2, 2), (padding, padding), ceil_mode=same)
+        argmax = reference.blockify(_place_in_window(index, y.shape[2], padding), out_block_size)
     else:
-        pooled = F.max_pool2d(channels_first, **pool)
-    out = reference.blockify(pooled.permute(0, 2, 3, 1), tuple(out_block_size))
+        pooled = F.max_pool2d(channels_first, 3, 2, padding, ceil_mode=same)
+    out = reference.blockify(pooled.permute(0, 2, 3, 1), out_block_size)
     if not training:
         argmax = out.new_empty((0, *out.shape[1:]), dtype=torch.uint8)
     out = out if pos_embed is None else out + pos_embed
@@ -181,9 +182,7 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool) -
     return F.gelu(x, approximate="tanh" if tanh else "none").to(dtype).contiguous()
 
 
-def _add_layer_norm(
-    x, branch, branch_scale, branch_bias, weight, bias, eps, dtype, normed_dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _add_layer_norm(x, branch, branch_scale, branch_bias, weight, bias, eps, dtype, normed_dtype) -> tuple[Tensor, ...]:
     scale = None if branch_scale is None else branch_scale.float()
     branch_bias = None if branch_bias is None else branch_bias.float()
     branch = branch.float() if branch_bias is None else branch.float() + branch_bias
@@ -193,7 +192,7 @@ def _add_layer_norm(
     return total.to(dtype).contiguous(), normed.to(normed_dtype).contiguous(), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _layer_norm_mean(x, weight, bias, eps, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_norm_mean(x, weight, bias, eps, dtype) -> tuple[Tensor, ...]:
     normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
     normed_mean = normed.flatten(1, -2).mean(1)
     out = normed_mean * weight.float() + bias.float()
