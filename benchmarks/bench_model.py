@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import runtimes
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, DTYPES, Case, Peers, Problem, Run, compiled, forward, parametrize, with_parameter_gradients
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 import nest_fast
 from nest_fast.testing import import_timm
+
+RUNTIMES = runtimes.installed()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,11 @@ class ModelCase(Case):
     @property
     def direction(self) -> str:
         return "training step" if self.backward else "inference"
+
+    @property
+    def runtimes(self) -> bool:
+        """Whether exported models are measured beside the model."""
+        return DEVICE == "cpu" and self.op == "nest_tiny" and self.dtype == torch.float32 and not self.backward
 
     @property
     def amp(self) -> bool:
@@ -107,6 +115,8 @@ def peers(case: ModelCase) -> Peers:
             models["nest_fast accelerate"] = lambda: _accelerated(original())
         models["nest_fast NesT"] = lambda: _nest(case, original())
     found = {name: functools.partial(lambda make: _run(case, make()), make) for name, make in models.items()}
+    if case.runtimes:
+        found |= {name: functools.partial(_exported, case, models["nest_fast accelerate"], name) for name in RUNTIMES}
     if not case.compile:
         return found
     return found | {
@@ -115,6 +125,10 @@ def peers(case: ModelCase) -> Peers:
         if name in models
         for label, mode in _compile_modes(case).items()
     }
+
+
+def _exported(case: ModelCase, make: Callable[[], nn.Module], runtime: str) -> Run:
+    return forward(RUNTIMES[runtime](make(), photographs(case.batch, case.px)))
 
 
 def _compile_modes(case: ModelCase) -> dict[str, str]:
