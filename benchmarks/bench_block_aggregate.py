@@ -95,12 +95,12 @@ def build(case: AggregateCase) -> Problem:
         inputs=tuple(
             (torch.randn(s, device=DEVICE) * scale).to(case.dtype) for s, scale in zip(shapes, scales, strict=True)
         ),
-        batched=(True, False, False, False, False, False, True)[: len(shapes)],
-        per_sample=2 if case.backward else 1,
+        has_batch=(True, False, False, False, False, False, True)[: len(shapes)],
+        per_sample_results=2 if case.backward else 1,
         exact=case.run(_aggregate(case, reference.block_aggregate)),
         yardstick="reference",
         peers=peers(case),
-        pools=True,
+        has_maxpool=True,
     )
 
 

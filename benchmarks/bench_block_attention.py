@@ -41,6 +41,9 @@ SHAPES = {
     "32 px multi-query L1": (64, 16, 3, 1, 64),
 }
 
+# By tokens: images in a batch.
+BATCH = {196: 256, 16: 1024} if DEVICE == "cuda" else {196: 8, 16: 32}
+
 
 def cases():
     for dtype in DTYPES:
@@ -54,7 +57,7 @@ def cases():
                 yield AttentionCase(
                     op="block_attention",
                     name=name,
-                    batch=(1024 if tokens == 16 else 256) if DEVICE == "cuda" else (32 if tokens == 16 else 8),
+                    batch=BATCH[tokens],
                     dtype=dtype,
                     backward=backward,
                     blocks=blocks,
@@ -136,8 +139,8 @@ def build(case: AttentionCase) -> Problem:
         inputs.append(torch.randn(*rows, case.heads, case.head_dim, device=DEVICE, dtype=case.dtype))
     return Problem(
         inputs=tuple(inputs),
-        batched=(True,) * len(inputs),
-        per_sample=len(inputs),
+        has_batch=(True,) * len(inputs),
+        per_sample_results=len(inputs),
         exact=case.run(_on_packed(case, reference.block_attention)),
         yardstick="reference",
         peers=peers(case),

@@ -100,8 +100,8 @@ def build(case: BlockifyCase) -> Problem:
     shapes = [shape] + [(1, *blocks[1:])] * case.fused + [blocks] * case.backward
     return Problem(
         inputs=tuple(torch.randn(s, device=DEVICE, dtype=case.dtype) for s in shapes),
-        batched=(True, False, True)[: len(shapes)],
-        per_sample=2 if case.backward else 1,
+        has_batch=(True, False, True)[: len(shapes)],
+        per_sample_results=2 if case.backward else 1,
         exact=case.run(_functions(case)[0]),
         yardstick="reference",
         peers=peers(case),

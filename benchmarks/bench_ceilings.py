@@ -24,15 +24,17 @@ def build(case: Case) -> Problem:
     return _ceiling(matrices, (True, False), forward(torch.matmul), torch.matmul)
 
 
-def _ceiling(inputs: tuple[Tensor, ...], batched: tuple[bool, ...], run: Run, exact: Callable[..., Tensor]) -> Problem:
+def _ceiling(
+    inputs: tuple[Tensor, ...], has_batch: tuple[bool, ...], run: Run, exact: Callable[..., Tensor]
+) -> Problem:
     return Problem(
         inputs=inputs,
-        batched=batched,
-        per_sample=1,
+        has_batch=has_batch,
+        per_sample_results=1,
         exact=forward(exact),
         yardstick="torch",
         peers={"torch": lambda: run},
-        chunk=inputs[0].shape[0],
+        chunk_size=inputs[0].shape[0],
         seconds=2.0,
     )
 

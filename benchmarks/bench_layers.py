@@ -99,8 +99,8 @@ def build(case: LayerCase) -> Problem:
         inputs=tuple(
             (torch.randn(s, device=DEVICE) * scale).to(case.dtype) for s, scale in zip(shapes, scales, strict=True)
         ),
-        batched=(True, *(False,) * 6, True)[: len(shapes)],
-        per_sample=2 if case.backward else 1,
+        has_batch=(True, *(False,) * 6, True)[: len(shapes)],
+        per_sample_results=2 if case.backward else 1,
         exact=case.run(_layer(case, getattr(reference, case.op))),
         yardstick="reference",
         peers=peers(case),

@@ -1,4 +1,7 @@
-"""Whole models on photographs: timm's NesT as shipped against nest_fast, inference and training step.
+"""Whole models on photographs: timm's NesT as shipped against nest_fast, inference and training step; NesT beside Swin.
+
+The comparison with Swin is the paper's, which sets NesT-S beside Swin-B: two models, each checked against its own
+float64, timed in turns.
 
 A training step is the forward and the backward pass, the optimizer being the same for all. With stochastic depth
 ("drop path", as timm ships its models) every peer draws the same numbers in its first call, which is checked, and in
@@ -11,7 +14,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import runtimes
@@ -28,11 +31,15 @@ RUNTIMES = runtimes.installed()
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
-    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``."""
+    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``.
+
+    With ``beside``, a model of SWIN, that one is the yardstick.
+    """
 
     px: int
     drop_path: float = 0.0
     compile: bool = True
+    beside: str = ""
 
     @property
     def direction(self) -> str:
@@ -41,29 +48,35 @@ class ModelCase(Case):
     @property
     def runtimes(self) -> bool:
         """Whether exported models are measured beside the model."""
-        return DEVICE == "cpu" and self.op == "nest_tiny" and self.dtype == torch.float32 and not self.backward
+        plain = self.dtype == torch.float32 and not self.backward and not self.beside
+        return DEVICE == "cpu" and self.op == "nest_tiny" and plain
 
     @property
     def amp(self) -> bool:
         return self.backward and self.dtype == torch.bfloat16
 
 
+SWIN = {"swin_tiny": "swin_tiny_patch4_window7_224", "swin_base": "swin_base_patch4_window7_224"}
+
+
 def cases():
-    if DEVICE == "cpu":
-        for dtype in DTYPES:
-            yield ModelCase(op="nest_tiny", name="224 px", batch=8, dtype=dtype, px=224)
-        step: dict[str, Any] = {
-            "op": "nest_tiny",
-            "dtype": torch.float32,
-            "px": 224,
-            "backward": True,
-            "compile": False,
-        }
-        yield ModelCase(name="224 px", batch=4, **step)
-        yield ModelCase(name="224 px drop path", batch=4, drop_path=0.5, **step)
-        for dtype in DTYPES:
-            yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=16, dtype=dtype, px=32, compile=False)
-        return
+    yield from _cpu_cases() if DEVICE == "cpu" else _cuda_cases()
+
+
+def _cpu_cases():
+    size: dict[str, Any] = {"name": "224 px", "px": 224}
+    for dtype in DTYPES:
+        yield ModelCase(op="nest_tiny", batch=8, dtype=dtype, **size)
+    step: dict[str, Any] = {"op": "nest_tiny", "batch": 4, "dtype": torch.float32, "backward": True, "compile": False}
+    yield ModelCase(**step, **size)
+    yield ModelCase(name="224 px drop path", px=224, drop_path=0.5, **step)
+    for dtype in DTYPES:
+        yield _beside("nest_small", "swin_base", batch=2, dtype=dtype)
+    for dtype in DTYPES:
+        yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=16, dtype=dtype, px=32, compile=False)
+
+
+def _cuda_cases():
     shape: dict[str, Any] = {"name": "224 px", "dtype": torch.bfloat16, "px": 224}
     for op in ("nest_tiny", "nest_small", "nest_base"):
         yield ModelCase(op=op, batch=256, **shape)
@@ -72,9 +85,13 @@ def cases():
             yield ModelCase(op=op, batch=1, **shape)
             yield ModelCase(op=op, batch=256, name="224 px", dtype=torch.float32, px=224)
     yield ModelCase(op="nest_tiny_s16_32", name="32 px", batch=1024, dtype=torch.bfloat16, px=32)
-    for op in ("swin_tiny_patch4_window7_224", "swin_base_patch4_window7_224"):
-        yield ModelCase(op=op, batch=256, **shape)
-        yield ModelCase(op=op, batch=256, backward=True, **shape)
+    for backward in (False, True):
+        for op, swin in (("nest_tiny", "swin_tiny"), ("nest_small", "swin_base")):
+            yield _beside(op, swin, batch=256, dtype=torch.bfloat16, backward=backward)
+
+
+def _beside(op: str, swin: str, **shape: Any) -> ModelCase:
+    return ModelCase(op=op, beside=swin, name=f"224 px beside {swin}", px=224, compile=False, **shape)
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------
@@ -104,27 +121,41 @@ def photographs(batch: int, px: int) -> Tensor:
 
 def peers(case: ModelCase) -> Peers:
     """Builders; the models of a case are copies of one, made when the first is asked for."""
-    original = functools.lru_cache(maxsize=1)(lambda: _original(case))
-    models: dict[str, Callable[[], nn.Module]] = {"timm": original}
-    if case.op.endswith("_s16_32"):  # timm has none of these
-        models = {"reference": original}
-    if case.op.startswith("nest_"):
-        if "timm" in models:
-            if not case.drop_path:
-                models["timm 4-D"] = lambda: _four_d(original())
-            models["nest_fast accelerate"] = lambda: _accelerated(original())
-        models["nest_fast NesT"] = lambda: _nest(case, original())
-    found = {name: functools.partial(lambda make: _run(case, make()), make) for name, make in models.items()}
+
+    @functools.lru_cache(maxsize=1)
+    def original() -> nn.Module:
+        return _original(case)
+
+    def peer(make: Callable[[], nn.Module], mode: str | None = None) -> Callable[[], Run]:
+        return lambda: _run(case, make(), mode)
+
+    models: dict[str, Callable[[], nn.Module]] = {
+        "reference" if _is_32_px(case) else "timm": original,
+        "timm 4-D": lambda: _four_d(original()),
+        "nest_fast accelerate": lambda: _accelerated(original()),
+        "nest_fast NesT": lambda: _nest(case, original()),
+    }
+    if _is_32_px(case):  # timm has none of these
+        del models["timm 4-D"], models["nest_fast accelerate"]
+    elif case.drop_path:
+        del models["timm 4-D"]
+    elif case.beside:
+        del models["timm 4-D"], models["nest_fast NesT"]
+    found = {name: peer(make) for name, make in models.items()}
     if case.runtimes:
         found |= {name: functools.partial(_exported, case, models["nest_fast accelerate"], name) for name in RUNTIMES}
-    if not case.compile:
-        return found
-    return found | {
-        f"{name} {label}": functools.partial(lambda make, mode: _run(case, make(), mode), models[name], mode)
-        for name in ("reference", "timm", "nest_fast NesT")
-        if name in models
-        for label, mode in _compile_modes(case).items()
-    }
+    if case.compile:
+        for name in [name for name in models if name in ("reference", "timm", "nest_fast NesT")]:
+            found |= {f"{name} {label}": peer(models[name], mode) for label, mode in _compile_modes(case).items()}
+    return {case.beside: peer(lambda: _original(_swin(case)))} | found if case.beside else found
+
+
+def _is_32_px(case: ModelCase) -> bool:
+    return case.op.endswith("_s16_32")
+
+
+def _swin(case: ModelCase) -> ModelCase:
+    return replace(case, op=SWIN[case.beside], beside="")
 
 
 def _exported(case: ModelCase, make: Callable[[], nn.Module], runtime: str) -> Run:
@@ -142,7 +173,7 @@ def _compile_modes(case: ModelCase) -> dict[str, str]:
 def _original(case: ModelCase) -> nn.Module:
     """The model all peers of a case have the weights of; what is initialised to ones and zeros would hide mistakes."""
     torch.manual_seed(0)
-    if case.op.endswith("_s16_32"):
+    if _is_32_px(case):
         model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=case.drop_path)
     else:
         model = import_timm().create_model(case.op, img_size=case.px, drop_path_rate=case.drop_path)
@@ -203,22 +234,29 @@ def _run(case: ModelCase, model: nn.Module, mode: str | None = None) -> Run:
 def build(case: ModelCase) -> Problem:
     dtype = torch.float32 if case.amp else case.dtype
     inputs = [photographs(case.batch, case.px).to(DEVICE, dtype)]
-    found = peers(case)
     if case.backward:
         inputs.append(torch.randn(case.batch, 10 if case.px == 32 else 1000, device=DEVICE))
-    return Problem(
-        inputs=tuple(inputs),
-        batched=(True,) * len(inputs),
-        per_sample=1,
-        exact=_run(case, _original(case).double()),
-        yardstick=next(iter(found)),
-        peers=found,
-        items=case.batch,
-        moves=False,
-        pools=True,
-        chunk=8 if case.px <= 224 else 1,
-        seconds=5.0 if DEVICE == "cpu" else 1.0,
-    )
+    found = peers(case)
+
+    def problem(case: ModelCase, yardstick: str, beside: Problem | None = None) -> Problem:
+        return Problem(
+            inputs=tuple(inputs),
+            has_batch=(True,) * len(inputs),
+            per_sample_results=1,
+            exact=_run(case, _original(case).double()),
+            yardstick=yardstick,
+            peers=found,
+            items=case.batch,
+            count_bytes=False,
+            has_maxpool=True,
+            chunk_size=8 if case.px <= 224 else 1,
+            seconds=5.0 if DEVICE == "cpu" else 1.0,
+            beside=beside,
+        )
+
+    if not case.beside:
+        return problem(case, next(iter(found)))
+    return problem(_swin(case), case.beside, beside=problem(case, "timm"))
 
 
 @parametrize(cases(), peers)

@@ -1,4 +1,4 @@
-"""The HTML page of a run: one file, bars and curves as inline SVG, readable on light and on dark screens."""
+"""The HTML page of a run, bars and curves as inline SVG, and README's picture; both for light and for dark screens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from html import escape
 
-from runs import Row, Run, Table, duration, error, headline_tables, notes, times
+from runs import ACCELERATED, Row, Run, Table, duration, error, headline_tables, notes, shown_cases, times
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --text: #1f2328; --faint: #667; --line: #d8dee4; --card: #f6f8fa;
@@ -73,7 +73,11 @@ def _table(table: Table) -> str:
 
 
 def _kind(row: Row) -> str:
-    return "ours" if row.ours else "limit" if row.limit else "yardstick" if row.peer == row.yardstick else "peer"
+    if row.ours:
+        return "ours"
+    if row.limit:
+        return "limit"
+    return "yardstick" if row.peer == row.yardstick else "peer"
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------
@@ -194,3 +198,65 @@ def scaling(run: Run) -> list[tuple[str, str]]:
             shapes.append(f'<text x="{axes.x(x) + 9:.1f}" y="{axes.y(y) + 4:.1f}">{escape(peer)}</text>')
         charts.append((f"{op}, inference over {axis}, {dtype}", _svg("".join(shapes))))
     return charts
+
+
+# --- README's picture -------------------------------------------------------------------------------------------------
+
+# Text, faint text, ours, others; the background is the page's.
+LIGHT = ("#1f2328", "#59636e", "#0a7d6c", "#afb8c1")
+DARK = ("#f0f6fc", "#9198a1", "#2fc3ab", "#59636e")
+# Narrow enough that its letters can be read on a telephone.
+PICTURE_WIDTH, BAR_LEFT, BAR_RIGHT, BAR = 480, 158, 118, 17
+SHOWN = {ACCELERATED: "nest_fast", "timm compiled": "torch.compile", "timm": "timm"}
+
+
+def picture(run: Run, dark: bool) -> str:
+    """Bars with their quartiles, as long as it is fast: NesT-T against timm's, NesT beside Swin."""
+    own, beside = shown_cases(run)
+    shapes: list[str] = []
+    y = 0
+    for title, one, cases in (("NesT-T, speed", "timm = 1", own), ("NesT beside Swin", "Swin = 1", beside)):
+        if cases:
+            lines, y = _panel(title, one, cases, y)
+            shapes += lines
+    text, faint, ours, others = DARK if dark else LIGHT
+    style = (
+        f"text{{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:{text}}}.title{{font-weight:600}}"
+        f".faint{{fill:{faint};font-size:12px}}.ours{{fill:{ours}}}.other{{fill:{others}}}"
+        f".ours-value{{font-weight:600}}path{{stroke:{text};fill:none}}.one{{stroke:{faint};stroke-dasharray:3 3}}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PICTURE_WIDTH} {y}" role="img">'
+        f"<title>How fast nest_fast is</title><style>{style}</style>{''.join(shapes)}</svg>\n"
+    )
+
+
+def _panel(title: str, one: str, cases: list[list[Row]], top: int) -> tuple[list[str], int]:
+    """The bars of ``cases`` under a title, from ``top`` on; and where they end. ``one`` is what the dashed line is."""
+    bars = [(rows, [row for peer in SHOWN for row in rows if row.peer == peer != row.yardstick]) for rows in cases]
+    scale = (PICTURE_WIDTH - BAR_LEFT - BAR_RIGHT) / max(row.ratio_high for _, shown in bars for row in shown)
+    shapes = [f'<text class="title" x="0" y="{top + 15}">{escape(title)}</text>']
+    start = y = top + 26
+    for rows, shown in bars:
+        what, *more = rows[0].label.split(", ")
+        shapes.append(f'<text x="0" y="{y + 12}">{escape(what)}</text>')
+        shapes.append(f'<text class="faint" x="0" y="{y + 27}">{escape(", ".join(more))}</text>')
+        for i, row in enumerate(shown):
+            shapes.append(_bar(row, y + i * BAR, scale))
+        y += max(2, len(shown)) * BAR + 7
+    x = BAR_LEFT + scale
+    shapes.append(f'<path class="one" d="M{x:.1f} {start - 4}V{y - 4}"/>')
+    shapes.append(f'<text class="faint" x="{x:.1f}" y="{top + 15}" text-anchor="middle">{escape(one)}</text>')
+    return shapes, y + 6
+
+
+def _bar(row: Row, y: int, scale: float) -> str:
+    low, ratio, high = (BAR_LEFT + scale * value for value in (row.ratio_low, row.ratio, row.ratio_high))
+    kind, weight = ("ours", "ours-value") if row.ours else ("other", "faint")
+    middle = y + 7
+    return (
+        f'<rect class="{kind}" x="{BAR_LEFT}" y="{y}" width="{ratio - BAR_LEFT:.1f}" height="{BAR - 3}" rx="2"/>'
+        f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"/>'
+        f'<text class="{weight}" x="{max(high, BAR_LEFT + scale) + 6:.1f}" y="{y + 12}">'
+        f"{times(row.ratio)} {escape(SHOWN[row.peer])}</text>"
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory
+from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory, runs_our_operators
 
 from nest_fast.ops._extension import cpp_isa
 
@@ -81,16 +81,19 @@ def measure(benchmark, problems, record_property):
         if peer.endswith(" triton") and os.environ.get("TRITON_INTERPRET") == "1":
             pytest.skip("TRITON_INTERPRET=1: interpreted kernels have no speed to measure")
         problem = problems(build, case)
-        if peer == problem.yardstick:
-            mine, errors = problem.yardstick_run, problem.yardstick_errors
+        own = problem.solved_by(peer)
+        if peer == own.yardstick:
+            mine, errors = own.yardstick_run, own.yardstick_errors
         else:
-            mine = problem.peers[peer]()
+            mine = own.peers[peer]()
             results = _attempt(mine, problem)
-            errors = [] if peer in problem.limits else check(problem, results)
+            errors = [] if peer in problem.limits else check(own, results)
             del results
+        if peer == "nest_fast" and not runs_our_operators(mine, problem.inputs):
+            pytest.skip(f"{case.op} is plain PyTorch here")
         benchmark.group = str(case)
         yardstick = problem.yardstick_timed
-        timed = yardstick if peer == problem.yardstick else Timed(mine, problem.inputs, graph=problem.moves)
+        timed = yardstick if peer == problem.yardstick else Timed(mine, problem.inputs, graph=problem.count_bytes)
         theirs, ratios = _time(benchmark, timed, yardstick, problem.seconds)
         if not benchmark.enabled:
             return
@@ -113,9 +116,9 @@ def measure(benchmark, problems, record_property):
             ratio_high=high,
             yardstick_seconds=theirs,
             errors=errors,
-            yardstick_errors=problem.yardstick_errors,
-            bytes=problem.bytes,
-            flops=problem.flops,
+            yardstick_errors=own.yardstick_errors,
+            bytes=own.bytes,
+            flops=own.flops,
             items=problem.items,
             memory=peak_memory(mine, problem.inputs) if case.backward or DEVICE == "cuda" else 0,
             timing=repr(CLOCK) if timed.graph is None else "CUDA graph",
@@ -187,6 +190,7 @@ def pytest_benchmark_generate_machine_info(config):
         "processor": _processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "extension_isa": cpp_isa,
+        "onednn_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -65,49 +65,55 @@ class Problem:
 
     Args:
         inputs: what every peer is called with; the first one has the batch.
-        batched: for each input whether its first dimension is the batch.
-        per_sample: how many of the results have the batch, too; the others are summed over it.
+        has_batch: for each input whether its first dimension is the batch.
+        per_sample_results: how many of the results have the batch, too; the others are summed over it.
         exact: computes the results, given ``inputs`` in float64.
         yardstick: the peer whose time and error the others are set against.
-        peers: who else computes it.
+        peers: who computes it, the yardstick first.
         limits: peers that show how fast the hardware is, and do not compute the right thing.
         items: images in ``inputs``; 0 for an operation.
-        moves: whether the bytes of inputs and results say anything about the time (not so for a whole model).
-        pools: whether gradients pass through a max-pool.
-        chunk: samples that ``exact`` is given at a time.
+        count_bytes: whether the bytes of inputs and results say anything about the time (not so for a whole model).
+        has_maxpool: whether gradients pass through a max-pool.
+        chunk_size: samples that ``exact`` is given at a time.
         seconds: what timing one peer may take, its share of the yardstick included; three rounds are made anyway.
+        beside: of a comparison of two models: the problem that peers other than the yardstick solve and are held to.
     """
 
     inputs: tuple[Tensor, ...]
-    batched: tuple[bool, ...]
-    per_sample: int
+    has_batch: tuple[bool, ...]
+    per_sample_results: int
     exact: Run
     yardstick: str
     peers: Peers
     limits: frozenset[str] = frozenset()
     items: int = 0
-    moves: bool = True
-    pools: bool = False
-    chunk: int = 8
+    count_bytes: bool = True
+    has_maxpool: bool = False
+    chunk_size: int = 8
     seconds: float = 0.2
+    beside: Problem | None = None
     flops: int = field(init=False, default=0)
+
+    def solved_by(self, peer: str) -> Problem:
+        """What ``peer`` computes: this, or what stands beside it."""
+        return self if self.beside is None or peer == self.yardstick else self.beside
 
     @cached_property
     def golden(self) -> list[Tensor]:
         """The results in float64, a few samples at a time, so that they fit; counts the operations on the way."""
         chunks = []
         with FlopCounterMode(display=False) as counter:
-            for start in range(0, self.inputs[0].shape[0], self.chunk):
-                part = slice(start, start + self.chunk)
-                cut = (x[part] if batched else x for x, batched in zip(self.inputs, self.batched, strict=True))
+            for start in range(0, self.inputs[0].shape[0], self.chunk_size):
+                part = slice(start, start + self.chunk_size)
+                cut = (x[part] if batch else x for x, batch in zip(self.inputs, self.has_batch, strict=True))
                 chunks.append([y.detach() for y in self.exact(*(x.double() for x in cut))])
         self.flops = counter.get_total_flops()
         results = enumerate(zip(*chunks, strict=True))
-        return [torch.cat(parts) if i < self.per_sample else sum(parts[1:], parts[0]) for i, parts in results]
+        return [torch.cat(parts) if i < self.per_sample_results else sum(parts[1:], parts[0]) for i, parts in results]
 
     def errors(self, results: Sequence[Tensor]) -> list[float]:
         """Relative L2 errors of the results; gradients of parameters count as one vector, as an optimizer sees them."""
-        n = self.per_sample
+        n = self.per_sample_results
         pairs = list(zip(results[:n], self.golden[:n], strict=True))
         if len(results) > n:
             ours, golden = (torch.cat([y.flatten() for y in x[n:]]) for x in (results, self.golden))
@@ -127,12 +133,12 @@ class Problem:
 
     @cached_property
     def yardstick_timed(self) -> Timed:
-        return Timed(self.yardstick_run, self.inputs, graph=self.moves)
+        return Timed(self.yardstick_run, self.inputs, graph=self.count_bytes)
 
     @property
     def bytes(self) -> int:
         """Each input read and each result written once; a backward pass reads the inputs again."""
-        if not self.moves:
+        if not self.count_bytes:
             return 0
         read = sum(x.nbytes for x in self.inputs)
         again = sum(x.nbytes for x in self.inputs[:-1]) if len(self.golden) > 1 else 0
@@ -156,7 +162,7 @@ def check(problem: Problem, results: Sequence[Tensor]) -> list[float]:
     errors, factor = problem.errors(results), FACTOR[results[0].dtype]
     for i, (error, plain) in enumerate(zip(errors, problem.yardstick_errors, strict=True)):
         what = "output" if i == 0 else f"gradient {i}"
-        bound = factor * plain + (FLIPS if problem.pools and i > 0 else 0.0)
+        bound = factor * plain + (FLIPS if problem.has_maxpool and i > 0 else 0.0)
         assert error <= bound, f"{what}: error {error:.1e}, {problem.yardstick}'s {plain:.1e}, allowed {bound:.1e}"
     return errors
 
@@ -211,15 +217,28 @@ if DEVICE == "cuda":
 
 def compiled_peers(case: Case, function: Callable[..., Tensor]) -> Peers:
     """``torch.compile`` of the plain ``function``, in every mode that is worth a row on this device."""
-    return {
-        name: partial(lambda mode: case.run(compiled(function, mode)), mode) for name, mode in COMPILE_MODES.items()
-    }
+
+    def peer(mode: str) -> Callable[[], Run]:
+        return lambda: case.run(compiled(function, mode))
+
+    return {name: peer(mode) for name, mode in COMPILE_MODES.items()}
 
 
 def impl_peers(case: Case, impls: Sequence[str], function: Callable[[str], Callable[..., Tensor]]) -> Peers:
     """A peer for each ``impl`` of an operation; "nest_fast" alone is the automatic choice, what a user gets."""
+
+    def peer(impl: str) -> Callable[[], Run]:
+        return lambda: case.run(function(impl))
+
     named = {"nest_fast" if impl == "auto" else f"nest_fast {impl}": impl for impl in impls if impl != "reference"}
-    return {name: partial(lambda impl: case.run(function(impl)), impl) for name, impl in named.items()}
+    return {name: peer(impl) for name, impl in named.items()}
+
+
+def runs_our_operators(run: Run, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a call of ``run`` reaches a kernel of nest_fast's, or is plain PyTorch on this device."""
+    with torch.autograd.profiler.profile() as profiler:
+        run(*inputs)
+    return any(event.name.startswith("nest_fast::") for event in profiler.function_events)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,33 @@
-"""A saved benchmark run: its rows, and the tables made of them."""
+"""A saved benchmark run: its rows, and the tables made of them.
+
+All rows of a case are told in one minute's speed. Each peer was timed in pairs with the yardstick, so what is measured
+is the ratio; the yardstick's time is the median over all pairs of the case, and a peer's is that time over its ratio.
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # What a user gets, as against the single implementations.
-HEADLINE = ("nest_fast", "nest_fast accelerate", "nest_fast NesT")
+ACCELERATED, NEST = "nest_fast accelerate", "nest_fast NesT"
+HEADLINE = ("nest_fast", ACCELERATED, NEST)
+# What people call the models; the paper sets NesT beside Swin.
+MODELS = {
+    "nest_tiny": "NesT-T",
+    "nest_small": "NesT-S",
+    "nest_base": "NesT-B",
+    "swin_tiny": "Swin-T",
+    "swin_base": "Swin-B",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer of one case; times in seconds, errors relative to float64, ``ratio`` of the yardstick's time to it."""
+    """One peer of one case; errors relative to float64, ``ratio`` of the yardstick's time to the peer's."""
 
     op: str
     case: str
@@ -46,13 +60,25 @@ class Row:
         return self.op, self.case, self.batch, self.dtype, self.direction, self.axis
 
     @property
+    def beside(self) -> bool:
+        """Whether the yardstick is another model, not this one computed otherwise."""
+        return self.yardstick in MODELS
+
+    @property
     def title(self) -> str:
         return f"{self.op}, {self.case}, batch {self.batch}, {self.dtype}, {self.direction}"
 
     @property
+    def label(self) -> str:
+        """Of a model: what is done, and by which one if two are compared."""
+        models = [f"{MODELS[self.op]} / {MODELS[self.yardstick]}"] if self.beside else []
+        drop_path = ["drop path"] if "drop path" in self.case else []
+        return ", ".join([*models, f"{self.direction} {self.dtype}", f"batch {self.batch}", *drop_path])
+
+    @property
     def speed(self) -> str:
         """Images per second of a model, the time of an operation."""
-        return f"{self.items / self.seconds:,.3g} img/s" if self.items else duration(self.seconds)
+        return images_per_second(self.items / self.seconds) if self.items else duration(self.seconds)
 
     @property
     def spread(self) -> float:
@@ -91,7 +117,10 @@ class Run:
     @property
     def where(self) -> str:
         machine = self.machine
-        chip = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
+        cpu = f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
+        if not machine.get("onednn_bf16", True):
+            cpu += " (oneDNN without bf16)"
+        chip = machine.get("gpu") or cpu
         dirty = " with changes" if self.commit.get("dirty") else ""
         versions = f"torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}"
         return f"{chip}; {versions}; commit {self.commit.get('id', 'unknown')[:10]}{dirty}; {self.date[:10]}"
@@ -100,15 +129,18 @@ class Run:
 def load(path: Path) -> Run:
     data = json.loads(path.read_text())
     rows, bandwidth, matmul = [], {}, {}
+    yardsticks: dict[tuple, list[float]] = {}
     for benchmark in data["benchmarks"]:
-        info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
-        row = Row(seconds=seconds, **{name: info[name] for name in Row.__annotations__ if name != "seconds"})
+        info = benchmark["extra_info"]
+        row = Row(seconds=0.0, **{name: info[name] for name in Row.__annotations__ if name != "seconds"})
         if row.op == "copy":
             bandwidth[row.dtype] = row.bytes / benchmark["stats"]["min"]
         elif row.op == "matmul":
             matmul[row.dtype] = row.flops / benchmark["stats"]["min"]
         else:
             rows.append(row)
+            yardsticks.setdefault(row.key, []).append(info["yardstick_seconds"])
+    rows = [replace(row, seconds=statistics.median(yardsticks[row.key]) / row.ratio) for row in rows]
     return Run(rows, data["machine_info"], data["commit_info"], data["datetime"], bandwidth, matmul)
 
 
@@ -118,6 +150,10 @@ def load(path: Path) -> Run:
 def duration(seconds: float) -> str:
     scale, unit = next((s for s in ((1.0, "s"), (1e-3, "ms")) if seconds >= s[0]), (1e-6, "µs"))
     return f"{seconds / scale:.3g} {unit}"
+
+
+def images_per_second(value: float) -> str:
+    return f"{value:,.0f} img/s" if value >= 100 else f"{value:#.3g} img/s"
 
 
 def times(ratio: float) -> str:
@@ -148,15 +184,10 @@ def best_other(rows: Iterable[Row]) -> Row | None:
 Table = list[list[str]]
 
 
-def short(run: Run, models: bool, every: bool = True) -> Table:
-    """What a user gets, one line for each case and way to get it; or for the first shape of every operation."""
+def short(run: Run, models: bool) -> Table:
+    """What a user gets, one line for each case and way to get it."""
     table = [["case", "", "speed", "against", "torch.compile", "best other", "error (its)", "of floor"]]
-    seen = set()
     for rows in run.cases():
-        kind = (rows[0].op, rows[0].dtype, rows[0].direction)
-        if kind in seen and not every:
-            continue
-        seen.add(kind)
         other, compiled = best_other(rows), best_other(row for row in rows if "compile" in row.peer)
         for row in rows:
             if row.peer not in HEADLINE or bool(row.items) != models:
@@ -219,19 +250,27 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-def headline_tables(run: Run, every: bool = True) -> list[tuple[str, Table]]:
+def headline_tables(run: Run) -> list[tuple[str, Table]]:
     found = (
         ("Models", short(run, models=True)),
-        ("Operations", short(run, models=False, every=every)),
+        ("Operations", short(run, models=False)),
         ("Scaling", scaling(run)),
     )
     return [(title, table) for title, table in found if len(table) > 1]
 
 
+def shown_cases(run: Run) -> tuple[list[list[Row]], list[list[Row]]]:
+    """What README shows: NesT-T against timm's, and NesT beside the models that the paper sets it beside."""
+    cases = run.cases()
+    own = [rows for rows in cases if rows[0].op == "nest_tiny" and rows[0].yardstick == "timm"]
+    return own, [rows for rows in cases if rows[0].beside]
+
+
 def notes(run: Run) -> str:
     said = [
-        "Speeds are medians. Ratios are medians of pairs timed one after the other, with their quartiles; above 1 is "
-        "faster; torch.compile is that of the yardstick in its best mode. Errors are relative L2 distances from "
+        "Ratios are medians of pairs timed one after the other, with their quartiles; above 1 is faster. The speed of "
+        "the row that the others are set against is the median over all pairs of the case, theirs is that times their "
+        "ratio. torch.compile is that of the yardstick in its best mode. Errors are relative L2 distances from "
         "float64, the largest of output and gradients."
     ]
     if run.bandwidth and run.matmul:

@@ -27,6 +27,7 @@ inline int64_t units_of(const Chunk& chunk) {
 template <class Op>
 void pack_panels(const typename Op::Element* x, int64_t stride, int64_t rows, const Chunk& chunk, int64_t at,
                  const Panels& p) {
+  if (!p.data) return;
   for (int64_t pair = 0; pair * kPair < p.features; ++pair)
     pack_columns<Op>(x + pair * kPair, stride, rows, p.features - pair * kPair, kPair,
                      p.data + (pair * units_of<Op>(chunk) + at / Op::kPerUnit) * kPair);
@@ -50,24 +51,26 @@ inline void sum_columns(const float* panel, int64_t units, bool add_sums, float*
   }
 }
 
-// Squares [begin, end), of pairs of vectors either way, of a weight's gradient; with the first of a row the bias's.
+// Squares [begin, end), of pairs of vectors either way, of a weight's gradient; with the first of a row the bias's. Of
+// the bias's alone there is one in a row.
 template <class Op>
 void weight_gradient(const WeightGradient& p, const Chunk& chunk, int64_t begin, int64_t end) {
   constexpr int rows = kLanes / 2;
-  const int64_t units = units_of<Op>(chunk), across = ceil_div(p.x.features, kPair), columns = across * kPair;
+  const int64_t units = units_of<Op>(chunk), across = p.sums ? ceil_div(p.x.features, kPair) : 1;
+  const int64_t columns = across * kPair;
   for (int64_t done = 0; done < units; done += kGradientChain) {
     const int64_t steps = std::min(kGradientChain, units - done);
     const bool add_sums = chunk.first > 0 || done > 0;
     for (int64_t square = begin; square < end; ++square) {
       const int64_t out = square / across, in = square % across;
-      const float *a = p.dout.data + (out * units + done) * kPair, *b = p.x.data + (in * units + done) * kPair;
-      float* c = p.sums + out * kPair * columns + in * kPair;
-      for (int64_t r = 0; r < kPair; r += rows) {
-        prefetch<1>(c + r * columns, columns, rows, kPair);
-        multiply_transposed_tile<Op, rows, 2>(a + r, kPair, b, kPair, steps, add_sums,
-                                              {c + r * columns, columns, kLanes});
+      const float* a = p.dout.data + (out * units + done) * kPair;
+      for (int64_t r = 0; p.sums && r < kPair; r += rows) {
+        const float* b = p.x.data + (in * units + done) * kPair;
+        float* c = p.sums + (out * kPair + r) * columns + in * kPair;
+        prefetch<1>(c, columns, rows, kPair);
+        multiply_transposed_tile<Op, rows, 2>(a + r, kPair, b, kPair, steps, add_sums, {c, columns, kLanes});
       }
-      if (in == 0) sum_columns<Op>(a, steps, add_sums, p.bias_sums + out * kPair);
+      if (in == 0 && p.bias_sums) sum_columns<Op>(a, steps, add_sums, p.bias_sums + out * kPair);
     }
   }
 }
@@ -80,7 +83,7 @@ void round_sums(const float* sums, int64_t stride, int64_t features, void* out, 
       store_part(static_cast<T*>(out) + r * features + c, features - c, load(sums + r * stride + c));
 }
 
-// Row tiles [begin, end) of a chunk: dx = dout @ weight, and dout and x to panels.
+// Row tiles [begin, end) of a chunk: dx = dout @ weight, and dout and x to panels, as far as they are wanted.
 template <class Op>
 void linear_backward(const LinearBackward& p, const Chunk& chunk, int64_t begin, int64_t end) {
   using T = typename Op::Element;
@@ -91,11 +94,13 @@ void linear_backward(const LinearBackward& p, const Chunk& chunk, int64_t begin,
   for_tiles(chunk.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t at) {
     const int64_t first = chunk.first + at;
     const T* dout = static_cast<const T*>(p.dout) + first * p.dout_stride;
-    pack_tiles<Op>(tiles, dout, p.dout_stride, outs, {}, nullptr, a);
-    multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
-      store_rows<T>(c, tiles.size(tile), column, p.linear, {},
-                    static_cast<T*>(p.dx) + (first + tiles.first(tile)) * ins, ins);
-    });
+    if (p.dx) {
+      pack_tiles<Op>(tiles, dout, p.dout_stride, outs, {}, nullptr, a);
+      multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
+        store_rows<T>(c, tiles.size(tile), column, p.linear, {},
+                      static_cast<T*>(p.dx) + (first + tiles.first(tile)) * ins, ins);
+      });
+    }
     pack_panels<Op>(dout, p.dout_stride, tiles.rows, chunk, at, p.weight.dout);
     pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, chunk, at, p.weight.x);
   });
@@ -123,7 +128,7 @@ inline Activated activate_with_slope(Activation activation, Vec x) {
 
 // c is the gradient of what the activation gave for these rows and columns of `hidden`. Stores the gradient of
 // `hidden`, as columns of the next product's A and to panels, from row `at` of the chunk on; and what the activation
-// gave, to panels.
+// gave, to panels; to those that are wanted.
 template <class Op>
 void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const typename Op::Element* hidden,
                            Activation activation, float* a, const Chunk& chunk, int64_t at, const Panels& gradient,
@@ -156,13 +161,14 @@ void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const t
 #pragma GCC unroll 2
       for (int j = 0; j < per_unit; ++j) {
         const int64_t to = panel + r / per_unit * kPair + v + j * kLanes;
-        store(gradient.data + to, Op::interleave(dh[j]));
-        store(value.data + to, Op::interleave(h[j]));
+        if (gradient.data) store(gradient.data + to, Op::interleave(dh[j]));
+        if (value.data) store(value.data + to, Op::interleave(h[j]));
       }
     }
 }
 
-// Row tiles [begin, end) of a chunk: the gradient of fc1's input; both layers' inputs and outputs' gradients to panels.
+// Row tiles [begin, end) of a chunk: the gradient of fc1's input; both layers' inputs and outputs' gradients to panels;
+// as far as they are wanted.
 template <class Op>
 void mlp_backward(const MlpBackward& p, const Chunk& chunk, int64_t begin, int64_t end) {
   using T = typename Op::Element;
@@ -176,8 +182,7 @@ void mlp_backward(const MlpBackward& p, const Chunk& chunk, int64_t begin, int64
     const int64_t first = chunk.first + at;
     const T* dout = static_cast<const T*>(p.dout) + first * p.dout_stride;
     const T* hidden = static_cast<const T*>(p.hidden) + first * hidden_features;
-    pack_tiles<Op>(tiles, dout, p.dout_stride, features, {}, nullptr, a);
-    multiply_tiles<Op>(tiles, a, p.fc2, [&](int64_t tile, int64_t column, const float* c) {
+    const auto store_hidden = [&](int64_t tile, int64_t column, const float* c) {
       const int64_t row = tiles.first(tile);
       if (tile + 1 < tiles.count)
         prefetch<0>(hidden + tiles.first(tile + 1) * hidden_features + column, hidden_features, kRows, kPair);
@@ -185,11 +190,20 @@ void mlp_backward(const MlpBackward& p, const Chunk& chunk, int64_t begin, int64
         prefetch<0>(hidden + column + kPair, hidden_features, kRows, kPair);
       store_hidden_gradient<Op>(c, tiles.size(tile), column, hidden + row * hidden_features, p.activation,
                                 dhidden + tile * hidden_floats, chunk, at + row, p.fc1_weight.dout, p.fc2_weight.x);
-    });
-    multiply_tiles<Op>(tiles, dhidden, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
-      store_rows<T>(c, tiles.size(tile), column, p.fc1, {},
-                    static_cast<T*>(p.dx) + (first + tiles.first(tile)) * features, features);
-    });
+    };
+    if (p.dx || p.fc1_weight.dout.data) {
+      pack_tiles<Op>(tiles, dout, p.dout_stride, features, {}, nullptr, a);
+      multiply_tiles<Op>(tiles, a, p.fc2, store_hidden);
+    } else if (p.fc2_weight.x.data) {
+      alignas(64) const float no_gradient[kRows * kPair] = {};
+      for_each_pair(tiles, hidden_features,
+                    [&](int64_t tile, int64_t column) { store_hidden(tile, column, no_gradient); });
+    }
+    if (p.dx)
+      multiply_tiles<Op>(tiles, dhidden, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
+        store_rows<T>(c, tiles.size(tile), column, p.fc1, {},
+                      static_cast<T*>(p.dx) + (first + tiles.first(tile)) * features, features);
+      });
     pack_panels<Op>(dout, p.dout_stride, tiles.rows, chunk, at, p.fc2_weight.dout);
     pack_panels<Op>(static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, tiles.rows, chunk, at, p.fc1_weight.x);
   });

@@ -94,18 +94,24 @@ inline Vec gelu_tanh(Vec x) {
 
 inline Vec activate(Activation activation, Vec x) { return activation == kGelu ? gelu(x) : gelu_tanh(x); }
 
-// a @ weight^T, tile after tile under one pair of the weight's vectors after another, so that these stay in cache;
-// use(tile, column, c) gets each product (rows of the tile, kPair) in c.
+// use(tile, column) for tile after tile under one pair of vectors of columns after another.
+template <class Use>
+void for_each_pair(const Tiles& tiles, int64_t columns, Use use) {
+  for (int64_t column = 0; column < columns; column += kPair)
+    for (int64_t tile = 0; tile < tiles.count; ++tile) use(tile, column);
+}
+
+// a @ weight^T, in the order in which pairs of the weight's vectors stay in cache; use(tile, column, c) gets each product
+// (rows of the tile, kPair) in c.
 template <class Op, class Use>
 void multiply_tiles(const Tiles& tiles, const float* a, const Linear& p, Use use) {
   const int64_t units = units_of<Op>(p.in);
   alignas(64) float c[kRows * kPair];
-  for (int64_t pair = 0; pair < ceil_div(p.out, kPair); ++pair)
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      multiply<Op>(tiles.size(tile), a + tile * units * kRows, p.packed + pair * units * kPair, kPair, units,
-                   kLinearChain, {c, kPair, kLanes});
-      use(tile, pair * kPair, c);
-    }
+  for_each_pair(tiles, p.out, [&](int64_t tile, int64_t column) {
+    multiply<Op>(tiles.size(tile), a + tile * units * kRows, p.packed + column * units, kPair, units, kLinearChain,
+                 {c, kPair, kLanes});
+    use(tile, column, c);
+  });
 }
 
 // Stores c + bias to rows of out, from `column` on; or residual + scale * (c + bias) if there is one.

@@ -1,11 +1,19 @@
-"""Triton helpers that more than one kernel uses unchanged."""
+"""What more than one kernel uses unchanged: arithmetic, loads, tuples of tiles, and how lengths are cut into tiles.
+
+A Triton tile has powers of two for sides. A length that is none, such as C' = 192, is cut into pieces that are, given
+as (start, size): ((0, 128), (128, 64)); tiles of all pieces travel as a tuple that an unrolled loop goes through.
+"""
+# ruff: noqa: RUF005 (Triton's tuples grow by +; it knows no starred elements)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "LOG2E", "dot", "fma", "round_to"]
+__all__ = [
+    "LN2", "LOG2E", "dot", "fma", "load", "load_row", "normalise", "piece", "pieces", "round_to", "tiles_and_tail",
+    "zeros",
+]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -14,7 +22,8 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32; acc may be None. The interpreter gets bfloat16 wrong, so there it upcasts."""
+    """``acc + a @ b`` in float32 of a [M, K] and b [K, N]; acc may be None. The interpreter upcasts: it gets bfloat16
+    wrong."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -38,3 +47,64 @@ def round_to(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def load(ptr, offsets, mask):
+    """float32 of ``ptr[offsets]``, 0 where the mask is false."""
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_row(ptr, c, C):
+    """float32 [1, TILE_C] of a vector ``(C,)`` at channels ``c`` [TILE_C]."""
+    return load(ptr, c, c < C)[None, :]
+
+
+@triton.jit
+def normalise(x, mask, eps, C):
+    """``(x - mean) * rstd`` of rows x [TILE_ROWS, TILE_C], 0 outside the mask; mean and rstd [TILE_ROWS]."""
+    mean = tl.sum(x, 1) / C
+    x = tl.where(mask, x - mean[:, None], 0.0)
+    # The mean of a row far from zero is rounded by more than such differences are.
+    rest = tl.sum(x, 1) / C
+    x = tl.where(mask, x - rest[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps)
+    return x * rstd[:, None], mean + rest, rstd
+
+
+@triton.jit
+def piece(PIECES: tl.constexpr, n: tl.constexpr):
+    """Indices [size] of piece n."""
+    return PIECES[n][0] + tl.arange(0, PIECES[n][1])
+
+
+@triton.jit
+def zeros(PIECES: tl.constexpr, ROWS: tl.constexpr = None):
+    """float32 zeros for every piece: [ROWS, size], or [size] without ROWS."""
+    tiles = ()
+    for n in tl.static_range(len(PIECES)):
+        tiles = tiles + (_zeros(ROWS, PIECES[n][1]),)
+    return tiles
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, SIZE: tl.constexpr):
+    return tl.zeros([SIZE], tl.float32) if ROWS is None else tl.zeros([ROWS, SIZE], tl.float32)
+
+
+def pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
+    """(start, size) of falling powers of two, none over ``largest``, that add up to ``length``: 208 → 128 + 64 + 16."""
+    start, cut = 0, []
+    while start < length:
+        size = min(largest, 1 << ((length - start).bit_length() - 1))
+        cut.append((start, size))
+        start += size
+    return tuple(cut)
+
+
+def tiles_and_tail(length: int, tile: int) -> tuple[int, int]:
+    """How many whole tiles, and the power of two, 16 (the smallest matrix tile) or more, that covers the rest or 0."""
+    whole, rest = divmod(length, tile)
+    tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+    return (whole + 1, 0) if tail == tile else (whole, tail)

@@ -114,7 +114,7 @@ def tell_aggregation(name: str, pool: Any, like: Like, *, parts: Callable, known
     conv = pool._modules.get("conv")
     x = like(conv.in_channels if isinstance(conv, nn.Conv2d) else 1)
     why = fusion.everywhere(x) or fusion.why_not(x, parts(pool), known)
-    yield Row(name, "aggregation", *(_called(why) if why else _plan.aggregation(x, pool.conv.out_channels)))
+    yield Row(name, "aggregation", *(_called(why) if why else _plan.aggregation(x, pool.conv.weight)))
 
 
 def _tell_patches(name: str, embed: Any, like: Like) -> Iterator[Row]:

@@ -132,6 +132,7 @@ _HEARD = "somebody listens to {name}, or patched it"
 
 _ORDINARY = ("a weight of {name} is no ordinary tensor", lambda m, x: _is_strange(m))
 _DTYPE = ("{name} has another dtype than its input", lambda m, x: m._parameters["weight"].dtype != x.dtype)
+_NORM_DTYPE = (_DTYPE[0], lambda m, x: _goes_with_no(m._parameters, x.dtype))
 NORM_RULES: Rules = (
     ("{name} is no affine LayerNorm", lambda m, x: m._parameters.get("bias", m) is None),
     _ORDINARY,
@@ -144,8 +145,10 @@ _CONV: Rules = (
 )
 
 LINEAR = Place(("linear",), (_DTYPE,))
-NORM = Place(("norm",), (_DTYPE, ("{name} is not for its input", lambda m, x: m.normalized_shape[0] != x.shape[-1])))
-INNER_NORM = Place(("norm",), (_DTYPE,))
+NORM = Place(
+    ("norm",), (_NORM_DTYPE, ("{name} is not for its input", lambda m, x: m.normalized_shape[0] != x.shape[-1]))
+)
+INNER_NORM = Place(("norm",), (_NORM_DTYPE,))
 ACTIVATION = Place(("gelu",))
 IDENTITY = Place(("identity",))
 SILENT = Place(("identity", "dropout"), (("{name} drops", lambda m, x: m.training and getattr(m, "p", 0.0) != 0.0),))
@@ -260,6 +263,13 @@ def flags(x: Tensor, name: str, module: Any, written: Written) -> Reason | None:
         if holds(module, x):
             return Reason(why, name, module)
     return None
+
+
+def _goes_with_no(norm: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a LayerNorm's parameters are neither of ``dtype`` nor, beside half precision, both float32."""
+    weight, bias = norm["weight"].dtype, norm["bias"].dtype
+    beside_half = weight == bias == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+    return not (weight == bias == dtype or beside_half)
 
 
 def _is_strange(module: Any) -> bool:

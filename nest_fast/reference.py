@@ -78,7 +78,9 @@ def block_attention(
 
     ``q`` is ``(B, T, N, heads, head_dim)``; ``k`` and ``v`` are the same or have one head. ``bias`` is
     ``(heads, N, N)``; ``mask`` is ``(groups, N, N)``, block ``t`` taking ``mask[t % groups]``, either added (floating
-    point) or kept where true (bool). Returns ``(B, T, N, heads, head_dim)``.
+    point) or kept where true (bool). Both may be of another dtype than ``q``: scores and softmax are in the one that
+    PyTorch's promotion gives, the result ``(B, T, N, heads, head_dim)`` in that of ``q``. A row whose keys are all
+    masked, by false or by -inf, gives zeros and has no gradient, as in ``F.scaled_dot_product_attention``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, T, heads, N, head_dim)
@@ -88,8 +90,15 @@ def block_attention(
     if mask is not None:
         groups = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)  # (T, 1, N, N)
         scores = scores.masked_fill(~groups, -math.inf) if mask.dtype == torch.bool else scores + groups
-    weights = F.dropout(scores.softmax(-1), dropout_p)
-    return (weights @ v).transpose(2, 3)
+    weights = scores.softmax(-1) if bias is None and mask is None else _masked_softmax(scores)
+    return (F.dropout(weights, dropout_p).to(v.dtype) @ v).transpose(2, 3)
+
+
+def _masked_softmax(scores: Tensor) -> Tensor:
+    """The softmax over the last dimension, zeros where all is -inf."""
+    masked = (scores == -math.inf).all(-1, keepdim=True)
+    # Filled before as well, since the gradient of a softmax that is NaN is NaN.
+    return scores.masked_fill(masked, 0.0).softmax(-1).masked_fill(masked, 0.0)
 
 
 def block_aggregate(

@@ -27,8 +27,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 from nest_fast.kernels import _configs
-from nest_fast.kernels import block_aggregate as aggregation
+from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -94,7 +95,6 @@ def compiling(architecture: int) -> Iterator[list]:
     """Inside, launches on meta tensors compile for sm_<architecture> and are appended as (kernel name, compiled)."""
     compiled: list = []
     run, device_architecture = JITFunction.run, _configs.architecture
-    callers = (_configs, aggregation)
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -103,14 +103,12 @@ def compiling(architecture: int) -> Iterator[list]:
 
     triton.runtime.driver.set_active(_OfflineDriver(architecture))
     JITFunction.run = compile_only
-    for module in callers:
-        module.architecture = lambda device: architecture
+    _configs.architecture = lambda device: architecture
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        for module in callers:
-            module.architecture = device_architecture
+        _configs.architecture = device_architecture
         triton.runtime.driver._active = None
 
 
@@ -148,13 +146,11 @@ def _launch_aggregation(case: Aggregation) -> None:
     if case.kind == "norm-pool":
         edge = case.grid * case.block
         y = empty(B, edge, edge, C)
-        outs = aggregation.norm_pool_fwd(y, *vectors, pos_embed, block, 1e-6, False, True)
-        aggregation.norm_pool_bwd(outs[0], y, *vectors[:2], *outs[1:], block, False)
+        outs = norm_pool_fwd(y, *vectors, pos_embed, block, 1e-6, False, True)
+        norm_pool_bwd(outs[0], y, *vectors[:2], *outs[1:], block, False)
         return
     x, conv_weight, grid = empty(B, T, N, case.C_in), empty(C, case.C_in, 3, 3), (case.grid, case.grid)
-    aggregation.block_aggregate_fwd(
-        x, conv_weight, *vectors, pos_embed, grid, block, block, 1e-6, False, case.kind == "train"
-    )
+    block_aggregate_fwd(x, conv_weight, *vectors, pos_embed, grid, block, block, 1e-6, False, case.kind == "train")
 
 
 def _launch_attention(case: Case) -> None:
@@ -244,11 +240,11 @@ def shipped(architecture: int) -> list[Case | Aggregation]:
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION
             own = table.get((kernel, architecture, operands)) or table[kernel, 80, operands]
-            for rows, keys, head_dim, _ in own:
-                N = int(min(keys, 256))
-                stacked = int(rows) // N if rows < math.inf else 1
+            for row in own:
+                N = int(min(row.keys, 256))
+                stacked = int(row.queries) // N if row.queries < math.inf else 1
                 heads = (stacked, 1) if stacked > 1 else (4, 4)
-                cases.append(Case(kernel, N, int(head_dim), dtype, *heads))
+                cases.append(Case(kernel, N, row.head_dim, dtype, *heads))
     return list(dict.fromkeys(cases))
 
 

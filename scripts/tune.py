@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 import triton
 from kernel_resources import DTYPES, Case
 from nest_fast.kernels import _configs
-from nest_fast.kernels._configs import ANY, ATTENTION, AttentionConfig
-from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from nest_fast.kernels._configs import ANY, ATTENTION, AttentionConfig, AttentionRow
+from nest_fast.kernels.block_attention import MAX_HEAD_DIM, block_attention_bwd, block_attention_fwd
 
 OPERANDS = {"half": "bf16", "tf32": "tf32", "ieee": "fp32"}
 # What is measured, each for all that is smaller and not covered before: (query rows over the same keys, keys).
@@ -62,14 +62,20 @@ def candidates(job: Job) -> list[AttentionConfig]:
     """Configurations worth compiling: no tile larger than the sequence, one program's worth of work at most."""
     tile = max(16, triton.next_power_of_2(job.rows))
     if job.kernel == "dbias":
-        return [AttentionConfig(b, b, warps) for b in (16, 32, 64) for warps in (1, 4, 8) if b <= tile]
+        return [AttentionConfig(m, m, warps) for m in (16, 32, 64) for warps in (1, 4, 8) if m <= tile]
+    resident = "keys" if job.kernel == "fwd" else "queries"
     if job.rows <= 32:
-        return [AttentionConfig(tile, tile, warps) for warps in (1, 2, 4)]
-    keep = [AttentionConfig(b, p, warps) for b in (16, 32, 64) for p in (32, 64, 128) for warps in (4, 8)]
+        return [AttentionConfig(tile, tile, warps, resident) for warps in (1, 2, 4)]
+    keep = [
+        AttentionConfig(*((walked, held) if resident == "keys" else (held, walked)), warps, resident)
+        for walked in (16, 32, 64)
+        for held in (32, 64, 128)
+        for warps in (4, 8)
+    ]
     stream = [
-        AttentionConfig(b, p, warps, True, stages)
-        for b, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))
-        for p in (16, 32, 64)
+        AttentionConfig(m, n, warps, None, stages)
+        for m, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))
+        for n in (16, 32, 64)
         for stages in (1, 2)
     ]
     return keep + stream
@@ -77,7 +83,7 @@ def candidates(job: Job) -> list[AttentionConfig]:
 
 def use(job: Job, architecture: int, config: AttentionConfig) -> None:
     """Make the launchers take ``config`` for ``job``."""
-    ATTENTION[job.kernel, architecture, job.operands] = [(ANY, ANY, ANY, config)]
+    ATTENTION[job.kernel, architecture, job.operands] = [AttentionRow(ANY, ANY, MAX_HEAD_DIM, config)]
 
 
 def dry_run(job: Job, architecture: int, limit: int | None) -> None:
@@ -145,25 +151,28 @@ def tune(kernels: list[str], operands: list[str]) -> None:
         best = min(times, key=times.__getitem__)
         print(f"{job}: {best} {times[best]:.1f} us, of {len(times)} candidates", flush=True)
         rows = tuned.setdefault((job.kernel, architecture, job.operands), [])
-        rows.append((job.rows, job.keys, job.head_dim, best))
+        rows.append(AttentionRow(job.rows, job.keys, job.head_dim, best))
         if (job.rows, job.keys) == SIZES[-1]:
             # More rows than this are the heads of a multi-query block: only a kernel that keeps none takes any number.
-            any_rows = {c: t for c, t in times.items() if c.stream or job.kernel != "bwd"}
-            rows.append((ANY, ANY, job.head_dim, min(any_rows, key=any_rows.__getitem__)))
+            any_rows = {c: t for c, t in times.items() if c.resident != "queries"}
+            rows.append(AttentionRow(ANY, ANY, job.head_dim, min(any_rows, key=any_rows.__getitem__)))
     write_table(shipped | tuned)
 
 
 def write_table(table: dict) -> None:
     """Replace the table's rows in kernels/_configs.py."""
 
-    def line(rows: float, keys: float, head_dim: float, config: AttentionConfig) -> str:
-        values = config if config.num_stages != 1 else config[:4] if config.stream else config[:3]
-        bounds = ("ANY" if math.isinf(x) else str(x) for x in (rows, keys, head_dim))
-        return f"        ({', '.join(bounds)}, _C({', '.join(map(str, values))})),\n"
+    def line(row: AttentionRow) -> str:
+        config = {**row._asdict(), **row.config._asdict()}
+        del config["config"]
+        if row.config.num_stages == 1:
+            del config["num_stages"]
+        values = (f"{name}={'ANY' if value == ANY else json.dumps(value)}" for name, value in config.items())
+        return f"        _row({', '.join(values).replace('null', 'None')}),\n"
 
     blocks = []
     for (kernel, architecture, operands), rows in sorted(table.items()):
-        blocks += [f'    ("{kernel}", {architecture}, "{operands}"): [\n', *(line(*row) for row in rows), "    ],\n"]
+        blocks += [f'    ("{kernel}", {architecture}, "{operands}"): [\n', *map(line, rows), "    ],\n"]
     path = Path(_configs.__file__)
     lines = path.read_text().splitlines(keepends=True)
     start = next(i for i, text in enumerate(lines) if text.startswith("ATTENTION:")) + 1

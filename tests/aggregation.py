@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from nest_fast.kernels import block_aggregate
+from nest_fast.kernels import _configs
 from torch import Tensor
 
 from nest_fast.testing import max_error, relative_error
@@ -126,8 +126,7 @@ def for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What is shipped runs in tests of its own.
     """
-    fused = block_aggregate.FusedConfig(pixels=512, block_k=128, piece=512, num_stages=1)
-    monkeypatch.setattr(block_aggregate, "_tile", lambda channels: {"PIXELS": 128, "num_warps": 4})
-    monkeypatch.setattr(block_aggregate, "_fused_config", lambda channels, dtype, device: (fused, "ieee"))
-    monkeypatch.setattr(block_aggregate, "_multiprocessors", lambda device: 2)
-    monkeypatch.setattr(block_aggregate, "POOLED", 128)
+    fused = _configs.AggregationConfig(tile_pixels=512, tile_k=128, tile_c=512, num_stages=1, tile_windows=128)
+    monkeypatch.setattr(_configs, "norm_pool", lambda channels: {"TILE_PIXELS": 128, "num_warps": 4})
+    monkeypatch.setattr(_configs, "block_aggregate", lambda *_: fused)
+    monkeypatch.setattr(_configs, "multiprocessors", lambda _: 2)

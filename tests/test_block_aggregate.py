@@ -22,7 +22,7 @@ from aggregation import (
 from common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import block_aggregate as kernels
+from nest_fast.kernels import _configs
 
 from nest_fast import reference
 from nest_fast.ops import block_aggregate
@@ -126,9 +126,9 @@ def test_outputs_and_gradients(impl_and_isa, shape, dtype, padding):
 @pytest.mark.parametrize(("C_out", "grid"), [(192, (2, 2)), (320, (2, 2)), (512, (2, 12))])
 def test_triton_as_it_is_shipped(monkeypatch, C_out, grid):
     """The widest image is wider than the tile. The backward's tile has a test of its own."""
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(_configs, "multiprocessors", lambda _: 2)
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_tile", lambda channels: {"PIXELS": 128, "num_warps": 4})
+        monkeypatch.setattr(_configs, "norm_pool", lambda channels: {"TILE_PIXELS": 128, "num_warps": 4})
     shape = Shape(1, grid, (2, 3), 24, C_out)
     check("triton", shape, "same", inputs(shape, torch.bfloat16))
 
@@ -184,10 +184,9 @@ def test_any_shape_in_triton(impl_and_isa, **shape):
 def test_any_shape_in_triton_with_small_tiles(monkeypatch, **shape):
     """Four columns by two rows: tiles beside and below each other."""
     if DEVICE == "cpu":
-        config = kernels.FusedConfig(pixels=8, block_k=128, piece=64, num_stages=1)
-        monkeypatch.setattr(kernels, "_fused_config", lambda channels, dtype, device: (config, "ieee"))
-        monkeypatch.setattr(kernels, "POOLED", 2)
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 5)
+        config = _configs.AggregationConfig(tile_pixels=8, tile_k=128, tile_c=64, num_stages=1, tile_windows=2)
+        monkeypatch.setattr(_configs, "block_aggregate", lambda *_: config)
+        monkeypatch.setattr(_configs, "multiprocessors", lambda _: 5)
     check_any_shape("triton", **shape)
 
 
@@ -423,7 +422,7 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl, given, with_pos):
 
 def test_auto_chooses(monkeypatch):
     def choose(dtype, C_out=64):
-        return MODULE._choose(torch.empty(0, dtype=dtype, device=DEVICE), C_out)
+        return MODULE.choose(torch.empty(0, dtype=dtype, device=DEVICE), C_out)
 
     assert choose(torch.float64) == "reference"
     if DEVICE == "cuda":

@@ -21,7 +21,8 @@ from aggregation import (
 from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import block_aggregate as kernels
+from nest_fast.kernels import _configs
+from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
 
 from nest_fast import reference
 from nest_fast.testing import gradients, relative_error
@@ -304,15 +305,15 @@ def test_norm_pool_says_what_a_gradient_needs(part):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("channels", range(1, kernels.MAX_CHANNELS + 1, 7))
+@pytest.mark.parametrize("channels", range(1, MAX_CHANNELS + 1, 7))
 def test_pieces_cover_the_channels(channels):
-    pieces = kernels._pieces(channels)
+    pieces = channel_pieces(channels)
     ends = [start + size for start, size in pieces]
     assert [start for start, _ in pieces] == [0, *ends[:-1]]
     assert all(size & (size - 1) == 0 and size >= 16 for _, size in pieces)
     assert channels <= ends[-1] < channels + max(16, channels / 4)
     assert len(pieces) <= 4
-    assert kernels._tile(channels)["num_warps"] <= 32
+    assert _configs.norm_pool(channels)["num_warps"] <= 32
 
 
 SPARSE = """

@@ -107,19 +107,17 @@ def test_block_attention_is_as_accurate_as_sdpa(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        _configs.AttentionConfig(64, 128, 4),
-        _configs.AttentionConfig(32, 64, 4),
-        _configs.AttentionConfig(64, 64, 4, stream=True),
-        _configs.AttentionConfig(32, 128, 4, stream=True),
-    ],
-    ids=lambda config: f"{config.block}-{config.piece}{'-stream' if config.stream else ''}",
+    ("block_m", "block_n", "streams"), [(64, 128, False), (64, 32, False), (64, 64, True), (32, 128, True)]
 )
 @pytest.mark.parametrize("shape", [(1, 2, 49, 3, 32), (1, 1, 196, 1, 32)], ids=shape_id)
-def test_block_attention_is_as_accurate_in_every_configuration(shape, config, monkeypatch):
+def test_block_attention_is_as_accurate_in_every_configuration(shape, block_m, block_n, streams, monkeypatch):
     """Whatever the tables hold, now or after tuning, float32 goes through each kernel here."""
-    monkeypatch.setattr(_configs, "attention", lambda *_: config)
+
+    def attention(kernel, *_):
+        resident = {"fwd": "keys", "bwd": "queries"}.get(kernel)
+        return _configs.AttentionConfig(block_m, block_n, 4, None if streams else resident)
+
+    monkeypatch.setattr(_configs, "attention", attention)
     check(*draw(*shape, torch.float32, bias=shape[2] == 49, mask="bool" if shape[2] == 49 else None), 0.2)
 
 
@@ -214,18 +212,42 @@ def test_block_attention_keeps_nan_in_its_sequence():
         assert x.transpose(2, 3)[~sick].equal(y.transpose(2, 3)[~sick])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's on -inf - -inf, which is what is meant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["stream", "resident"])
-def test_block_attention_of_a_fully_masked_row_is_nan_as_softmax_gives(dtype):
-    dout, q, k, v, _, mask = draw(1, 2, 17, 2, 16, dtype, mask="bool")
-    mask[1, 5] = False
-    got, _ = launch(dout, q, k, v, None, mask, 0.25)
-    golden = reference.block_attention(q, k, v, scale=0.25, mask=mask)
-    assert golden.isnan().any()
-    assert got[0].isnan().equal(golden.isnan())
-    for gradient in got[1:]:
-        assert gradient[:, 1].isnan().any()
-        assert not gradient[:, 0].isnan().any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["stream", "resident"])
+@pytest.mark.parametrize(
+    ("by", "kv_heads", "scale"), [("bool", 1, 0.25), ("-inf", 2, 0.25), ("bias", 2, -0.25), ("both", 1, 0.25)]
+)
+def test_block_attention_of_a_row_without_a_key_is_zero_in_both_directions(by, kv_heads, scale, dtype):
+    """Whatever takes the keys away; all other rows and their gradients are what they are without that query's dout."""
+    dout, q, k, v, bias, mask = draw(1, 1, 17, 2, 16, dtype, kv_heads=kv_heads, bias=True, mask="additive")
+    rows = [0, 5, 16]
+    if by == "bool":
+        mask = torch.ones_like(mask, dtype=torch.bool)
+        mask[:, rows] = False
+    elif by == "-inf":
+        mask[:, rows] = -torch.inf
+    else:  # the bias takes all keys, or those that the mask leaves
+        bias[:, rows] = -torch.inf
+        if by == "both":
+            bias[:, rows, 3] = 0.0
+            mask[:, rows, 3] = -torch.inf
+    (out, dq, dk, dv, dbias), lse = launch(dout, q, k, v, bias, mask, scale)
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv, dbias))
+    assert out[:, :, rows].eq(0).all()
+    assert dq[:, :, rows].eq(0).all()
+    assert dbias[:, rows].eq(0).all()
+    assert lse[..., rows].isposinf().all()
+
+    def without(x):  # those rows see every key, but their output is not asked for
+        x = x.clone()
+        x[:, rows] = True if x.dtype == torch.bool else 0
+        return x
+
+    quiet = dout.clone()
+    quiet[:, :, rows] = 0
+    others = [n for n in range(17) if n not in rows]
+    (want_out, want_dq, want_dk, want_dv, want_dbias), _ = launch(quiet, q, k, v, without(bias), without(mask), scale)
+    assert torch.equal(out[:, :, others], want_out[:, :, others])
+    assert all(map(torch.equal, (dq, dk, dv, dbias), (want_dq, want_dk, want_dv, want_dbias)))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 32), (2, 0, 16, 2, 32)], ids=shape_id)

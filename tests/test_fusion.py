@@ -273,3 +273,12 @@ def test_explain_refuses_what_is_no_model():
         nest_fast.explain("nest_tiny")
     with pytest.raises(TypeError, match=r"x: wanted a tensor \(B, C, H, W\), got int"):
         nest_fast.explain(small_nest(), 3)
+
+
+def test_norms_in_float32_are_fused_beside_half_precision():
+    module, x = layer().bfloat16(), torch.randn(2, 1, 4, 32).bfloat16()
+    module.norm1.float(), module.norm2.float()
+    assert reasons(module, x) == ["", ""]
+    assert relative_error(module(x), step_by_step(module, x)) < 0.01
+    module.norm1.bias.data = module.norm1.bias.data.bfloat16()
+    assert reasons(module, x)[0] == "norm1 has another dtype than its input"

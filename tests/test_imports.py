@@ -5,7 +5,7 @@ import ast
 import pytest
 from common import ROOT, run_python
 
-# What each module of nest_fast may import of nest_fast.
+# What each layer may import of nest_fast; the picture in DESIGN.md.
 ALLOWED = {
     "reference": set(),
     "weights": {"reference"},
@@ -22,16 +22,28 @@ ALLOWED = {
     "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations", "interpretation", "export"},
     "kernels": {"kernels"},
 }
+# A name with an underscore is for its own layer. These are for others, too, but not what is private inside; and how a
+# kernel cuts its work has tests of its own.
+SHARED = {
+    "modules": {"ops._checks"},
+    "nest": {"ops._checks"},
+    "explanation": {"ops._plan"},
+    "info": {"ops._extension", "ops._triton"},
+    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "kernels.*"},
+    "benchmarks": {"ops._extension"},
+    "scripts": {"kernels._configs"},
+}
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")]
 
 
 def layer_of(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0] if parts[0] == "kernels" else parts[1]
+    return parts[1] if parts[0] == "nest_fast" else parts[0]
 
 
 def imported(tree):
-    """Every ``nest_fast.x`` that a module imports, at its top or inside a function."""
+    """What a module imports of nest_fast, at its top or inside a function: ``ops.linear`` for nest_fast.ops.linear."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -42,15 +54,49 @@ def imported(tree):
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            package, *rest = name.split(".")
+            package, _, rest = name.partition(".")
             assert package != "kernels", "kernels are imported as nest_fast.kernels"
             if package == "nest_fast":
-                yield rest[0] if rest else "__init__"
+                yield rest or "__init__"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    assert set(imported(ast.parse(path.read_text()))) <= ALLOWED[layer_of(path)]
+    layers = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    assert layers <= ALLOWED[layer_of(path)]
+
+
+def taken(tree):
+    """What a module imports of nest_fast, and the attributes that it takes of what it imported."""
+    yield from imported(tree)
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.partition(".")[0] == "nest_fast":
+            prefix = node.module.partition(".")[2]
+            aliases |= {alias.asname or alias.name: f"{prefix}.{alias.name}".lstrip(".") for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            yield f"{aliases[node.value.id]}.{node.attr}"
+
+
+def is_private(name):
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+def is_in(name, shared):
+    if shared.endswith(".*"):
+        return name.startswith(shared[:-1])
+    return name == shared or (name.startswith(f"{shared}.") and not is_private(name[len(shared) :]))
+
+
+@pytest.mark.parametrize("layer", sorted({layer_of(path) for path in SOURCES + OUTSIDE}))
+def test_private_names_stay_in_their_layer(layer):
+    paths = [path for path in SOURCES + OUTSIDE if layer_of(path) == layer]
+    names = {name for path in paths for name in taken(ast.parse(path.read_text()))}
+    private = {name for name in names if name.partition(".")[0] != layer and is_private(name)}
+    shared = SHARED.get(layer, set())
+    assert {name for name in private if not any(is_in(name, one) for one in shared)} == set()
+    assert {one for one in shared if not any(is_in(name, one) for name in private)} == set(), "nobody takes it any more"
 
 
 def test_kernels_know_no_modules_autograd_or_registration():

@@ -84,15 +84,16 @@ def test_models_waste_few_exponentials_on_hopper(kernel):
 def test_models_waste_little_matrix_work_on_hopper():
     """At most 1.35 times 196 x 196 scores, from the tiles that the launchers cut."""
     from nest_fast.kernels import _configs
-    from nest_fast.kernels.block_attention import _cut, _pieces
+    from nest_fast.kernels._primitives import tiles_and_tail
+    from nest_fast.kernels.block_attention import _pieces
 
-    for kernel in ("fwd", "bwd"):
+    for kernel, resident in (("fwd", "keys"), ("bwd", "queries")):
         table = _configs.ATTENTION[kernel, 90, "half"]
-        config = next(c for rows, keys, head_dim, c in table if rows >= N and keys >= N and head_dim >= 32)
-        full, tail = _cut(N, config.block)
-        held = sum(size for _, size in _pieces(N, config.piece))
-        assert not config.stream
-        assert (full * config.block + tail) * held <= 1.35 * N * N
+        config = next(row.config for row in table if min(row.queries, row.keys) >= N and row.head_dim >= 32)
+        held, tile = (config.block_n, config.block_m) if kernel == "fwd" else (config.block_m, config.block_n)
+        whole, tail = tiles_and_tail(N, tile)
+        assert config.resident == resident
+        assert (whole * tile + tail) * sum(size for _, size in _pieces(N, held)) <= 1.35 * N * N
 
 
 @pytest.mark.parametrize("channels", ["C96-192", "C128-256", "C192-384", "C256-512"])
@@ -104,16 +105,16 @@ def test_fused_aggregation_uses_hopper_matrix_instructions(kind, channels):
 @pytest.mark.parametrize(("channels", "edge"), [(192, 56), (256, 56), (384, 28), (512, 28)])
 def test_fused_aggregation_wastes_little_matrix_work(channels, edge):
     """At most 1.35 times the convolution's pixels, at batch 256, from the tiles that the launcher cuts."""
-    from nest_fast.kernels import block_aggregate as kernels
+    from nest_fast.kernels._configs import AGGREGATION
+    from nest_fast.kernels.block_aggregate import cut
 
-    for (_, operands), table in kernels.FUSED.items():
-        config = next(config for most, config in table if channels <= most)
-        pairs = 256 * edge // 2
+    for (_, operands), table in AGGREGATION.items():
+        config = next(row.config for row in table if channels <= row.channels)
         for programs in (108, 132, 148):  # multiprocessors of an A100, H100 and B200
-            cut = kernels._cut(pairs, edge, config.pixels, programs)
-            steps = -(-(cut.share + 1) // (cut.rows // 2))
-            computed = -(-pairs // cut.share) * cut.tiles * steps * config.pixels
-            assert computed <= 1.35 * 256 * edge**2, (operands, cut)
+            rows, _, walk = cut(256 * edge // 2, edge, config.tile_pixels, programs)
+            steps = -(-(walk.share + 1) // (rows // 2))
+            computed = -(-walk.pairs // walk.share) * walk.tiles * steps * config.tile_pixels
+            assert computed <= 1.35 * 256 * edge**2, (operands, walk)
 
 
 def main() -> None:

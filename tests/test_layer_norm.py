@@ -8,11 +8,13 @@ import torch
 from common import DEVICE, DTYPES, in_double, in_guarded_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import layer_norm as kernels
+from nest_fast.kernels import _configs
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer_norm_mean_fwd
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import add_layer_norm, layer_norm_mean, reference
-from nest_fast.ops import layer_norm as ops
+from nest_fast.ops import _layer_norm as ops
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
@@ -89,7 +91,7 @@ def test_layer_norm_mean_is_as_accurate_as_pytorch(shape, dtype):
 @pytest.mark.parametrize("programs", [1, 2, 8])
 def test_any_number_of_programs_shares_the_rows(programs, monkeypatch):
     """Few walk over many tiles each; one part writes an image's mean itself."""
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setitem(_configs.PROGRAMS, "layer_norm", programs)
     check_add(*draw((4, 83, 48)))
     check_mean(*draw_mean((2, 200, 48)))
 
@@ -98,7 +100,7 @@ def test_any_number_of_programs_shares_the_rows(programs, monkeypatch):
     ("batch", "tokens", "rows"), [(1, 1, 8), (1, 196, 2), (256, 196, 2), (5000, 196, 8), (3, 9, 8)]
 )
 def test_parts_have_every_token_once(batch, tokens, rows):
-    parts, tiles = kernels._parts(batch, tokens, rows)
+    parts, tiles = _parts(batch, tokens, rows)
     assert (parts - 1) * tiles * rows < tokens <= parts * tiles * rows
     assert parts == 1 or tiles >= 4
 
@@ -164,11 +166,11 @@ def test_kernels_stay_inside_their_buffers(C, dtype):
 
     def everything(copy):
         dense = [copy(t) for t in (x, branch, scale, branch_bias, weight, bias)]
-        total, normed, mean, rstd = kernels.add_layer_norm_fwd(*dense, 1e-6, dtype, dtype)
-        backward = (total, mean, rstd, dense[2], dense[4], (dtype, dtype), True)
-        grads = kernels.add_layer_norm_bwd(*map(copy, douts), *backward)
-        pooled = kernels.layer_norm_mean_fwd(dense[0], *dense[4:], 1e-6, dtype)
-        mean_grads = kernels.layer_norm_mean_bwd(copy(douts[0][:, 0].contiguous()), dense[0], *pooled[1:], dense[4])
+        total, normed, mean, rstd = add_layer_norm_fwd(*dense, 1e-6, dtype, dtype)
+        backward = (total, mean, rstd, dense[2], dense[4], dtype, dtype, True)
+        grads = add_layer_norm_bwd(*map(copy, douts), *backward)
+        pooled = layer_norm_mean_fwd(dense[0], *dense[4:], 1e-6, dtype)
+        mean_grads = layer_norm_mean_bwd(copy(douts[0][:, 0].contiguous()), dense[0], *pooled[1:], dense[4])
         return [total, normed, mean, rstd, *grads, *pooled, *mean_grads]
 
     wanted = everything(lambda t: t)
@@ -380,7 +382,7 @@ def test_an_explicit_choice_never_falls_back():
         RuntimeError, match=r"impl: 'triton' cannot run add_layer_norm here: dtype torch.float64 is none"
     ):
         add(add_layer_norm, scale, impl="triton")(*inputs)
-    assert kernels.MAX_CHANNELS == ops.MAX_CHANNELS
+    assert _configs.MAX_LAYER_NORM_CHANNELS == ops.MAX_CHANNELS
     wide, vector = torch.zeros(1, 1, 4097, device=DEVICE), torch.zeros(4097, device=DEVICE)
     with pytest.raises(RuntimeError, match="cannot run layer_norm_mean here: C = 4097 channels are over 4096"):
         layer_norm_mean(wide, vector, vector, impl="triton")
@@ -390,16 +392,17 @@ def test_an_explicit_choice_never_falls_back():
 def test_kernels_neither_spill_nor_overflow():
     """At the tiles of the models' narrowest, middle and widest rows."""
     found = compile_offline("""
-from nest_fast.kernels import layer_norm as kernels
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 half = torch.bfloat16
 for C in (96, 384, 1536):
     x, v, s, m = empty(8, 16, 196, C), empty(C), empty(8), empty(8, 16, 196, dtype=torch.float32)
-    kernels.add_layer_norm_bwd(x, x, x, m, m, s, v, (half, half), True)
+    add_layer_norm_bwd(x, x, x, m, m, s, v, half, half, True)
     if C != 384:  # the others hold far less in registers
-        kernels.add_layer_norm_bwd(x, x, x, m, m, None, v, (half, half), False)
-        kernels.add_layer_norm_fwd(x, x, s, v, v, v, 1e-6, half, half)
-        kernels.layer_norm_mean_fwd(x, v, v, 1e-6, half)
-        kernels.layer_norm_mean_bwd(x[:, 0, 0], x, empty(8, C, dtype=torch.float32), m, m, v)
+        add_layer_norm_bwd(x, x, x, m, m, None, v, half, half, False)
+        add_layer_norm_fwd(x, x, s, v, v, v, 1e-6, half, half)
+        layer_norm_mean_fwd(x, v, v, 1e-6, half)
+        layer_norm_mean_bwd(x[:, 0, 0], x, empty(8, C, dtype=torch.float32), m, m, v)
 """)
     assert len(found) == 3 * (3 + 2 * 5)
     assert {name: row for name, row in found.items() if row != [0, True]} == {}

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nest_fast import attention_layer, mlp_layer, reference
 from nest_fast.ops import _extension
@@ -244,18 +245,56 @@ def test_gradients_of_any_shape(isa, layers):
         assert_accurate_gradients(function, tensors, options, 4 * LUCK * torch.finfo(tensors[0].dtype).eps)
 
 
+class WhatBackwardComputes(TorchDispatchMode):
+    """Which of their gradients the backwards of the branch and of the LayerNorm compute."""
+
+    branch = norm = None
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        results = op(*args, **(kwargs or {}))
+        computed = [x is not None and x.numel() > 0 for x in results] if isinstance(results, tuple) else None
+        if op.name().endswith("_cpp_bwd"):
+            self.branch = computed
+        elif op is torch.ops.aten.native_layer_norm_backward.default:
+            self.norm = computed
+        return results
+
+
+@needs_cpp
+@settings(max_examples=60)
+@given(any_layers(), st.data())
+def test_gradients_nobody_asked_for_are_not_computed(isa, layers, data):
+    """Frozen weights, in any combination: the others' gradients keep their bits."""
+    for function, tensors, options in layers:
+        given = [n for n, t in enumerate(tensors) if t is not None]
+        wanted = sorted(data.draw(st.sets(st.sampled_from(given), min_size=1)))
+        dout, results = torch.randn_like(tensors[0]), []
+        for trained in (given, wanted):
+            leaves = [t if t is None else t.clone().requires_grad_(n in trained) for n, t in enumerate(tensors)]
+            out = function(*leaves, **options, impl="cpp")
+            with WhatBackwardComputes() as computed:
+                out.backward(dout)
+            results.append([None if t is None else t.grad for t in leaves])
+        for n, (alone, together) in enumerate(zip(results[1], results[0], strict=True)):
+            assert torch.equal(alone, together) if n in wanted else alone is None, NAMES[n]
+        before, *linear = any(n in wanted for n in range(3)), *(n in wanted for n in range(3, 7))
+        assert computed.branch == [before, *linear]
+        assert computed.norm == ([n in wanted for n in range(3)] if before else None)
+
+
 @needs_cpp
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_slope_of_gelu_everywhere(isa, activation):
     """dx of fc2(activation(hidden)) with fc1 = fc2 = 1 and dout = 1 is the activation's derivative."""
     hidden = torch.cat([torch.linspace(-14, 14, 50001), torch.tensor([-1e18, -100.0, 100.0, 1e18])]).view(-1, 1)
     one, dout = torch.ones(1, 1), torch.ones_like(hidden)
-    ours, *_ = OPS.mlp_layer_cpp_bwd(dout, dout, hidden, one, activation, one)
+    mask = [True] * 5
+    ours, *_ = OPS.mlp_layer_cpp_bwd(dout, dout, hidden, one, activation, one, mask)
     wide = hidden.double().requires_grad_()
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     torch.nn.functional.gelu(wide, approximate=approximate).sum().backward()
     assert (ours - wide.grad).abs().max() < 2e-6
-    assert OPS.mlp_layer_cpp_bwd(one, one, one * math.nan, one, activation, one)[0].isnan()
+    assert OPS.mlp_layer_cpp_bwd(one, one, one * math.nan, one, activation, one, mask)[0].isnan()
 
 
 @needs_cpp
@@ -395,9 +434,10 @@ def test_opcheck(training):
 def test_opcheck_of_the_backward():
     rows, packed, hidden = torch.randn(30, 24), torch.randn(30, 72), torch.randn(30, 40)
     fc1, fc2, qkv, proj = (torch.randn(size) for size in ((40, 24), (24, 40), (72, 24), (24, 24)))
-    torch.library.opcheck(OPS.mlp_layer_cpp_bwd.default, (rows, rows, hidden, fc1, "gelu", fc2))
     call = (rows, rows, packed, rows, torch.randn(6, 3, 5), qkv, proj, 5, 3, 3, 0.3)
-    torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, call)
+    for mask in ([True] * 5, [True, False, False, True, False], [False, False, True, False, True], [False] * 5):
+        torch.library.opcheck(OPS.mlp_layer_cpp_bwd.default, (rows, rows, hidden, fc1, "gelu", fc2, mask))
+        torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, (*call, mask))
 
 
 def test_compiles_and_exports_with_a_dynamic_batch():
@@ -479,10 +519,10 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
     hidden, packed, lse = torch.zeros(30, 40), torch.zeros(30, 72), torch.zeros(6, 3, 5)
 
     def mlp_backward(x=rows, hidden=hidden, fc1=others[3], fc2=others[5]):
-        return OPS.mlp_layer_cpp_bwd(rows, x, hidden, fc1, "gelu", fc2)
+        return OPS.mlp_layer_cpp_bwd(rows, x, hidden, fc1, "gelu", fc2, [True] * 5)
 
     def attention_backward(packed=packed, attended=rows, lse=lse, qkv=qkv):
-        return OPS.attention_layer_cpp_bwd(rows, rows, packed, attended, lse, qkv, proj, 5, 3, 3, 0.3)
+        return OPS.attention_layer_cpp_bwd(rows, rows, packed, attended, lse, qkv, proj, 5, 3, 3, 0.3, [True] * 5)
 
     for message, wrong in {
         "x: wanted dense rows": lambda: attention(rows.t().contiguous().t()),

@@ -1,11 +1,13 @@
 """The operations. Each is one public function: checks, one choice of who computes it, and its registration."""
 
+from nest_fast.ops import _flops
+from nest_fast.ops.add_layer_norm import add_layer_norm
 from nest_fast.ops.attention_layer import attention_layer
+from nest_fast.ops.bias_gelu import bias_gelu
 from nest_fast.ops.block_aggregate import block_aggregate
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.blockify import blockify, patchify, unblockify
-from nest_fast.ops.gelu import bias_gelu
-from nest_fast.ops.layer_norm import add_layer_norm, layer_norm_mean
+from nest_fast.ops.layer_norm_mean import layer_norm_mean
 from nest_fast.ops.linear import linear
 from nest_fast.ops.mlp_layer import mlp_layer
 
@@ -22,3 +24,5 @@ __all__ = [
     "patchify",
     "unblockify",
 ]
+
+_flops.register()

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+HALVES = (torch.float16, torch.bfloat16)
+# The device types that autocast knows; it raises where it is asked about another, such as "meta".
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
+)
 
 
 def pair(name: str, size: object) -> tuple[int, int]:
     """Height and width from an int or a pair of ints, both positive."""
     if type(size) is int and size > 0:
         return size, size
-    # A traced size is a SymInt, which is no int but compares and divides like one.
+    if in_trace():
+        size = _traced(size)
+    # A size that torch.compile traces is a SymInt, which is no int but compares and divides like one.
     ints = (int, torch.SymInt)
     height, width = (size, size) if isinstance(size, ints) else _two(name, size)
     for value in (height, width):
@@ -32,11 +40,30 @@ def _two(name: str, size: object) -> tuple:
     return tuple(size)
 
 
+def _traced(size: object) -> object:
+    """``size`` with ints, constants of the graph, for the 0-d tensors that ``torch.jit.trace`` makes of sizes."""
+    if isinstance(size, Tensor) and size.dim() == 0:
+        return int(size)
+    return tuple(map(_traced, size)) if isinstance(size, (tuple, list)) else size
+
+
+def is_tensor(name: str, x: object, shape: str) -> Tensor:
+    """``x``, which ``shape`` describes, as a tensor of any rank."""
+    if isinstance(x, Tensor):
+        return x
+    fx = sys.modules.get("torch.fx")
+    if fx is not None and isinstance(x, fx.Proxy):
+        raise TypeError(
+            f"{name}: wanted a tensor {shape}, got a Proxy: torch.fx cannot trace into the operations, but into"
+            " plain PyTorch, which nest_fast.restore(model) gives back and nest_fast.reference has"
+        )
+    raise TypeError(f"{name}: wanted a tensor {shape}, got {type(x).__name__}")
+
+
 def tensor(name: str, x: object, shape: str) -> Tensor:
     """``x`` as a tensor whose rank is that of ``shape``, a text like "(B, H, W, C)"."""
     rank = shape.count(",") + 1
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: wanted a tensor {shape}, got {type(x).__name__}")
+    x = is_tensor(name, x, shape)
     if x.dim() != rank:
         raise ValueError(f"{name}: wanted {rank} dimensions {shape}, got shape {tuple(x.shape)}")
     return x
@@ -55,18 +82,46 @@ def shape(name: str, x: Tensor, wanted: tuple, meaning: str = "") -> None:
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """``x`` on the device and of the dtype of ``other``; under autocast dtypes may differ, since it casts them."""
     device(name, x, other_name, other)
-    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != other.dtype and not under_autocast(x):
         raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
 
 
+def promotes(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` on the device of ``other``, to whose sum PyTorch's promotion gives a dtype."""
+    floating(name, x)
+    device(name, x, other_name, other)
+
+
+def norm(weight: Tensor, bias: Tensor, x: Tensor, prefix: str = "", dtype: torch.dtype | None = None) -> None:
+    """A LayerNorm's parameters on the device of ``x`` and of dtypes that ``F.layer_norm`` takes beside its ``dtype``.
+
+    That is the same one, or float32 for both beside float16 and bfloat16.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    for name, value in ((prefix + "weight", weight), (prefix + "bias", bias)):
+        device(name, value, "x", x)
+        if value.dtype == dtype or under_autocast(x):
+            continue
+        if dtype not in HALVES:
+            raise TypeError(f"{name}: wanted dtype {dtype} as x has, got {value.dtype}")
+        if not weight.dtype == bias.dtype == torch.float32:
+            both = f"{dtype} as x has, or torch.float32 for {prefix}weight and {prefix}bias"
+            raise TypeError(f"{name}: wanted dtype {both}, got {value.dtype}")
+
+
 def parameters(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple]], optional: tuple[str, ...]) -> None:
-    """Each of ``weights``, given with the shape wanted, on the device and of the dtype of ``x``."""
+    """Each of ``weights``, given with the shape wanted, on the device of ``x`` and of a dtype that goes with it.
+
+    The first two are the weight and bias of the LayerNorm.
+    """
     floating("x", x)
     for name, (weight, wanted) in weights.items():
         if weight is not None or name not in optional:
             tensor(name, weight, f"({', '.join(map(str, wanted))})")
             shape(name, weight, wanted)  # type: ignore[arg-type]
-            alike(name, weight, "x", x)  # type: ignore[arg-type]
+            if not name.startswith("norm_"):
+                alike(name, weight, "x", x)  # type: ignore[arg-type]
+    norm(weights["norm_weight"][0], weights["norm_bias"][0], x, "norm_")  # type: ignore[arg-type]
 
 
 def choice(name: str, value: object, wanted: tuple[str, ...]) -> None:
@@ -101,19 +156,16 @@ def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
 
 
-def no_double_backward(op: str) -> Callable[..., NoReturn]:
-    """The backward of a kernel that is the backward of ``op``: what it would need the forward did not keep."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(f"impl: wanted 'reference' for a derivative of {op}'s gradients, got a kernel")
-
-    return backward
-
-
 def training(given: bool) -> None:
     """An error where the forward was not told that a gradient would be asked for, and kept nothing for it."""
     if not given:
         raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+
+
+def number(name: str, value: object) -> None:
+    """An error for a tensor, whose gradient would be lost without a word."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted a number, which has no gradient, got a tensor {tuple(value.shape)}")
 
 
 def in_functorch() -> bool:
@@ -126,20 +178,34 @@ def in_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def onnx_why_not() -> list[str]:
-    """Why no kernel may be chosen while ``torch.onnx.export`` traces."""
-    exporting = torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-    return ["ONNX has PyTorch's operations only"] if exporting else []
+def in_trace() -> bool:
+    """Whether ``torch.jit.trace`` or ONNX's exporter records: they want operations that others know."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    kind = x.device.type
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
+    if under_autocast(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied if its last dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x``, copied if its last dimension is not dense.
+
+    Not by ``contiguous``, which leaves any strides to a tensor without elements or with one in its last dimension.
+    """
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """``x`` as a kernel takes vectors: contiguous."""
+    return x if x is None else x.contiguous()

@@ -6,11 +6,15 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from nest_fast.ops import _checks, _extension, _triton
 
 IMPLS = ("auto", "reference", "triton")
+# What a kernel may be given; of another subclass of torch.Tensor only its owner knows how it computes.
+TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,12 +30,12 @@ def use_triton(op: str, impl: str, tensors: Iterable[Tensor | None], others: Ite
     if impl == "reference":
         return False
     given = [x for x in tensors if x is not None]
-    reasons = [*_triton.why_not(given[0]), *dtype_why_not(*(x.dtype for x in given)), *forward_mode_why_not(), *others]
+    reasons = [*_triton.why_not(given[0]), *dtype_why_not(*(x.dtype for x in given)), *plain_why(*given), *others]
     if impl == "triton":
         require(op, impl, reasons)
         return True
     # A compiler that sees plain PyTorch makes the same single pass of it, and fuses what stands around it as well.
-    if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _checks.in_functorch():
+    if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _checks.in_functorch() or plain_only(*given):
         return False
     if reasons:
         say_once(f"{op} runs plain PyTorch, since for triton {'; '.join(reasons)}")
@@ -49,6 +53,8 @@ def use_layer(op: str, impl: str, x: Tensor, weights: list[Tensor | None]) -> bo
 def layer_why_not(x: Tensor, weights: list[Tensor | None]) -> list[str]:
     """Why "auto" does not take the C++ kernel of a layer."""
     reasons = _layer_cannot(x, weights)
+    if _checks.in_trace():
+        reasons.append("torch.jit is tracing")
     if any(t is not None and t.numel() == 0 for t in (x, *weights)):
         reasons.append("there is nothing to compute")
     if x.dtype == torch.bfloat16 and _extension.has_amx:
@@ -59,7 +65,7 @@ def layer_why_not(x: Tensor, weights: list[Tensor | None]) -> list[str]:
 
 
 def _layer_cannot(x: Tensor, weights: list[Tensor | None]) -> list[str]:
-    return [*_extension.cpp_why_not("x", x), *dtype_why_not(x.dtype), *mode_why_not(x)]
+    return [*_extension.cpp_why_not("x", x), *dtype_why_not(x.dtype), *mode_why_not(x, *weights)]
 
 
 def dtype_why_not(*dtypes: torch.dtype) -> list[str]:
@@ -68,18 +74,30 @@ def dtype_why_not(*dtypes: torch.dtype) -> list[str]:
     return [f"dtype {dtype} is none of float32, float16, bfloat16" for dtype in strange]
 
 
-def mode_why_not(x: Tensor) -> list[str]:
-    """What is on in PyTorch that does not reach inside a kernel."""
-    reasons = forward_mode_why_not()
+def mode_why_not(x: Tensor, *others: Tensor | None) -> list[str]:
+    """What is on in PyTorch that does not reach inside a kernel of a whole layer."""
+    reasons = plain_why(x, *others)
     if _checks.in_functorch():
         reasons.append("torch.func is transforming")
-    if torch.is_autocast_enabled(x.device.type):
+    if _checks.under_autocast(x):
         reasons.append("autocast is on")
     return reasons
 
 
-def forward_mode_why_not() -> list[str]:
-    return ["it has no forward-mode derivative"] if _checks.in_forward_mode() else []
+def plain_why(*tensors: Tensor | None) -> list[str]:
+    """Why no kernel can take ``tensors``, whatever it is."""
+    if torch.compiler.is_compiling():
+        return []
+    reasons = ["it has no forward-mode derivative"] if _checks.in_forward_mode() else []
+    if not TENSORS.issuperset(map(type, tensors)):
+        strange = next(type(x) for x in tensors if type(x) not in TENSORS)
+        reasons.append(f"{strange.__name__} is a subclass of torch.Tensor")
+    return reasons
+
+
+def plain_only(*tensors: Tensor | None) -> bool:
+    """Whether "auto" has to be plain PyTorch for ``tensors``."""
+    return _checks.in_trace() or bool(plain_why(*tensors))
 
 
 def require(op: str, impl: str, reasons: list[str]) -> None:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nest_fast.ops import _checks
-
-__all__ = ["Library", "cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx"]
+__all__ = ["Library", "cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "onednn_dtypes"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -69,6 +67,11 @@ cpp_isa = _isa()
 
 # Whether PyTorch's matmuls in bfloat16 have a matrix unit. Asked once: the compiler cannot trace the question.
 has_amx = torch.cpu._is_amx_tile_supported()
+# The dtypes that oneDNN has on this processor; an operation of its own in another raises.
+_ONEDNN = torch.backends.mkldnn.is_available()
+onednn_dtypes = (torch.float32,) * _ONEDNN
+if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn_dtypes += (torch.bfloat16,)
 
 
 def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
@@ -80,4 +83,4 @@ def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
         reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
     if x.device.type != "cpu":
         reasons.append(f"{name} is on {x.device}, not on a CPU")
-    return reasons + _checks.onnx_why_not()
+    return reasons

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,33 +12,32 @@ from nest_fast.ops import _checks
 
 
 def layer_backward(
+    kept: Any,
     dout: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    branch_scale: float,
-    biases: tuple[bool, bool],
-    branch_backward: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``.
+    linears: Sequence[str],
+    branch_backward: Callable[[Tensor, Tensor, list[bool]], tuple[Tensor, ...]],
+) -> dict[str, Tensor | None]:
+    """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``, by name.
 
-    ``branch_backward`` takes the gradient of the branch's output and its input, which is computed again, and returns
-    the gradients of that input and of the weight and bias of its two linear layers; ``biases``: which of them have one.
-    Returns those of x, norm_weight, norm_bias, and weight and bias of both, None for a bias that is missing.
+    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` takes the gradient of the
+    branch's output, its input, which is computed again, and which gradients are wanted, of that input and of the four;
+    it returns these. What is not wanted is None and not computed.
     """
-    C = x.shape[1]
-    y, mean, rstd = torch.native_layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    dbranch = dout if branch_scale == 1.0 else dout * branch_scale
-    dy, dweight_1, dbias_1, dweight_2, dbias_2 = branch_backward(_checks.dense_rows(dbranch), y)
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy, x, (C,), mean, rstd, norm_weight, norm_bias, [True] * 3
-    )
-    first, second = (dbias if given else None for dbias, given in zip((dbias_1, dbias_2), biases, strict=True))
-    return dx.add_(dout), dnorm_weight, dnorm_bias, dweight_1, first, dweight_2, second
+    C, norm = kept.x.shape[1], ("x", "norm_weight", "norm_bias")
+    norm_mask, linear_mask = ([kept.needed[name] for name in names] for names in (norm, linears))
+    y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
+    dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale
+    dy, *dlinears = branch_backward(_checks.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
+    found = {name: dx if wanted else None for name, dx, wanted in zip(linears, dlinears, linear_mask, strict=True)}
+    if any(norm_mask):
+        dx, found["norm_weight"], found["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
+            dy, kept.x, (C,), mean, rstd, kept.norm_weight, kept.norm_bias, norm_mask
+        )
+        found["x"] = dx.add_(dout) if kept.needed["x"] else None
+    return found
 
 
-def fake_branch_backward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def fake_branch_backward(x: Tensor, weights: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
     """What a branch's backward returns: the gradients of ``x`` and of each of ``weights`` (out, in) and its bias."""
-    shapes = [shape for weight in weights for shape in (weight.shape, weight.shape[:1])]
-    return x.new_empty(x.shape), *(x.new_empty(shape) for shape in shapes)
+    shapes = [x.shape, *(shape for weight in weights for shape in (weight.shape, weight.shape[:1]))]
+    return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

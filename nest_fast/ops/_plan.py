@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nest_fast.ops import _choice, _extension, _triton
-from nest_fast.ops.block_aggregate import _WHY_NOT as AGGREGATE_WHY_NOT
-from nest_fast.ops.block_aggregate import _choose as choose_aggregate
-from nest_fast.ops.block_attention import _WHY_NOT as ATTENTION_WHY_NOT
-from nest_fast.ops.block_attention import _choose as choose_attention
+from nest_fast.ops.block_aggregate import WHY_NOT as AGGREGATE_WHY_NOT
+from nest_fast.ops.block_aggregate import choose as choose_aggregate
+from nest_fast.ops.block_attention import WHY_NOT as ATTENTION_WHY_NOT
+from nest_fast.ops.block_attention import choose as choose_attention
 
 Plan = tuple[str, str]  # by which kernels, and why not by faster ones
 
@@ -42,17 +42,18 @@ def half_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | Non
 def attention(x: Tensor, num_heads: int) -> Plan:
     """For block_attention inside ``x`` ``(B, T, N, C)``."""
     q = x.unflatten(-1, (num_heads, -1))
-    impl = choose_attention(q, None, None, 0.0)
+    given = q, q, q, None, None
+    impl = choose_attention(given, 0.0)
     wanted = "triton" if x.is_cuda else "cpp"
-    why = [] if impl == wanted else ATTENTION_WHY_NOT[wanted](q, None, None, 0.0)
+    why = [] if impl == wanted else ATTENTION_WHY_NOT[wanted](given, 0.0)
     return f"block_attention: {_KERNELS[impl]}", "; ".join(why)
 
 
-def aggregation(x: Tensor, out_channels: int) -> Plan:
+def aggregation(x: Tensor, conv_weight: Tensor) -> Plan:
     """For block_aggregate of ``x`` ``(B, T, N, C)``."""
-    impl = choose_aggregate(x, out_channels)
-    wanted = "two_step" if x.is_cuda else "cpp"
-    why = AGGREGATE_WHY_NOT[wanted](x, out_channels) if impl == "reference" else []
+    given = x, conv_weight, None, conv_weight, conv_weight, None
+    impl = choose_aggregate(given)
+    why = AGGREGATE_WHY_NOT["two_step" if x.is_cuda else "cpp"](given) if impl == "reference" else []
     return f"block_aggregate: {_KERNELS[impl]}", "; ".join(why)
 
 

@@ -7,8 +7,6 @@ import os
 
 from torch import Tensor
 
-from nest_fast.ops import _checks
-
 # Triton reads the same variable: under it kernels are interpreted, on CPU tensors too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -20,4 +18,4 @@ def why_not(x: Tensor) -> list[str]:
     reasons = [] if INSTALLED else ["triton is not installed"]
     if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
         reasons.append(f"the tensor is on {x.device}, and TRITON_INTERPRET=1 is not set")
-    return reasons + _checks.onnx_why_not()
+    return reasons

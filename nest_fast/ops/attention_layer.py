@@ -6,27 +6,15 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops import _checks, _choice, _flops
 from nest_fast.ops._layer import fake_branch_backward, layer_backward
+from nest_fast.ops._register import operation
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
 
 __all__ = ["attention_layer"]
 
 IMPLS = ("auto", "reference", "cpp")
-
-_OPS = torch.ops.nest_fast
-_LIB = _extension.Library()
-_LIB.define(
-    "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
-    " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)"
-)
-_LIB.define(
-    "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
-    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale)"
-    " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight, Tensor dproj_bias)"
-)
 
 
 def attention_layer(
@@ -48,8 +36,8 @@ def attention_layer(
     """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block.
 
     Args:
-        x: ``(B, T, N, C)``, any floating-point dtype.
-        norm_weight, norm_bias: ``(C,)``.
+        x: ``(B, T, N, C)``, any floating-point dtype and strides.
+        norm_weight, norm_bias: ``(C,)``, of x's dtype, or both float32 beside float16 and bfloat16.
         qkv_weight, qkv_bias: ``(C + 2 * kv, C)`` and its first dimension or None; q of every head, then k, then v. kv
             is C, or one head's C / num_heads with ``multi_query``.
         proj_weight, proj_bias: ``(C, C)``, its input ordered (heads, head_dim), and ``(C,)`` or None.
@@ -86,6 +74,8 @@ def attention_layer(
         "proj_bias": (proj_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
+    _checks.number("scale", scale)
+    _checks.number("branch_scale", branch_scale)
     scale = (C // num_heads) ** -0.5 if scale is None else scale
     if impl == "reference":
         return reference.attention_layer(
@@ -97,15 +87,15 @@ def attention_layer(
             eps=eps,
         )
     if _choice.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
-        out, *_ = _OPS.attention_layer_cpp(
-            x.reshape(-1, C),
-            norm_weight.float(),
-            norm_bias.float(),
+        out, *_ = _CPP(
+            _checks.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
             eps,
             _checks.dense_rows(qkv_weight),
-            qkv_bias,
+            _checks.dense(qkv_bias),
             _checks.dense_rows(proj_weight),
-            proj_bias,
+            _checks.dense(proj_bias),
             *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
             _choice.wants_gradients(x, *(weight for weight, _ in weights.values())),
         )
@@ -118,7 +108,9 @@ def attention_layer(
     return x + branch_scale * linear(y, proj_weight, proj_bias)
 
 
-@torch.library.register_fake("nest_fast::attention_layer_cpp", lib=_LIB)
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
 def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, *rest):
     rows, C = x.shape
     kept = rows if rest[-1] else 0
@@ -126,37 +118,48 @@ def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, pro
     return x.new_empty((rows, C)), qkv, attended, x.new_empty((kept // tokens, heads, tokens), dtype=torch.float32)
 
 
-@torch.library.register_fake("nest_fast::attention_layer_cpp_bwd", lib=_LIB)
-def _fake_bwd(dout, x, qkv, attended, lse, qkv_weight, proj_weight, *rest):
-    return fake_branch_backward(x, qkv_weight, proj_weight)
+def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, tokens, heads, kv_heads, scale, output_mask):
+    return fake_branch_backward(x, (qkv_weight, proj_weight), output_mask)
 
 
-def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, qkv_weight, qkv_bias, proj_weight, proj_bias, *sizes = inputs
-    ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale, ctx.branch_scale, ctx.training = sizes
-    ctx.biases = qkv_bias is not None, proj_bias is not None
-    ctx.save_for_backward(x, norm_weight, norm_bias, qkv_weight, proj_weight, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def _gradients(kept, dout):
+    _checks.training(kept.training)
+
+    def branch_backward(dbranch, y, mask):
+        saved = kept.qkv, kept.attended, kept.lse, kept.qkv_weight, kept.proj_weight
+        return _CPP_BWD(dbranch, y, *saved, kept.tokens, kept.heads, kept.kv_heads, kept.scale, mask)
+
+    return layer_backward(kept, dout, ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"), branch_backward)
 
 
-def _backward(ctx, dout, *_):
-    if dout is None:
-        return (None,) * 14
-    _checks.training(ctx.training)
-    x, norm_weight, norm_bias, qkv_weight, proj_weight, qkv, attended, lse = ctx.saved_tensors
-    sizes = ctx.tokens, ctx.heads, ctx.kv_heads, ctx.scale
-
-    def branch_backward(dbranch, y):
-        return _OPS.attention_layer_cpp_bwd(dbranch, y, qkv, attended, lse, qkv_weight, proj_weight, *sizes)
-
-    dx, dnorm_weight, dnorm_bias, dqkv, dqkv_bias, dproj, dproj_bias = layer_backward(
-        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
-    )
-    return dx, dnorm_weight, dnorm_bias, None, dqkv, dqkv_bias, dproj, dproj_bias, *(None,) * 6
+def _attention_flops(x_shape, tokens, count):
+    return _flops.attention((1, 1, tokens, x_shape[0] // max(tokens, 1), x_shape[1]), count)
 
 
-torch.library.register_autograd("nest_fast::attention_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
-torch.library.register_autograd(
-    "nest_fast::attention_layer_cpp_bwd", _checks.no_double_backward("attention_layer"), lib=_LIB
+def _cpp_flops(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, tokens, *_, out_shape=None):
+    return _flops.linear(x, qkv) + _attention_flops(x, tokens, 2) + _flops.linear(x, proj)
+
+
+def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, tokens, *_, out_shape=None):
+    dx, dqkv, _, dproj, _ = out_shape
+    linears = _flops.linear_gradients(x, qkv, dx, dqkv) + _flops.linear_gradients(x, proj, x, dproj)
+    return linears + _attention_flops(x, tokens, 4)
+
+
+_CPP = operation(
+    "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
+    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
+    " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
+    fake=_fake,
+    saved=("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "qkv", "attended", "lse"),
+    gradients=_gradients,
+    flops=_cpp_flops,
+)
+_CPP_BWD = operation(
+    "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
+    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale, bool[5] output_mask)"
+    " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight, Tensor dproj_bias)",
+    fake=_bwd_fake,
+    backward_of="attention_layer",
+    flops=_bwd_flops,
 )

@@ -7,35 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton, _vmap
+from nest_fast.ops import _checks, _choice, _extension, _triton
+from nest_fast.ops import _flops as flops
+from nest_fast.ops._register import operation
 from nest_fast.ops.blockify import blockify, pos_embed_gradient, unblockify
 
 __all__ = ["block_aggregate"]
 
 IMPLS = ("auto", "reference", "triton", "two_step", "cpp")
 Size2 = tuple[int, int]
-
-_LIB = _extension.Library()
-_LIB.define(
-    "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor"
-)
-# Everything, and what follows the convolution, by either of two who compute it.
-for _part in ("cpp", "triton"):
-    _LIB.define(
-        f"block_aggregate_{_part}_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
-        " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
-        " float eps, bool same, bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)"
-    )
-    _LIB.define(
-        f"norm_pool_{_part}_fwd(Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, Tensor? pos_embed,"
-        " SymInt[2] out_block_size, float eps, bool same, bool training)"
-        " -> (Tensor out, Tensor mean, Tensor rstd, Tensor argmax)"
-    )
-    _LIB.define(
-        f"norm_pool_{_part}_bwd(Tensor dout, Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor mean, Tensor rstd,"
-        " Tensor argmax, SymInt[2] out_block_size, bool same) -> (Tensor dy, Tensor dparams)"
-    )
-_OPS = torch.ops.nest_fast
 
 
 def block_aggregate(
@@ -58,13 +38,15 @@ def block_aggregate(
         x: ``(B, T, N, C)`` blocks if ``grid_size`` is given, else an image ``(B, H, W, C)``.
         conv_weight: ``(C', C, 3, 3)``; the convolution pads one zero pixel on every side.
         conv_bias: ``(C',)`` or None.
-        norm_weight, norm_bias: ``(C',)``, the LayerNorm over channels.
+        norm_weight, norm_bias: ``(C',)``, the LayerNorm over channels, of x's dtype, or both float32 beside float16 and
+            bfloat16.
         grid_size: height and width of the grid of blocks, both even; an int for a square.
         block_size: height and width of a block in tokens; may be left out where blocks are square.
         eps: added to the variance.
         padding: of the max-pool: "symmetric", one pixel on every side (PyTorch, timm), or "same", one pixel right
             and below (the authors, timm's ``_jx`` models). Padding never wins the maximum.
-        pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image; None for none.
+        pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image, or None. Any
+            floating-point dtype; the result's is what PyTorch's promotion gives the sum.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on channels-last
             memory. "two_step" is the library's convolution, then one kernel for all the rest: the extension's on a
             CPU, Triton's on a GPU (and on CPU tensors under ``TRITON_INTERPRET=1`` if there is no extension). "cpp" is
@@ -88,11 +70,12 @@ def block_aggregate(
         half = (x.shape[1] // 4, x.shape[2]) if sizes else (x.shape[1] // 2, x.shape[2] // 2)
         _checks.tensor("pos_embed", pos_embed, "(1, T/4, N, C')")
         _checks.shape("pos_embed", pos_embed, (1, *half, conv_weight.shape[0]), f"for x of shape {tuple(x.shape)}")
-        _checks.alike("pos_embed", pos_embed, "x", x)
+        _checks.promotes("pos_embed", pos_embed, "x", x)
+    given = (x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
     if impl == "auto":
-        impl = _choose(x, conv_weight.shape[0])
-    elif impl in _WHY_NOT:
-        _choice.require("block_aggregate", impl, _WHY_NOT[impl](x, conv_weight.shape[0]))
+        impl = choose(given)
+    elif impl in WHY_NOT:
+        _choice.require("block_aggregate", impl, WHY_NOT[impl](given))
     if impl == "reference":
         grid_size, block_size = sizes or (None, None)
         return reference.block_aggregate(
@@ -140,47 +123,56 @@ def _check_parameters(
     for name, value in vectors.items():
         _checks.tensor(name, value, "(C')")
         _checks.shape(name, value, (out_channels,), "(C',)")
-        _checks.alike(name, value, "x", x)
+    _checks.norm(norm_weight, norm_bias, x, "norm_")
+    if conv_bias is not None:
+        _checks.alike("conv_bias", conv_bias, "x", x)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def _cpp_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype)
-    return reasons + _choice.forward_mode_why_not()
+Given = tuple[
+    Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None
+]  # x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed
 
 
-def _triton_why_not(x: Tensor, out_channels: int, most: int = 512) -> list[str]:
+def _cpp_why_not(given: Given) -> list[str]:
+    x = given[0]
+    return _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + _choice.plain_why(*given)
+
+
+def _triton_why_not(given: Given, most: int = 512) -> list[str]:
+    x, out_channels = given[0], given[1].shape[0]
     too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
     reasons = _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
-    return reasons + _choice.forward_mode_why_not()
+    return reasons + _choice.plain_why(*given)
 
 
-def _two_step_why_not(x: Tensor, out_channels: int) -> list[str]:
-    reasons = _triton_why_not(x, out_channels, 1024)
-    return reasons and (_cpp_why_not(x, out_channels) if x.device.type == "cpu" else reasons)
+def _two_step_why_not(given: Given) -> list[str]:
+    reasons = _triton_why_not(given, 1024)
+    return reasons and (_cpp_why_not(given) if given[0].device.type == "cpu" else reasons)
 
 
-_WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
+WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
 
 # (dtype, compute capability) -> what "auto" takes on such a GPU. Neither was measured on any so far: where no row says
 # otherwise it is the library's convolution and one kernel for the rest.
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
-def _choose(x: Tensor, out_channels: int) -> str:
-    if _checks.in_functorch():
+def choose(given: Given) -> str:
+    x = given[0]
+    if _checks.in_functorch() or _choice.plain_only(*given):
         return "reference"
     if x.device.type == "cpu":
-        if _cpp_why_not(x, out_channels):
+        if _cpp_why_not(given):
             return "reference"
         # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
         amx = _checks.autocast(x).dtype == torch.bfloat16 and _extension.has_amx
         return "two_step" if amx else "cpp"
     if x.device.type == "cuda":
         impl = _on_gpu(x)
-        reasons = _WHY_NOT[impl](x, out_channels)
+        reasons = WHY_NOT[impl](given)
         if not reasons:
             return impl
         _choice.say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
@@ -207,7 +199,7 @@ def _run(
 ) -> Tensor:
     given = (x, conv_weight, *vectors, pos_embed)
     training = _choice.wants_gradients(*given)
-    kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
+    kind, autocast = x.device.type, _checks.under_autocast(x)
     x, conv_weight = _checks.dense_rows(_checks.autocast(x)), _checks.autocast(conv_weight)
     vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]
     # An image is one block, whose output is one block of half its size.
@@ -222,13 +214,12 @@ def _run(
         fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
     if impl != "two_step":
         x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
-        fused = _OPS.block_aggregate_cpp_fwd if impl == "cpp" else _OPS.block_aggregate_triton_fwd
-        out = fused(x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training)[0]
+        out = _FUSED[impl](x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training)[0]
     else:
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
         y = _checks.dense_rows(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
-        norm_pool = _OPS.norm_pool_triton_fwd if _cpp_why_not(x, 0) else _OPS.norm_pool_cpp_fwd
+        norm_pool = _NORM_POOL["triton"] if _cpp_why_not(given) else _NORM_POOL["cpp"]
         out = norm_pool(y, *vectors, fused_pos, out_block, eps, same, training)[0]
     out = out.unflatten(2, image_shape).squeeze(1) if image_shape else out
     if autocast and kind == "cuda":
@@ -253,7 +244,7 @@ def _outputs(like: Tensor, shape: tuple, out_block: Size2, training: bool) -> tu
     )
 
 
-def _norm_pool_fwd_fake(y, conv_bias, norm_weight, norm_bias, pos_embed, out_block, eps, same, training):
+def _norm_pool_fake(y, conv_bias, norm_weight, norm_bias, pos_embed, out_block, eps, same, training):
     return _outputs(y, y.shape, out_block, training)
 
 
@@ -261,67 +252,48 @@ def _norm_pool_bwd_fake(dout, y, conv_bias, norm_weight, mean, rstd, argmax, out
     return y.new_empty(y.shape), y.new_empty((3, y.shape[3]), dtype=torch.float32)
 
 
-def _norm_pool_setup(ctx, inputs, output):
-    y, conv_bias, norm_weight, _, _, ctx.out_block, _, ctx.same, ctx.training = inputs
-    _, mean, rstd, argmax = output
-    ctx.save_for_backward(y, conv_bias, norm_weight, mean, rstd, argmax)
-    ctx.mark_non_differentiable(mean, rstd, argmax)
-    ctx.set_materialize_grads(False)
+def _norm_pool_gradients(part):
+    def gradients(kept, dout):
+        _checks.training(kept.training)
+        saved = kept.y, kept.conv_bias, kept.norm_weight, kept.mean, kept.rstd, kept.argmax
+        dy, dparams = _NORM_POOL_BWD[part](_checks.dense_rows(dout), *saved, kept.out_block_size, kept.same)
+        dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
+        return {
+            "y": dy,
+            "conv_bias": None if kept.conv_bias is None else dconv_bias,
+            "norm_weight": dnorm_weight,
+            "norm_bias": dnorm_bias,
+            "pos_embed": pos_embed_gradient(dout) if kept.needed["pos_embed"] else None,
+        }
+
+    return gradients
 
 
-def _norm_pool_gradients(ctx, op, dout, y, conv_bias, norm_weight, mean, rstd, argmax):
-    """dy, then the gradients of conv_bias, norm_weight and norm_bias."""
-    _checks.training(ctx.training)
-    dy, dparams = op(_checks.dense_rows(dout), y, conv_bias, norm_weight, mean, rstd, argmax, ctx.out_block, ctx.same)
-    dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
-    return dy, None if conv_bias is None else dconv_bias, dnorm_weight, dnorm_bias
-
-
-def _norm_pool_autograd(op):
-    def backward(ctx, dout, *_):
-        if dout is None:
-            return (None,) * 9
-        dpos_embed = pos_embed_gradient(dout) if ctx.needs_input_grad[4] else None
-        return *_norm_pool_gradients(ctx, op, dout, *ctx.saved_tensors), dpos_embed, None, None, None, None
-
-    return backward
-
-
+_NORM_POOL, _NORM_POOL_BWD = {}, {}
 for _part in ("cpp", "triton"):
-    _fwd, _bwd = f"norm_pool_{_part}_fwd", f"norm_pool_{_part}_bwd"
-    torch.library.register_fake(f"nest_fast::{_fwd}", _norm_pool_fwd_fake, lib=_LIB)
-    torch.library.register_fake(f"nest_fast::{_bwd}", _norm_pool_bwd_fake, lib=_LIB)
-    torch.library.register_autograd(
-        f"nest_fast::{_fwd}", _norm_pool_autograd(getattr(_OPS, _bwd)), setup_context=_norm_pool_setup, lib=_LIB
+    _NORM_POOL[_part] = operation(
+        f"norm_pool_{_part}_fwd(Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, Tensor? pos_embed,"
+        " SymInt[2] out_block_size, float eps, bool same, bool training)"
+        " -> (Tensor out, Tensor mean, Tensor rstd, Tensor argmax)",
+        launch="norm_pool.norm_pool_fwd" if _part == "triton" else "",
+        fake=_norm_pool_fake,
+        saved=("y", "conv_bias", "norm_weight", "mean", "rstd", "argmax"),
+        gradients=_norm_pool_gradients(_part),
+        vmap=(1, 5),
     )
-    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap.batching_rule(getattr(_OPS, _fwd), 1, 5), lib=_LIB)
-
-
-for _op in ("norm_pool_cpp_bwd", "norm_pool_triton_bwd", "block_aggregate_cpp_dx"):
-    torch.library.register_autograd(f"nest_fast::{_op}", _checks.no_double_backward("block_aggregate"), lib=_LIB)
-
-
-def _launch(launcher: str):
-    """What launches a kernel, imported with Triton at the first launch."""
-
-    def launch(*args):
-        from nest_fast.kernels import block_aggregate as kernels
-
-        return getattr(kernels, launcher)(*args)
-
-    return launch
-
-
-for _key in _triton.DISPATCH_KEYS:
-    _LIB.impl("norm_pool_triton_fwd", _launch("norm_pool_fwd"), _key)
-    _LIB.impl("norm_pool_triton_bwd", _launch("norm_pool_bwd"), _key)
-    _LIB.impl("block_aggregate_triton_fwd", _launch("block_aggregate_fwd"), _key)
+    _NORM_POOL_BWD[_part] = operation(
+        f"norm_pool_{_part}_bwd(Tensor dout, Tensor y, Tensor? conv_bias, Tensor norm_weight, Tensor mean, Tensor rstd,"
+        " Tensor argmax, SymInt[2] out_block_size, bool same) -> (Tensor dy, Tensor dparams)",
+        launch="norm_pool.norm_pool_bwd" if _part == "triton" else "",
+        fake=_norm_pool_bwd_fake,
+        backward_of="block_aggregate",
+    )
 
 
 # --- registration: everything in one kernel ---------------------------------------------------------------------------
 
 
-def _fused_fwd_fake(
+def _fused_fake(
     x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid, block, out_block, eps, same, training
 ):
     B, H, W, C = x.shape[0], grid[0] * block[0], grid[1] * block[1], conv_weight.shape[0]
@@ -329,17 +301,12 @@ def _fused_fwd_fake(
     return out, x.new_empty((B if training else 0, H, W, C)), *statistics
 
 
-@torch.library.register_fake("nest_fast::block_aggregate_cpp_dx", lib=_LIB)
-def _cpp_dx_fake(dy, conv_weight, grid, block):
+def _dx_fake(dy, conv_weight, grid, block):
     return dy.new_empty((dy.shape[0], grid[0] * grid[1], block[0] * block[1], conv_weight.shape[1]))
 
 
-def _fused_setup(ctx, inputs, output):
-    x, conv_weight, conv_bias, norm_weight, _, _, ctx.grid, ctx.block, ctx.out_block, _, ctx.same, ctx.training = inputs
-    _, *saved = output
-    ctx.save_for_backward(x, conv_weight, conv_bias, norm_weight, *saved)
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
+def _flops(x, conv_weight, *_, out_shape=None):
+    return flops.convolution(x, conv_weight)
 
 
 def _library_gradients(dy, x, conv_weight, grid, block, wanted):
@@ -357,28 +324,37 @@ def _library_gradients(dy, x, conv_weight, grid, block, wanted):
     return blockify(dx.permute(0, 2, 3, 1), block) if wanted[0] else None, dweight
 
 
-def _fused_autograd(part):
-    norm_pool_bwd = getattr(_OPS, f"norm_pool_{part}_bwd")
+def _fused_gradients(part):
+    norm_pool = _norm_pool_gradients(part)
 
-    def backward(ctx, dout, *_):
-        if dout is None:
-            return (None,) * 12
-        x, conv_weight, conv_bias, norm_weight, y, *statistics = ctx.saved_tensors
-        dy, *dparams = _norm_pool_gradients(ctx, norm_pool_bwd, dout, y, conv_bias, norm_weight, *statistics)
-        need_dx, need_dweight, *_, need_dpos = ctx.needs_input_grad[:6]
-        own_dx = need_dx and part == "cpp"
-        wanted = [need_dx and not own_dx, need_dweight]
-        dx, dweight = _library_gradients(dy, x, conv_weight, ctx.grid, ctx.block, wanted)
-        if own_dx:
-            dx = _OPS.block_aggregate_cpp_dx(dy, conv_weight, ctx.grid, ctx.block)
-        dpos_embed = pos_embed_gradient(dout) if need_dpos else None
-        return dx, dweight, *dparams, dpos_embed, *(None,) * 6
+    def gradients(kept, dout):
+        found = norm_pool(kept, dout)
+        dy, grid, block = found.pop("y"), kept.grid_size, kept.block_size
+        own_dx = kept.needed["x"] and part == "cpp"
+        wanted = [kept.needed["x"] and not own_dx, kept.needed["conv_weight"]]
+        dx, dweight = _library_gradients(dy, kept.x, kept.conv_weight, grid, block, wanted)
+        return found | {"x": _CPP_DX(dy, kept.conv_weight, grid, block) if own_dx else dx, "conv_weight": dweight}
 
-    return backward
+    return gradients
 
 
-for _part in ("cpp", "triton"):
-    _fwd = f"block_aggregate_{_part}_fwd"
-    torch.library.register_fake(f"nest_fast::{_fwd}", _fused_fwd_fake, lib=_LIB)
-    torch.library.register_autograd(f"nest_fast::{_fwd}", _fused_autograd(_part), setup_context=_fused_setup, lib=_LIB)
-    torch.library.register_vmap(f"nest_fast::{_fwd}", _vmap.batching_rule(getattr(_OPS, _fwd), 1, 6), lib=_LIB)
+_FUSED = {
+    part: operation(
+        f"block_aggregate_{part}_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
+        " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
+        " float eps, bool same, bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)",
+        launch="block_aggregate.block_aggregate_fwd" if part == "triton" else "",
+        fake=_fused_fake,
+        saved=("x", "conv_weight", "conv_bias", "norm_weight", "y", "mean", "rstd", "argmax"),
+        gradients=_fused_gradients(part),
+        vmap=(1, 6),
+        flops=_flops,
+    )
+    for part in ("cpp", "triton")
+}
+_CPP_DX = operation(
+    "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor",
+    fake=_dx_fake,
+    backward_of="block_aggregate",
+    flops=_flops,
+)

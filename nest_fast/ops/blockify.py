@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops._register import operation
 from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["blockify", "patchify", "unblockify"]
@@ -16,18 +17,11 @@ __all__ = ["blockify", "patchify", "unblockify"]
 IMPLS = ("auto", "reference", "cpp", "cuda")
 # What the compiled kernels add; they move every dtype of 1 to 16 bytes.
 _ADDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_KNOWN = _choice.TENSORS | {tuple}  # a size
 # On a CPU PyTorch is as fast or faster (measured) where a gradient of fewer bytes is recorded, which is done in Python;
 _SMALL = 2**20
 # where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
 _LARGE = 2**24
-
-_LIB = _extension.Library()
-_LIB.define("blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor")
-_LIB.define("unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Tensor? pos_embed) -> Tensor")
-_LIB.define("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor")
-_LIB.define("unpatchify(Tensor x, SymInt[2] patch_size, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor")
-_OPS = torch.ops.nest_fast
-_BLOCKIFY, _UNBLOCKIFY, _PATCHIFY = (getattr(_OPS, name).default for name in ("blockify", "unblockify", "patchify"))
 
 
 def blockify(
@@ -39,7 +33,8 @@ def blockify(
         x: ``(B, H, W, C)`` of any dtype and strides; an image with channels first is passed as
             ``x.permute(0, 2, 3, 1)``, without a copy.
         block_size: height and width of a block in pixels, or one int for a square; has to divide H and W.
-        pos_embed: ``(1, T, N, C)``, added in the same pass; then ``x`` is fp64, fp32, fp16 or bf16.
+        pos_embed: ``(1, T, N, C)``, any floating-point dtype, added in the same pass; then ``x`` is fp64, fp32, fp16 or
+            bf16, and the result of the dtype that PyTorch's promotion gives the sum.
         impl: "auto" takes the best this machine has for ``x``; that is "reference" too where it is as fast. "reference"
             is plain PyTorch, "cpp" the extension's CPU kernel, "cuda" its CUDA kernel: these never fall back.
 
@@ -80,7 +75,8 @@ def unblockify(
         x: ``(B, T, N, C)`` of any dtype and strides.
         grid_size: height and width of the grid in blocks, or one int for a square; their product is T.
         block_size: height and width of a block; their product is N. May be left out where blocks are square.
-        pos_embed: ``(1, T, N, C)``, added in the same pass; then ``x`` is fp64, fp32, fp16 or bf16.
+        pos_embed: ``(1, T, N, C)``, any floating-point dtype, added in the same pass; then ``x`` is fp64, fp32, fp16 or
+            bf16, and the result of the dtype that PyTorch's promotion gives the sum.
         impl: as for :func:`blockify`.
 
     Returns:
@@ -139,10 +135,10 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     """Both in one dtype, ``pos_embed`` contiguous, as the kernels take them."""
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
-    _checks.alike("pos_embed", pos_embed, "x", x)
+    _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype not in _ADDED:
         raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
-    if x.dtype != pos_embed.dtype:  # under autocast
+    if x.dtype != pos_embed.dtype:
         dtype = torch.promote_types(x.dtype, pos_embed.dtype)
         x, pos_embed = x.to(dtype), pos_embed.to(dtype)
     return x, pos_embed.contiguous()
@@ -160,7 +156,14 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if functorch or (eager and forward_ad._current_level >= 0) or _why_not(x) is not None:
+        if functorch or _why_not(x) is not None or (not eager and torch.onnx.is_in_onnx_export()):
+            return None
+        # _choice.plain_only, written out
+        if eager and (
+            forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None
+            or not _KNOWN.issuperset(map(type, (x, *args)))
+        ):
             return None
         if x.is_cpu:
             plain = args[-1] is None and x.stride(-1) == 1  # patchify ends with a size
@@ -168,7 +171,7 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
             if (plain and (recorded or not eager or nbytes >= _LARGE)) or (recorded and nbytes < _SMALL):
                 return None
     else:
-        _require(op, impl, x)
+        _require(op, impl, x, args[-1])
     if not moves:
         return None
     if not eager or functorch or recorded:
@@ -179,16 +182,14 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
 
 def _why_not(x: Tensor) -> str | None:
     """Why there is no compiled kernel for ``x``."""
-    if is_compiling() and (reasons := _checks.onnx_why_not()):
-        return reasons[0]
     if x.is_cpu:
         return _extension.cpu_error
     return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"
 
 
-def _require(op: torch._ops.OpOverload, impl: str, x: Tensor) -> None:
+def _require(op: torch._ops.OpOverload, impl: str, x: Tensor, pos_embed: object) -> None:
     _checks.choice("impl", impl, IMPLS)
-    reasons = _choice.forward_mode_why_not()
+    reasons = _choice.plain_why(x, pos_embed if isinstance(pos_embed, Tensor) else None)
     if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
         reasons.append(f"x is on {x.device}")
     elif error := _why_not(x):
@@ -196,37 +197,7 @@ def _require(op: torch._ops.OpOverload, impl: str, x: Tensor) -> None:
     _choice.require(op.overloadpacket.__name__, impl, reasons)
 
 
-# --- registration; the kernels themselves are csrc/blockify_cpu.cpp and csrc/blockify_cuda.cu -------------------------
-
-
-@torch.library.register_fake("nest_fast::blockify", lib=_LIB)
-def _blockify_fake(x, block_size, pos_embed):
-    B, H, W, C = x.shape
-    bh, bw = block_size
-    return x.new_empty((B, (H // bh) * (W // bw), bh * bw, C))
-
-
-@torch.library.register_fake("nest_fast::unblockify", lib=_LIB)
-def _unblockify_fake(x, grid_size, block_size, pos_embed):
-    return x.new_empty((x.shape[0], grid_size[0] * block_size[0], grid_size[1] * block_size[1], x.shape[3]))
-
-
-@torch.library.register_fake("nest_fast::patchify", lib=_LIB)
-def _patchify_fake(x, patch_size, block_size):
-    B, C, H, W = x.shape
-    (ph, pw), (bh, bw) = patch_size, block_size
-    return x.new_empty((B, (H // (ph * bh)) * (W // (pw * bw)), bh * bw, C * ph * pw))
-
-
-@torch.library.register_fake("nest_fast::unpatchify", lib=_LIB)
-def _unpatchify_fake(x, patch_size, grid_size, block_size):
-    (ph, pw), (gh, gw), (bh, bw) = patch_size, grid_size, block_size
-    return x.new_empty((x.shape[0], x.shape[3] // (ph * pw), gh * bh * ph, gw * bw * pw))
-
-
-def _blockify_setup(ctx, inputs, output):
-    x, (bh, bw), _ = inputs
-    ctx.grid_size, ctx.block_size = (x.shape[1] // bh, x.shape[2] // bw), (bh, bw)
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
 def pos_embed_gradient(dout: Tensor) -> Tensor:
@@ -234,42 +205,50 @@ def pos_embed_gradient(dout: Tensor) -> Tensor:
     return dout.sum_to_size(1, *dout.shape[1:])
 
 
-def _blockify_bwd(ctx, dout):
-    dx = _OPS.unblockify(dout, ctx.grid_size, ctx.block_size, None) if ctx.needs_input_grad[0] else None
-    dpos_embed = pos_embed_gradient(dout) if ctx.needs_input_grad[2] else None
-    return dx, None, dpos_embed
+def _blockify_fake(x, block_size, pos_embed):
+    B, H, W, C = x.shape
+    bh, bw = block_size
+    return x.new_empty((B, (H // bh) * (W // bw), bh * bw, C))
 
 
-def _unblockify_setup(ctx, inputs, output):
-    ctx.block_size = inputs[2]
+def _unblockify_fake(x, grid_size, block_size, pos_embed):
+    return x.new_empty((x.shape[0], grid_size[0] * block_size[0], grid_size[1] * block_size[1], x.shape[3]))
 
 
-def _unblockify_bwd(ctx, dout):
-    dx = _OPS.blockify(dout, ctx.block_size, None)
-    dpos_embed = pos_embed_gradient(dx) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dpos_embed
+def _patchify_fake(x, patch_size, block_size):
+    B, C, H, W = x.shape
+    (ph, pw), (bh, bw) = patch_size, block_size
+    return x.new_empty((B, (H // (ph * bh)) * (W // (pw * bw)), bh * bw, C * ph * pw))
 
 
-def _patchify_setup(ctx, inputs, output):
-    x, (ph, pw), (bh, bw) = inputs
-    ctx.sizes = (ph, pw), (x.shape[2] // (ph * bh), x.shape[3] // (pw * bw)), (bh, bw)
+def _unpatchify_fake(x, patch_size, grid_size, block_size):
+    (ph, pw), (gh, gw), (bh, bw) = patch_size, grid_size, block_size
+    return x.new_empty((x.shape[0], x.shape[3] // (ph * pw), gh * bh * ph, gw * bw * pw))
 
 
-def _patchify_bwd(ctx, dout):
-    return _OPS.unpatchify(dout, *ctx.sizes), None, None
+def _blockify_gradients(kept, dout):
+    (_, H, W, _), (bh, bw) = kept.shapes["x"], kept.block_size
+    dx = _UNBLOCKIFY(dout, (H // bh, W // bw), (bh, bw), None) if kept.needed["x"] else None
+    return {"x": dx, "pos_embed": pos_embed_gradient(dout) if kept.needed["pos_embed"] else None}
 
 
-def _unpatchify_setup(ctx, inputs, output):
-    ctx.patch_size, ctx.block_size = inputs[1], inputs[3]
+def _unblockify_gradients(kept, dout):
+    dx = _BLOCKIFY(dout, kept.block_size, None)
+    return {"x": dx, "pos_embed": pos_embed_gradient(dx) if kept.needed["pos_embed"] else None}
 
 
-def _unpatchify_bwd(ctx, dout):
-    return _OPS.patchify(dout, ctx.patch_size, ctx.block_size), None, None, None
+def _patchify_gradients(kept, dout):
+    (_, _, H, W), (ph, pw), (bh, bw) = kept.shapes["x"], kept.patch_size, kept.block_size
+    return {"x": _UNPATCHIFY(dout, (ph, pw), (H // (ph * bh), W // (pw * bw)), (bh, bw))}
+
+
+def _unpatchify_gradients(kept, dout):
+    return {"x": _PATCHIFY(dout, kept.patch_size, kept.block_size)}
 
 
 def _blockify_vmap(info, in_dims, x, block_size, pos_embed):
     shared = None if in_dims[2] is not None else pos_embed
-    out = unfold(_OPS.blockify(fold(x, in_dims[0], info.batch_size), block_size, shared), info.batch_size)
+    out = unfold(_BLOCKIFY(fold(x, in_dims[0], info.batch_size), block_size, shared), info.batch_size)
     return out if in_dims[2] is None else out + pos_embed.movedim(in_dims[2], 0), 0
 
 
@@ -277,22 +256,38 @@ def _unblockify_vmap(info, in_dims, x, grid_size, block_size, pos_embed):
     x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     if in_dims[3] is not None:
         x, pos_embed = x + pos_embed.movedim(in_dims[3], 0), None
-    return unfold(_OPS.unblockify(x.flatten(0, 1), grid_size, block_size, pos_embed), info.batch_size), 0
+    return unfold(_UNBLOCKIFY(x.flatten(0, 1), grid_size, block_size, pos_embed), info.batch_size), 0
 
 
 def _patchify_vmap(info, in_dims, x, *sizes):
-    return unfold(_OPS.patchify(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
+    return unfold(_PATCHIFY(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
 
 
 def _unpatchify_vmap(info, in_dims, x, *sizes):
-    return unfold(_OPS.unpatchify(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
+    return unfold(_UNPATCHIFY(fold(x, in_dims[0], info.batch_size), *sizes), info.batch_size), 0
 
 
-for _name, _bwd, _setup, _vmap in (
-    ("blockify", _blockify_bwd, _blockify_setup, _blockify_vmap),
-    ("unblockify", _unblockify_bwd, _unblockify_setup, _unblockify_vmap),
-    ("patchify", _patchify_bwd, _patchify_setup, _patchify_vmap),
-    ("unpatchify", _unpatchify_bwd, _unpatchify_setup, _unpatchify_vmap),
-):
-    torch.library.register_autograd(f"nest_fast::{_name}", _bwd, setup_context=_setup, lib=_LIB)
-    torch.library.register_vmap(f"nest_fast::{_name}", _vmap, lib=_LIB)
+_BLOCKIFY = operation(
+    "blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor",
+    fake=_blockify_fake,
+    gradients=_blockify_gradients,
+    vmap=_blockify_vmap,
+)
+_UNBLOCKIFY = operation(
+    "unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Tensor? pos_embed) -> Tensor",
+    fake=_unblockify_fake,
+    gradients=_unblockify_gradients,
+    vmap=_unblockify_vmap,
+)
+_PATCHIFY = operation(
+    "patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor",
+    fake=_patchify_fake,
+    gradients=_patchify_gradients,
+    vmap=_patchify_vmap,
+)
+_UNPATCHIFY = operation(
+    "unpatchify(Tensor x, SymInt[2] patch_size, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor",
+    fake=_unpatchify_fake,
+    gradients=_unpatchify_gradients,
+    vmap=_unpatchify_vmap,
+)

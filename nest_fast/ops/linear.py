@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice
+from nest_fast.ops import _checks, _choice, _extension
 
 __all__ = ["linear"]
 
@@ -29,11 +29,11 @@ def linear(
     """``residual + activation(x @ weight^T + bias)``.
 
     Args:
-        x: ``(…, in)``, any floating-point dtype.
+        x: ``(…, in)``, any floating-point dtype and strides.
         weight: ``(out, in)``.
         bias: ``(out,)`` or None.
         activation: "none", "gelu" (exact) or "gelu_tanh".
-        residual: ``(…, out)``, added last, or None; not together with an activation.
+        residual: ``(…, out)``, added last, of any floating-point dtype, or None; not together with an activation.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch, with a pass over memory each for the bias (on a CPU),
             the activation and the sum. "onednn" has all in the matmul's epilogue, on a CPU and without gradients.
@@ -46,10 +46,12 @@ def linear(
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
     """
     _check(x, weight, bias, activation, residual, impl)
+    plain = impl == "reference" or torch.compiler.is_compiling() or _checks.in_trace()
     if impl == "onednn":
         _choice.require("linear", impl, _onednn_why_not(x, weight, bias, residual))
-    elif impl == "reference" or torch.compiler.is_compiling() or _onednn_why_not(x, weight, bias, residual):
+    elif plain or _onednn_why_not(x, weight, bias, residual):
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
+    bias = _checks.dense(bias)  # oneDNN reads its memory, whatever the strides
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
     name, algorithm = _ONEDNN[activation]
@@ -59,19 +61,21 @@ def linear(
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, impl: str) -> None:
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
-    _checks.floating("x", x)
+    _checks.floating("x", _checks.is_tensor("x", x, "(…, in)"))
     out_features, in_features = _checks.tensor("weight", weight, "(out, in)").shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: wanted shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
     _checks.alike("weight", weight, "x", x)
     if bias is not None:
+        _checks.is_tensor("bias", bias, "(out,)")
         _checks.shape("bias", bias, (out_features,), "(out,)")
         _checks.alike("bias", bias, "x", x)
     if residual is not None:
         if activation != "none":
             raise ValueError(f"activation: wanted 'none' with a residual, got {activation!r}")
+        _checks.is_tensor("residual", residual, "(…, out)")
         _checks.shape("residual", residual, (*x.shape[:-1], out_features), "(…, out)")
-        _checks.alike("residual", residual, "x", x)
+        _checks.promotes("residual", residual, "x", x)
 
 
 def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[str]:
@@ -80,9 +84,11 @@ def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         reasons.append(f"x is on {x.device}, not on a CPU")
     elif not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         reasons.append("this torch has no oneDNN, or it is switched off")
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        reasons.append(f"dtype {x.dtype} is neither float32 nor bfloat16")
-    reasons += _choice.mode_why_not(x)
+    if x.dtype not in _extension.onednn_dtypes:
+        reasons.append(f"oneDNN has no {x.dtype} on this processor")
+    if residual is not None and residual.dtype != x.dtype:
+        reasons.append(f"residual is {residual.dtype}")
+    reasons += _choice.mode_why_not(x, weight, bias, residual)
     if x.numel() == 0:
         reasons.append("x is empty")
     if _choice.wants_gradients(x, weight, bias, residual):

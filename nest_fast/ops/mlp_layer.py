@@ -6,26 +6,15 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops import _checks, _choice, _flops
 from nest_fast.ops._layer import fake_branch_backward, layer_backward
+from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
 __all__ = ["mlp_layer"]
 
 IMPLS = ("auto", "reference", "cpp")
 ACTIVATIONS = ("gelu", "gelu_tanh")
-
-_OPS = torch.ops.nest_fast
-_LIB = _extension.Library()
-_LIB.define(
-    "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
-    " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
-    " -> (Tensor out, Tensor hidden)"
-)
-_LIB.define(
-    "mlp_layer_cpp_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor fc1_weight, str activation, Tensor fc2_weight)"
-    " -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)"
-)
 
 
 def mlp_layer(
@@ -45,8 +34,8 @@ def mlp_layer(
     """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``.
 
     Args:
-        x: ``(…, C)``, any floating-point dtype.
-        norm_weight, norm_bias: ``(C,)``.
+        x: ``(…, C)``, any floating-point dtype and strides.
+        norm_weight, norm_bias: ``(C,)``, of x's dtype, or both float32 beside float16 and bfloat16.
         fc1_weight, fc1_bias: ``(hidden, C)`` and ``(hidden,)`` or None.
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None.
         activation: "gelu" (exact) or "gelu_tanh".
@@ -68,7 +57,7 @@ def mlp_layer(
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
     hidden, C = _checks.tensor("fc1_weight", fc1_weight, "(hidden, C)").shape
-    if x.dim() == 0 or x.shape[-1] != C:
+    if _checks.is_tensor("x", x, "(…, C)").dim() == 0 or x.shape[-1] != C:
         raise ValueError(f"x: wanted shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
     weights = {
         "norm_weight": (norm_weight, (C,)),
@@ -79,6 +68,7 @@ def mlp_layer(
         "fc2_bias": (fc2_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
+    _checks.number("branch_scale", branch_scale)
     given = [weight for weight, _ in weights.values()]
     if impl == "reference":
         return reference.mlp_layer(
@@ -88,16 +78,16 @@ def mlp_layer(
             eps=eps,
         )
     if _choice.use_layer("mlp_layer", impl, x, given):
-        out, _ = _OPS.mlp_layer_cpp(
-            x.reshape(-1, C),
-            norm_weight.float(),
-            norm_bias.float(),
+        out, _ = _CPP(
+            _checks.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
             eps,
             _checks.dense_rows(fc1_weight),
-            fc1_bias,
+            _checks.dense(fc1_bias),
             activation,
             _checks.dense_rows(fc2_weight),
-            fc2_bias,
+            _checks.dense(fc2_bias),
             branch_scale,
             _choice.wants_gradients(x, *given),
         )
@@ -108,39 +98,48 @@ def mlp_layer(
     return x + branch_scale * linear(y, fc2_weight, fc2_bias)
 
 
-@torch.library.register_fake("nest_fast::mlp_layer_cpp", lib=_LIB)
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
 def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale, training):
     return x.new_empty(x.shape), x.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
 
 
-@torch.library.register_fake("nest_fast::mlp_layer_cpp_bwd", lib=_LIB)
-def _fake_bwd(dout, x, hidden, fc1_weight, activation, fc2_weight):
-    return fake_branch_backward(x, fc1_weight, fc2_weight)
+def _bwd_fake(dout, x, hidden, fc1_weight, activation, fc2_weight, output_mask):
+    return fake_branch_backward(x, (fc1_weight, fc2_weight), output_mask)
 
 
-def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, fc1_weight, fc1_bias, ctx.activation, fc2_weight, fc2_bias, *rest = inputs
-    ctx.branch_scale, ctx.training = rest
-    ctx.biases = fc1_bias is not None, fc2_bias is not None
-    ctx.save_for_backward(x, norm_weight, norm_bias, fc1_weight, fc2_weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _gradients(kept, dout):
+    _checks.training(kept.training)
+
+    def branch_backward(dbranch, y, mask):
+        return _CPP_BWD(dbranch, y, kept.hidden, kept.fc1_weight, kept.activation, kept.fc2_weight, mask)
+
+    return layer_backward(kept, dout, ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"), branch_backward)
 
 
-def _backward(ctx, dout, _):
-    if dout is None:
-        return (None,) * 11
-    _checks.training(ctx.training)
-    x, norm_weight, norm_bias, fc1_weight, fc2_weight, hidden = ctx.saved_tensors
-
-    def branch_backward(dbranch, y):
-        return _OPS.mlp_layer_cpp_bwd(dbranch, y, hidden, fc1_weight, ctx.activation, fc2_weight)
-
-    dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias = layer_backward(
-        dout, x, norm_weight, norm_bias, ctx.eps, ctx.branch_scale, ctx.biases, branch_backward
-    )
-    return dx, dnorm_weight, dnorm_bias, None, dfc1, dfc1_bias, None, dfc2, dfc2_bias, None, None
+def _cpp_flops(x, norm_weight, norm_bias, eps, fc1, fc1_bias, activation, fc2, *_, out_shape=None):
+    return _flops.linear(x, fc1) + _flops.linear((x[0], fc1[0]), fc2)
 
 
-torch.library.register_autograd("nest_fast::mlp_layer_cpp", _backward, setup_context=_setup, lib=_LIB)
-torch.library.register_autograd("nest_fast::mlp_layer_cpp_bwd", _checks.no_double_backward("mlp_layer"), lib=_LIB)
+def _bwd_flops(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
+    dx, dfc1, _, dfc2, _ = out_shape
+    return _flops.linear_gradients(x, fc1, dx, dfc1) + _flops.linear_gradients(hidden, fc2, hidden, dfc2)
+
+
+_CPP = operation(
+    "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
+    " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
+    " -> (Tensor out, Tensor hidden)",
+    fake=_fake,
+    saved=("x", "norm_weight", "norm_bias", "fc1_weight", "fc2_weight", "hidden"),
+    gradients=_gradients,
+    flops=_cpp_flops,
+)
+_CPP_BWD = operation(
+    "mlp_layer_cpp_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor fc1_weight, str activation, Tensor fc2_weight,"
+    " bool[5] output_mask) -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
+    fake=_bwd_fake,
+    backward_of="mlp_layer",
+    flops=_bwd_flops,
+)

@@ -1,16 +1,22 @@
-"""GELU of a sum with a bias, and its gradient with the bias's, in one pass each."""
+"""``gelu(x + bias)`` and its gradients in Triton, one pass over memory each.
+
+Maths: gelu(x) = x Phi(x), or with tanh x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3); dx = dout gelu'(x + bias),
+dbias = sum over rows of dx. Floor of n elements in half precision: 4n bytes forward, 6n backward, dozens of FLOP each.
+Tiling: a program has TILE_ROWS rows of TILE_C channels, in the backward several such tiles below each other, whose sums
+are one row of partial sums of dbias.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from nest_fast.kernels._primitives import round_to
+from nest_fast.kernels import _configs
+from nest_fast.kernels._primitives import load, load_row, round_to
 from torch import Tensor
 
 __all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
 
-PROGRAMS = 2048  # of the backward, at most: each leaves one row of partial sums of the bias's gradient
 ROOT_HALF = tl.constexpr(0.7071067811865476)  # sqrt(1 / 2)
 ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 NORMAL_DENSITY = tl.constexpr(0.3989422804014327)  # at 0: 1 / sqrt(2 pi)
@@ -28,6 +34,11 @@ def _tanh_argument(x):
 def _divide(x, y, ROUNDED: tl.constexpr):
     """``x / y``; ROUNDED if the result ends in half precision, which hides the last bits of a cheaper division."""
     return x / y if ROUNDED else tl.div_rn(x, y)
+
+
+@triton.jit
+def _normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * ROOT_HALF))
 
 
 @triton.jit
@@ -50,69 +61,72 @@ def _gelu_derivative(x, TANH: tl.constexpr, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def _normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * ROOT_HALF))
-
-
-@triton.jit
-def _sum_with_bias(x_ptr, bias_ptr, at, c, mask, C):
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+def _load_with_bias(x_ptr, bias_ptr, offsets, c, mask, C):
+    x = load(x_ptr, offsets, mask)  # [TILE_ROWS, TILE_C]
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        x += load_row(bias_ptr, c, C)
     return x
 
 
 @triton.jit(do_not_specialize=["rows", "column_tiles"])
 def _bias_gelu_fwd_kernel(
-    x_ptr, bias_ptr, out_ptr, rows, column_tiles, C,
-    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program: ROWS rows of BLOCK_C columns."""
+    x_ptr,  # (rows, C)
+    bias_ptr,  # (C,) or None
+    out_ptr,  # (rows, C)
+    rows,
+    column_tiles,  # tiles side by side that cover C
+    C,
+    TANH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """One program: a tile of TILE_ROWS rows by TILE_C channels."""
     pid = tl.program_id(0)
-    row = (pid // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = (pid // column_tiles).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)  # [TILE_ROWS]
+    c = pid % column_tiles * TILE_C + tl.arange(0, TILE_C)  # [TILE_C]
     mask = (row < rows)[:, None] & (c < C)[None, :]
-    at = row[:, None] * C + c[None, :]
-    x = _sum_with_bias(x_ptr, bias_ptr, at, c, mask, C)
+    offsets = row[:, None] * C + c[None, :]  # [TILE_ROWS, TILE_C]
+    x = _load_with_bias(x_ptr, bias_ptr, offsets, c, mask, C)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, round_to(_gelu(x, TANH, dtype != tl.float32), dtype), mask=mask)
+    tl.store(out_ptr + offsets, round_to(_gelu(x, TANH, dtype != tl.float32), dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "column_tiles"])
 def _bias_gelu_bwd_kernel(
-    dout_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows, column_tiles, tiles, C,
-    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program: tiles times ROWS rows of BLOCK_C columns, and the sums of their gradients."""
+    dout_ptr,  # (rows, C)
+    x_ptr,  # (rows, C)
+    bias_ptr,  # (C,) or None
+    dx_ptr,  # (rows, C)
+    partial_ptr,  # (programs below each other, C) float32: sums of dx, or None
+    rows,
+    column_tiles,  # tiles side by side that cover C
+    tiles,  # tiles below each other that a program has
+    C,
+    TANH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """One program: tiles times TILE_ROWS rows by TILE_C channels, and the sums of their gradients."""
     pid = tl.program_id(0)
-    start = (pid // column_tiles).to(tl.int64) * tiles * ROWS
-    c = pid % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    first = (pid // column_tiles).to(tl.int64) * tiles * TILE_ROWS
+    c = pid % column_tiles * TILE_C + tl.arange(0, TILE_C)  # [TILE_C]
+    dbias = tl.zeros([TILE_ROWS, TILE_C], tl.float32)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     for tile in range(tiles):
-        row = start + tile * ROWS + tl.arange(0, ROWS)
+        row = first + tile * TILE_ROWS + tl.arange(0, TILE_ROWS)  # [TILE_ROWS]
         mask = (row < rows)[:, None] & (c < C)[None, :]
-        at = row[:, None] * C + c[None, :]
-        x = _sum_with_bias(x_ptr, bias_ptr, at, c, mask, C)
-        dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        gradient = dout * _gelu_derivative(x, TANH, dtype != tl.float32)
-        tl.store(dx_ptr + at, round_to(gradient, dtype), mask=mask)
+        offsets = row[:, None] * C + c[None, :]  # [TILE_ROWS, TILE_C]
+        x = _load_with_bias(x_ptr, bias_ptr, offsets, c, mask, C)
+        dx = load(dout_ptr, offsets, mask) * _gelu_derivative(x, TANH, dtype != tl.float32)  # [TILE_ROWS, TILE_C]
+        tl.store(dx_ptr + offsets, round_to(dx, dtype), mask=mask)
         # Rows past the end have the bias's derivative, which may be NaN.
-        total += tl.where(mask, gradient, 0.0)
+        dbias += tl.where(mask, dx, 0.0)
     if partial_ptr is not None:
-        tl.store(partial_ptr + (pid // column_tiles).to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
-
-
-def _tile(channels: int) -> dict[str, int]:
-    """Eight values for each thread. 128 columns are whole cache lines, and divide the widths of MLPs."""
-    columns = min(128, max(16, triton.next_power_of_2(channels)))
-    return {"ROWS": 1024 // columns, "BLOCK_C": columns, "num_warps": 4}
+        tl.store(partial_ptr + (pid // column_tiles).to(tl.int64) * C + c, tl.sum(dbias, 0), mask=c < C)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool) -> Tensor:
     """``gelu(x + bias)``. Checks nothing.
-
-    Floor: x read, the output written, 4 bytes an element in half precision.
 
     Args:
         x: ``(..., C)``, any strides, but one that is not contiguous is copied.
@@ -127,10 +141,10 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool
     if x.numel() == 0:
         return out
     C, rows = x.shape[-1], x.shape[:-1].numel()
-    tile = _tile(C)
-    column_tiles = triton.cdiv(C, tile["BLOCK_C"])
+    tile = _configs.bias_gelu(C)
+    column_tiles = triton.cdiv(C, tile["TILE_C"])
     with torch.cuda.device_of(x):
-        _bias_gelu_fwd_kernel[(triton.cdiv(rows, tile["ROWS"]) * column_tiles,)](
+        _bias_gelu_fwd_kernel[(triton.cdiv(rows, tile["TILE_ROWS"]) * column_tiles,)](
             x.contiguous(), bias if bias is None else bias.contiguous(), out, rows, column_tiles, C, TANH=tanh, **tile
         )  # fmt: skip
     return out
@@ -140,8 +154,6 @@ def bias_gelu_bwd(
     dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of bias_gelu_fwd. No atomics: the same input gives the same bits.
-
-    Floor: dout and x read, dx written, 6 bytes an element in half precision.
 
     Args:
         dout: ``(..., C)``, any strides.
@@ -155,12 +167,12 @@ def bias_gelu_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, torch.zeros(C, dtype=torch.float32, device=x.device) if need_dbias else None
-    tile = _tile(C)
-    column_tiles = triton.cdiv(C, tile["BLOCK_C"])
+    tile = _configs.bias_gelu(C)
+    tile_rows, column_tiles = tile["TILE_ROWS"], triton.cdiv(C, tile["TILE_C"])
     # With 32 rows or more to a program the partial sums are a small part of what is moved.
-    per_program = max(32, triton.cdiv(rows, triton.cdiv(PROGRAMS, column_tiles))) if need_dbias else tile["ROWS"]
-    tiles = triton.cdiv(per_program, tile["ROWS"])
-    programs = triton.cdiv(rows, tiles * tile["ROWS"])
+    most = triton.cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
+    tiles = triton.cdiv(max(32, triton.cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
+    programs = triton.cdiv(rows, tiles * tile_rows)
     partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(programs * column_tiles,)](

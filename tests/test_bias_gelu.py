@@ -8,11 +8,12 @@ import torch
 from common import DEVICE, DTYPES, in_double, in_guarded_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import gelu as kernels
+from nest_fast.kernels import _configs
+from nest_fast.kernels import bias_gelu as kernels
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import bias_gelu, reference
-from nest_fast.ops.gelu import APPROXIMATIONS
+from nest_fast.ops.bias_gelu import APPROXIMATIONS
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
@@ -83,7 +84,7 @@ def test_special_values_are_pytorch_s(approximate, dtype):
 
 @pytest.mark.parametrize("programs", [1, 3])
 def test_any_number_of_programs_shares_the_rows(programs, monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setitem(_configs.PROGRAMS, "bias_gelu", programs)
     check(*draw((500, 150)), "none")
 
 
@@ -212,7 +213,7 @@ def test_an_explicit_choice_never_falls_back():
 def test_kernels_neither_spill_nor_overflow():
     """The one tile that every width of a model has."""
     found = compile_offline("""
-from nest_fast.kernels import gelu as kernels
+from nest_fast.kernels import bias_gelu as kernels
 x, bias = empty(8, 16, 196, 384), empty(384)
 for tanh in (False, True):
     kernels.bias_gelu_fwd(x, bias, x.dtype, tanh)

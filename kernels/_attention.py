@@ -1,0 +1,165 @@
+"""Tiles of attention in Triton: loads and stores of queries and keys, scores, softmax.
+
+Queries are rows m of a tile, keys are its columns n, in every direction. With one key head (multi-query) a program may
+own all heads of a block, stacked as HEADS * N queries over the same N keys; otherwise HEADS is 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from nest_fast.kernels._primitives import LN2, LOG2E, dot, fma, round_to
+
+__all__ = [
+    "Spec", "exp_scores", "load_keys", "load_queries", "load_statistic", "online_softmax_update", "program_index",
+    "row_dot", "scores", "store_attention", "store_keys", "store_queries",
+]  # fmt: skip
+
+
+class Spec(NamedTuple):
+    """What the kernels are compiled for, beside tiles.
+
+    FOLD_SCALE: the scale is positive and not tiny, so that it can be left to the exponent. PRECISION: of float32
+    matmuls, "tf32" or "ieee".
+    """
+
+    N: int
+    HEAD_DIM: int
+    HEADS: int
+    FOLD_SCALE: bool
+    PRECISION: str
+
+
+@triton.jit
+def program_index(per_block, T):
+    """Batch, block of the image, and which of the block's programs this is; 64-bit, since strides multiply them."""
+    block = tl.program_id(0) // per_block
+    return (block // T).to(tl.int64), (block % T).to(tl.int64), (tl.program_id(0) % per_block).to(tl.int64)
+
+
+@triton.jit
+def _pointers(x, index, rows, N: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr):
+    """Pointers [rows, HEAD_DIM padded to a power of two] into x, and which exist.
+
+    x is a ``(B, T, N, heads, HEAD_DIM)`` tensor whose last dimension is dense, with its other strides; index is batch,
+    block and the first of HEADS heads; row r is token r % N of the head r // N further on.
+    """
+    PADDED_DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 16))
+    ptr, stride_b, stride_t, stride_n, stride_h = x
+    b, t, head = index
+    offsets = rows.to(tl.int64) * stride_n
+    if HEADS > 1:
+        offsets = (rows % N).to(tl.int64) * stride_n + (rows // N).to(tl.int64) * stride_h
+    d = tl.arange(0, PADDED_DIM)[None, :]
+    exists = (rows < HEADS * N)[:, None]
+    if HEAD_DIM < PADDED_DIM:
+        exists = exists & (d < HEAD_DIM)
+    return ptr + b * stride_b + t * stride_t + head * stride_h + offsets[:, None] + d, exists
+
+
+@triton.jit
+def load_queries(x, index, m, SPEC: tl.constexpr):
+    """[BLOCK_M, HEAD_DIM] of x, which has all heads, at queries m [BLOCK_M]; 0 past the last."""
+    pointers, exists = _pointers(x, index, m, SPEC.N, SPEC.HEAD_DIM, SPEC.HEADS)
+    return tl.load(pointers, mask=exists, other=0.0)
+
+
+@triton.jit
+def load_keys(x, index, n, SPEC: tl.constexpr):
+    """[BLOCK_N, HEAD_DIM] of x, which has one head here, at keys n [BLOCK_N]; 0 past the last."""
+    pointers, exists = _pointers(x, index, n, SPEC.N, SPEC.HEAD_DIM, 1)
+    return tl.load(pointers, mask=exists, other=0.0)
+
+
+@triton.jit
+def load_statistic(ptr, m, SPEC: tl.constexpr):
+    """float32 [BLOCK_M] of a sequence's lse or delta, 0 past the last query."""
+    return tl.load(ptr + m, mask=m < SPEC.HEADS * SPEC.N, other=0.0)
+
+
+@triton.jit
+def store_queries(x, index, m, value, SPEC: tl.constexpr):
+    pointers, exists = _pointers(x, index, m, SPEC.N, SPEC.HEAD_DIM, SPEC.HEADS)
+    tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def store_keys(x, index, n, value, SPEC: tl.constexpr):
+    pointers, exists = _pointers(x, index, n, SPEC.N, SPEC.HEAD_DIM, 1)
+    tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
+    """Scores [BLOCK_M, BLOCK_N] of q [BLOCK_M, HEAD_DIM] and k [BLOCK_N, HEAD_DIM] but for a factor, and that factor.
+
+    They are ``scale * q @ k^T + bias[head] + mask[t % groups]``, and -inf beyond the last key. addends are bias
+    ``(heads, N, N)`` or None, mask ``(groups, N, N)``, bool as uint8, or None, and groups.
+
+    With FOLD_SCALE the scale is left to the exponent, where it is free (a fused multiply-add) and the largest score
+    stays the largest; bias and mask, divided by the scale, start the accumulator. Added afterwards, they would drag the
+    softmax out of the accumulator's layout into that of their loads.
+    """
+    N: tl.constexpr = SPEC.N
+    bias_ptr, mask_ptr, groups = addends
+    ADDS: tl.constexpr = bias_ptr is not None or mask_ptr is not None
+    _, t, head = index
+    exists = (m < SPEC.HEADS * N)[:, None] & (n < N)[None, :]
+    added = tl.zeros([m.shape[0], n.shape[0]], tl.float32)  # [BLOCK_M, BLOCK_N]
+    if bias_ptr is not None:
+        # Rows of stacked heads follow each other in bias as they do here.
+        bias = bias_ptr + head * (N * N) + m[:, None] * N + n[None, :]
+        added += tl.load(bias, mask=exists, other=0.0).to(tl.float32)
+    if mask_ptr is not None:
+        token = m if SPEC.HEADS == 1 else m % N
+        mask = mask_ptr + t % groups * (N * N) + token[:, None] * N + n[None, :]
+        mask = tl.load(mask, mask=exists, other=1)
+        added = tl.where(mask != 0, added, float("-inf")) if mask.dtype == tl.uint8 else added + mask.to(tl.float32)
+    if SPEC.FOLD_SCALE:
+        s = dot(q, tl.trans(k), added * (1.0 / scale) if ADDS else None, SPEC.PRECISION)
+        factor = scale
+    else:
+        s = dot(q, tl.trans(k), None, SPEC.PRECISION) * scale + added
+        factor = 1.0
+    return tl.where((n < N)[None, :], s, float("-inf")), factor
+
+
+@triton.jit
+def exp_scores(s, factor, shift, dtype: tl.constexpr):
+    """``exp(s * factor - shift)`` [BLOCK_M, BLOCK_N] of scores s and a shift [BLOCK_M] for every row."""
+    if dtype == tl.float32:
+        # The difference is small where it matters; the product of each side with LOG2E would be rounded at full size.
+        return tl.exp2(fma(s, factor, -shift[:, None]) * LOG2E)
+    return tl.exp2(fma(s, factor * LOG2E, -(shift * LOG2E)[:, None]))
+
+
+@triton.jit
+def online_softmax_update(s, factor, row_max, row_sum, dtype: tl.constexpr):
+    """The next tile s of scores: p [BLOCK_M, BLOCK_N], alpha that rescales what was summed before, row_max, row_sum."""
+    new_max = tl.maximum(row_max, tl.max(s, 1) * factor)  # [BLOCK_M]
+    # While a row has nothing but -inf, any finite shift will do; if that stays so, its sum is 0 at the end.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = exp_scores(s, factor, shift, dtype)
+    alpha = tl.exp2((row_max - shift) * LOG2E)
+    return p, alpha, new_max, row_sum * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC: tl.constexpr):
+    """out and lse of queries m from the softmax's statistics and acc, the values weighted by exp(score - row_max).
+
+    A row without a key, whose sum is 0, gives zeros, and an lse of inf: all that the backward makes of it is 0.
+    """
+    if addends[0] is not None or addends[1] is not None:
+        row_max = tl.where(row_sum == 0.0, float("inf"), row_max)
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    store_queries(out, index, m, acc * (1.0 / row_sum)[:, None], SPEC)
+    tl.store(lse_ptr + m, row_max + tl.log2(row_sum) * LN2, mask=m < SPEC.HEADS * SPEC.N)
+
+
+@triton.jit
+def row_dot(a, b):
+    """Dot products [BLOCK_M] of the rows of a and b [BLOCK_M, HEAD_DIM], float32."""
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)

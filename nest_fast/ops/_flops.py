@@ -1,0 +1,83 @@
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operations: the matmuls of plain PyTorch, no more.
+
+A gradient that was not computed has no elements and counts nothing; what a kernel computes twice counts once.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+# The formula of each registered operation, from its arguments' shapes.
+FORMULAS: dict[str, Callable[..., int]] = {}
+
+
+def linear(rows_shape, weight_shape):
+    """``rows @ weight^T``; the gradient of either costs the same."""
+    return 2 * math.prod(rows_shape) * weight_shape[0]
+
+
+def linear_gradients(rows_shape, weight_shape, drows, dweight):
+    """The gradients of rows and weight, none for one of the shape ``(0,)``."""
+    return linear(rows_shape, weight_shape) * sum(math.prod(shape) > 0 for shape in (drows, dweight))
+
+
+def attention(q_shape, count=2):
+    """``count`` products ``(N, head_dim)`` by ``(N, N)`` for every block and head."""
+    return count * 2 * math.prod(q_shape) * q_shape[2]
+
+
+def convolution(image_shape, weight_shape):
+    """A 3 x 3 convolution whose input ``(B, …, C)`` has as many pixels as its output, or the gradient of that."""
+    return 2 * math.prod(image_shape[:-1]) * math.prod(weight_shape)
+
+
+def _linear_pointwise(x, *_, out_shape=None):
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+def register() -> None:
+    """The formulas, now or as soon as somebody imports the counter: its import imports Triton, which takes its time."""
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WithCounter())
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    formulas = {getattr(torch.ops.nest_fast, name): formula for name, formula in FORMULAS.items()}
+    if torch.backends.mkldnn.is_available():
+        formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
+    for op, formula in formulas.items():
+        if op not in flop_registry:  # as a later PyTorch may know it
+            register_flop_formula(op)(formula)
+
+
+class _WithCounter(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; steps aside and registers once the counter has been loaded by who finds it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module):
+            load(module)
+            _register()
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec

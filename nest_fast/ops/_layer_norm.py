@@ -1,0 +1,33 @@
+"""What the operations with a LayerNorm over the last dimension share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nest_fast.ops import _checks
+
+MAX_CHANNELS = 4096
+
+
+def rows(x: Tensor, rank: int, shape: str) -> int:
+    """The channels of ``x``, whose shape is checked."""
+    _checks.floating("x", _checks.is_tensor("x", x, shape))
+    if x.dim() < rank:
+        raise ValueError(f"x: wanted {rank} or more dimensions {shape}, got shape {tuple(x.shape)}")
+    return x.shape[-1]
+
+
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        _checks.shape(name, _checks.is_tensor(name, value, "(C,)"), (x.shape[-1],), "(C,)")
+    _checks.norm(weight, bias, x, dtype=dtype)
+
+
+def too_wide(x: Tensor) -> list[str]:
+    return [f"C = {x.shape[-1]} channels are over {MAX_CHANNELS}"] if x.shape[-1] > MAX_CHANNELS else []
+
+
+def normed_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What layer_norm makes of ``dtype``: float32 under CUDA's autocast, which casts its input; the CPU's does not."""
+    return torch.float32 if x.device.type == "cuda" and _checks.under_autocast(x) else dtype

@@ -1,0 +1,121 @@
+"""A residual sum and the LayerNorm after it in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nest_fast import reference
+from nest_fast.ops import _checks, _choice, _layer_norm
+from nest_fast.ops._register import nothing_like, operation
+
+__all__ = ["add_layer_norm"]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    branch_bias: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``sum = x + branch_scale * (branch + branch_bias)`` and ``normed = layer_norm(sum) * weight + bias``.
+
+    Args:
+        x: ``(B, ..., C)``, the residual stream, any floating-point dtype.
+        branch: shape of ``x``, what is added to it: the last matmul's output. The sum's dtype is what PyTorch's
+            promotion makes of x, branch, branch_bias and branch_scale.
+        weight, bias: ``(C,)``, the LayerNorm's parameters, of the sum's dtype, or both float32 beside float16 and
+            bfloat16.
+        branch_bias: ``(C,)``, the bias which that matmul left out, or None.
+        branch_scale: ``(B,)``, a factor for each sample's branch, or None; for stochastic depth, 0 or 1 / keep. It has
+            no gradient.
+        eps: added to the variance.
+        impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
+            fusing to the compiler. "reference" is plain PyTorch. "triton" is one CUDA kernel for all (on CPU tensors
+            under ``TRITON_INTERPRET=1``). Only "auto" may choose.
+
+    Returns:
+        ``(sum, normed)``, both ``(B, ..., C)``, in the dtypes that plain PyTorch gives them, under autocast too.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
+        RuntimeError: ``impl`` names one that cannot run here; the message says why.
+
+    Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock); Huang et al., "Deep Networks with Stochastic
+    Depth" (arXiv 1603.09382).
+    """
+    _checks.choice("impl", impl, _choice.IMPLS)
+    C = _layer_norm.rows(x, 2, "(B, ..., C)")
+    dtype = x.dtype  # of the sum
+    for name, value, wanted, meaning in (
+        ("branch", branch, tuple(x.shape), "as x has"),
+        ("branch_bias", branch_bias, (C,), "(C,)"),
+        ("branch_scale", branch_scale, (x.shape[0],), "(B,)"),
+    ):
+        if value is not None or name == "branch":
+            value = _checks.is_tensor(name, value, meaning)
+            _checks.shape(name, value, wanted, meaning)
+            _checks.promotes(name, value, "x", x)
+            dtype = torch.promote_types(dtype, value.dtype)
+    _layer_norm.check_norm(x, weight, bias, dtype)
+    branch_scale = None if branch_scale is None else branch_scale.detach()
+    tensors = (x, branch, branch_scale, branch_bias, weight, bias)
+    if not _choice.use_triton("add_layer_norm", impl, tensors, _layer_norm.too_wide(x)):
+        return reference.add_layer_norm(
+            x, branch, weight, bias, branch_bias=branch_bias, branch_scale=branch_scale, eps=eps
+        )
+    return _TRITON(*tensors, eps, dtype, _layer_norm.normed_dtype(x, dtype))[:2]
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _fake(x, branch, branch_scale, branch_bias, weight, bias, eps, dtype, normed_dtype):
+    statistics = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=normed_dtype), *statistics
+
+
+def _bwd_fake(dtotal, dnormed, total, mean, rstd, branch_scale, weight, x_dtype, branch_dtype, need_dbranch_bias):
+    same = branch_scale is None and x_dtype == branch_dtype
+    return (
+        total.new_empty(total.shape, dtype=x_dtype),
+        nothing_like(total) if same else total.new_empty(total.shape, dtype=branch_dtype),
+        total.new_empty((3 if need_dbranch_bias else 2, total.shape[-1]), dtype=torch.float32),
+    )
+
+
+def _gradients(kept, dtotal, dnormed):
+    need_dbranch_bias = kept.needed["branch_bias"]
+    saved = kept.total, kept.mean, kept.rstd, kept.branch_scale, kept.weight
+    x_dtype, branch_dtype = kept.dtypes["x"], kept.dtypes["branch"]
+    dx, dbranch, dparams = _TRITON_BWD(dtotal, dnormed, *saved, x_dtype, branch_dtype, need_dbranch_bias)
+    if kept.branch_scale is None and x_dtype == branch_dtype:
+        dbranch = dx  # a sum's terms have the same gradient
+    dbranch_bias = dparams[2] if need_dbranch_bias else None
+    return {"x": dx, "branch": dbranch, "branch_bias": dbranch_bias, "weight": dparams[0], "bias": dparams[1]}
+
+
+_TRITON = operation(
+    "add_layer_norm_triton_fwd(Tensor x, Tensor branch, Tensor? branch_scale, Tensor? branch_bias, Tensor weight,"
+    " Tensor bias, float eps, ScalarType dtype, ScalarType normed_dtype)"
+    " -> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)",
+    launch="add_layer_norm.add_layer_norm_fwd",
+    fake=_fake,
+    saved=("total", "mean", "rstd", "branch_scale", "weight"),
+    gradients=_gradients,
+    differentiable=2,
+    vmap=(3, 6),
+)
+_TRITON_BWD = operation(
+    "add_layer_norm_triton_bwd(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor mean, Tensor rstd,"
+    " Tensor? branch_scale, Tensor weight, ScalarType x_dtype, ScalarType branch_dtype, bool need_dbranch_bias)"
+    " -> (Tensor dx, Tensor dbranch, Tensor dparams)",
+    launch="add_layer_norm.add_layer_norm_bwd",
+    fake=_bwd_fake,
+    backward_of="add_layer_norm",
+)
