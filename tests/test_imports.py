@@ -28,8 +28,9 @@ SHARED = {
     "modules": {"ops._checks"},
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
+    "interpretation": {"ops._checks"},
     "info": {"ops._extension", "ops._triton"},
-    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "kernels.*"},
+    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "interpretation._walk", "kernels.*"},
     "benchmarks": {"ops._extension"},
     "scripts": {"kernels._configs"},
 }
