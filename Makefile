@@ -28,7 +28,7 @@ build = set -o pipefail; $(PY) -m pip install -v --disable-pip-version-check --n
 say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: bench test lint cuda-check tests gpu-check install clean help
+.PHONY: bench test lint cuda-check tests docs gpu-check install clean help
 .DEFAULT_GOAL := bench
 
 bench: $(READY)
@@ -55,6 +55,15 @@ tests: $(READY)
 	$(call say,tests)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
 
+# All that the pages show, what takes minutes too, and the site; a warning is an error.
+docs: $(READY)
+	$(call say,documentation: the pages run$(comma) then the site in $(RESULTS)/docs)
+ifneq ($(strip $(VENV)),)
+	@$(call build,-c constraints.txt,'.[docs]')
+endif
+	NEST_FAST_DOCS=slow $(PY) -m pytest tests/test_docs.py
+	$(PY) -m sphinx -W --keep-going -q docs $(RESULTS)/docs
+
 gpu-check:
 	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash scripts/gpu_check.sh
 
@@ -72,7 +81,7 @@ $(READY): $(SOURCES) constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools ninja torch
 	$(call say,building the extension)
-	@$(call build,-c constraints.txt,'.[train$(comma)test$(comma)bench]')
+	@$(call build,-c constraints.txt,'.[train$(comma)test$(comma)bench$(comma)export]')
 	@touch $@
 endif
 	@$(PY) -m nest_fast.info

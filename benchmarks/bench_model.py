@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import runtimes
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, DTYPES, Case, Peers, Problem, Run, compiled, forward, parametrize, with_parameter_gradients
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 import nest_fast
 from nest_fast.testing import import_timm
+
+RUNTIMES = runtimes.installed()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,12 @@ class ModelCase(Case):
     @property
     def direction(self) -> str:
         return "training step" if self.backward else "inference"
+
+    @property
+    def runtimes(self) -> bool:
+        """Whether exported models are measured beside the model."""
+        plain = self.dtype == torch.float32 and not self.backward and not self.beside
+        return DEVICE == "cpu" and self.op == "nest_tiny" and plain
 
     @property
     def amp(self) -> bool:
@@ -133,6 +142,8 @@ def peers(case: ModelCase) -> Peers:
     elif case.beside:
         del models["timm 4-D"], models["nest_fast NesT"]
     found = {name: peer(make) for name, make in models.items()}
+    if case.runtimes:
+        found |= {name: functools.partial(_exported, case, models["nest_fast accelerate"], name) for name in RUNTIMES}
     if case.compile:
         for name in [name for name in models if name in ("reference", "timm", "nest_fast NesT")]:
             found |= {f"{name} {label}": peer(models[name], mode) for label, mode in _compile_modes(case).items()}
@@ -145,6 +156,10 @@ def _is_32_px(case: ModelCase) -> bool:
 
 def _swin(case: ModelCase) -> ModelCase:
     return replace(case, op=SWIN[case.beside], beside="")
+
+
+def _exported(case: ModelCase, make: Callable[[], nn.Module], runtime: str) -> Run:
+    return forward(RUNTIMES[runtime](make(), photographs(case.batch, case.px)))
 
 
 def _compile_modes(case: ModelCase) -> dict[str, str]:

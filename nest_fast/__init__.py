@@ -3,8 +3,9 @@
 Importing needs no GPU, no triton, no compiler and no timm.
 """
 
-from nest_fast import reference, weights
+from nest_fast import export, reference, weights
 from nest_fast.integrations import accelerate, explain, restore
+from nest_fast.interpretation import attention_maps, gradcat
 from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
 from nest_fast.nest import (
     NesT,
@@ -39,11 +40,14 @@ __all__ = [
     "accelerate",
     "add_layer_norm",
     "attention_layer",
+    "attention_maps",
     "bias_gelu",
     "block_aggregate",
     "block_attention",
     "blockify",
     "explain",
+    "export",
+    "gradcat",
     "layer_norm_mean",
     "linear",
     "mlp_layer",

@@ -16,10 +16,12 @@ ALLOWED = {
     "modules": {"ops", "fusion"},
     "nest": {"ops", "fusion", "modules", "weights"},
     "explanation": {"ops", "fusion", "modules"},
+    "interpretation": {"ops"},
+    "export": {"reference"},
     "integrations": {"ops", "fusion", "explanation", "integrations"},
     "train": {"__init__", "testing", "train"},
     "classify": {"__init__", "weights", "testing", "train"},
-    "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations"},
+    "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations", "interpretation", "export"},
     "kernels": {"kernels"},
 }
 # A name with an underscore is for its own layer. These are for others, too, but not what is private inside; and how a
@@ -28,8 +30,9 @@ SHARED = {
     "modules": {"ops._checks"},
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
+    "interpretation": {"ops._checks"},
     "info": {"ops._extension", "ops._triton"},
-    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "kernels.*"},
+    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "interpretation._walk", "kernels.*"},
     "benchmarks": {"ops._extension"},
     "scripts": {"kernels._configs"},
 }

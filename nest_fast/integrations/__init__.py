@@ -45,8 +45,8 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     """Undo :func:`accelerate` in place; returns how many layers were given back.
 
-    Also below what was put around since: wrapped ``forward``s, FSDP, parametrizations. A class that someone derived
-    from a fast one by hand stays, with a warning that names it.
+    Also below what was put around since: wrapped ``forward`` methods, FSDP, parametrizations. A class that someone
+    derived from a fast one by hand stays, with a warning that names it.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.

@@ -179,8 +179,10 @@ def in_forward_mode() -> bool:
 
 
 def in_trace() -> bool:
-    """Whether ``torch.jit.trace`` (or ONNX's exporter made of it) records: it wants operations that others know."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    """Whether ``torch.jit.trace`` or ONNX's exporter records: they want operations that others know."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None
 
 
 def under_autocast(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Loads the compiled parts, once, at import; what cannot be loaded is remembered with its reason.
 
 ``cpu_error`` and ``cuda_error`` are None where the part is loaded, else one line that says why not. Nothing is compiled
-here and no CUDA context is made. The parts only register kernels; schemas are defined in Python, before or after.
+here and no CUDA context is made. The parts register kernels. The CPU part defines its operations, too, for programs
+that load it without Python; here they are defined where it is missing.
 ``cpp_isa`` names the vector instructions of the CPU part: "avx512_bf16", "avx512", "avx2", or "" where there are none.
 """
 
@@ -11,11 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "onednn_dtypes"]
-
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
-_LIB.define("cpp_isa() -> str")
-_LIB.define("cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
+__all__ = ["Library", "cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "onednn_dtypes"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -33,6 +30,29 @@ def _load(name: str) -> str | None:
 
 cpu_error = _load("_C_cpu.abi3.so")
 cuda_error = _load("_C_cuda.abi3.so") if torch.version.cuda is not None else "this torch is built without CUDA"
+
+
+class Library(torch.library.Library):
+    """The operations of nest_fast; one that the compiled part has defined is compared, not defined again."""
+
+    def __init__(self) -> None:
+        super().__init__("nest_fast", "FRAGMENT")
+
+    def define(self, schema: str, *args, **kwargs) -> str:
+        wanted = torch._C.parse_schema(f"nest_fast::{schema}")
+        known = torch._C._jit_get_schemas_for_operator(wanted.name)
+        if not known:
+            return super().define(schema, *args, **kwargs)
+        if known != [wanted]:
+            raise ImportError(
+                f"nest_fast/_C_cpu.abi3.so: wanted {wanted}, got {known[0]}; build it again (pip install)"
+            )
+        return wanted.name
+
+
+_LIB = Library()
+_LIB.define("cpp_isa() -> str")
+_LIB.define("cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
 
 
 def _isa() -> str:

@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _flops, _triton, _vmap
+from nest_fast.ops import _extension, _flops, _triton, _vmap
 
 __all__ = ["operation"]
 
-_LIB = torch.library.Library("nest_fast", "FRAGMENT")
+_LIB = _extension.Library()
 
 
 def operation(

@@ -156,7 +156,7 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if functorch or _why_not(x) is not None:
+        if functorch or _why_not(x) is not None or (not eager and torch.onnx.is_in_onnx_export()):
             return None
         # _choice.plain_only, written out
         if eager and (

@@ -1,0 +1,209 @@
+"""Exported programs: without nest_fast's kernels, for what knows PyTorch's operations only, or with them.
+
+``torch.export.export`` traces a model into the operations that the layers chose, kernels among them. Such a program is
+as fast as the model where nest_fast is there. :func:`decompositions` makes plain PyTorch of it, for everything else;
+``torch.onnx.export(model, …, dynamo=True)`` needs no call, since the layers choose plain PyTorch for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from nest_fast import reference
+
+__all__ = ["decompositions", "save"]
+
+Size2 = tuple[int, int]
+
+
+def decompositions() -> dict[Any, Callable]:
+    """What each operation of nest_fast that a forward pass records is in plain PyTorch.
+
+    ``program.run_decompositions(nest_fast.export.decompositions())`` is a program that needs nothing of nest_fast, with
+    every other operation as it was; it computes the same within rounding, at PyTorch's speed. Operations of a backward
+    pass have none.
+    """
+    ops = torch.ops.nest_fast
+    return {
+        ops.blockify.default: _blockify,
+        ops.unblockify.default: _unblockify,
+        ops.patchify.default: _patchify,
+        ops.unpatchify.default: _unpatchify,
+        ops.block_attention_cpp_fwd.default: _block_attention,
+        ops.block_attention_triton_fwd.default: _block_attention_triton,
+        ops.attention_layer_cpp.default: _attention_layer,
+        ops.mlp_layer_cpp.default: _mlp_layer,
+        ops.block_aggregate_cpp_fwd.default: _block_aggregate,
+        ops.block_aggregate_triton_fwd.default: _block_aggregate,
+        ops.norm_pool_cpp_fwd.default: _norm_pool,
+        ops.norm_pool_triton_fwd.default: _norm_pool,
+        ops.bias_gelu_triton_fwd.default: _bias_gelu,
+        ops.add_layer_norm_triton_fwd.default: _add_layer_norm,
+        ops.layer_norm_mean_triton_fwd.default: _layer_norm_mean,
+    }
+
+
+def save(program: ExportedProgram, f: str | os.PathLike[str] | IO[bytes], **kwargs: Any) -> None:
+    """``torch.export.save``, with a note for who loads the file without nest_fast.
+
+    PyTorch refuses a program whose operations it does not know; the note is then in what it prints, and in the file's
+    ``extra_files["nest_fast"]``. A program without operations of nest_fast gets none.
+
+    Args:
+        program: what ``torch.export.export`` returned.
+        f, kwargs: as ``torch.export.save`` takes them.
+
+    Raises:
+        TypeError: ``program`` is no ``torch.export.ExportedProgram``.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"program: wanted a torch.export.ExportedProgram, got {type(program).__name__}")
+    nodes = [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "nest_fast"]
+    if nodes:
+        note = "this program needs `import nest_fast` before torch.export.load"
+        kwargs["extra_files"] = {"nest_fast": note} | (kwargs.get("extra_files") or {})
+    traces = [node.meta.get("stack_trace") for node in nodes]
+    try:
+        for node in nodes:  # PyTorch prints it of the node that it cannot load
+            node.meta["stack_trace"] = note
+        torch.export.save(program, f, **kwargs)
+    finally:
+        for node, trace in zip(nodes, traces, strict=True):
+            node.meta["stack_trace"] = trace
+
+
+# --- each operation, with the arguments and results of its schema -----------------------------------------------------
+# Results are contiguous, as the kernels make them: what follows was traced with their strides.
+
+
+def _blockify(x: Tensor, block_size: Size2, pos_embed: Tensor | None) -> Tensor:
+    out = reference.blockify(x, block_size)
+    return (out if pos_embed is None else out + pos_embed).contiguous()
+
+
+def _unblockify(x: Tensor, grid_size: Size2, block_size: Size2, pos_embed: Tensor | None) -> Tensor:
+    x = x if pos_embed is None else x + pos_embed
+    return reference.unblockify(x, grid_size, block_size).contiguous()
+
+
+def _patchify(x: Tensor, patch_size: Size2, block_size: Size2) -> Tensor:
+    return reference.patchify(x, patch_size, block_size).contiguous()
+
+
+def _unpatchify(x: Tensor, patch_size: Size2, grid_size: Size2, block_size: Size2) -> Tensor:
+    (ph, pw), (gh, gw), (bh, bw) = patch_size, grid_size, block_size
+    x = x.reshape(x.shape[0], gh, gw, bh, bw, -1, ph, pw).permute(0, 5, 1, 3, 6, 2, 4, 7)
+    return x.reshape(*x.shape[:2], gh * bh * ph, gw * bw * pw).contiguous()
+
+
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    return _block_attention_triton(q, k, v, None, None, scale)
+
+
+def _block_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask)
+    scores = (q.float() * scale).transpose(2, 3) @ k.float().permute(0, 1, 3, 4, 2)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        groups = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)
+        scores = scores.masked_fill(~groups, float("-inf")) if mask.dtype == torch.bool else scores + groups
+    return out.to(q.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def _attention_layer(
+    x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, kv_heads, *rest
+) -> tuple[Tensor, ...]:
+    scale, branch_scale, training = rest
+    C = x.shape[1]
+    qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    packed = qkv.reshape(-1, 1, tokens, heads + 2 * kv_heads, C // heads)
+    q, k, v = packed.split((heads, kv_heads, kv_heads), 3)
+    out, lse = _block_attention(q, k, v, scale)
+    attended = out.reshape(-1, C)
+    out = x + branch_scale * F.linear(attended, proj_weight, proj_bias)
+    return out, *_kept(training, qkv, attended, lse.flatten(0, 1))
+
+
+def _mlp_layer(
+    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, branch_scale, training
+) -> tuple[Tensor, ...]:
+    hidden = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+    y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return x + branch_scale * F.linear(y, fc2_weight, fc2_bias), *_kept(training, hidden)
+
+
+def _block_aggregate(
+    x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid_size, block_size, *rest
+) -> tuple[Tensor, ...]:
+    image = reference.unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
+    y = F.conv2d(image, conv_weight, padding=1).permute(0, 2, 3, 1).contiguous()
+    out, *statistics = _norm_pool(y, conv_bias, norm_weight, norm_bias, pos_embed, *rest)
+    return out, *_kept(rest[-1], y), *statistics
+
+
+def _norm_pool(
+    y, conv_bias, norm_weight, norm_bias, pos_embed, out_block_size, eps, same, training
+) -> tuple[Tensor, ...]:
+    x = y.float() if conv_bias is None else y.float() + conv_bias
+    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    padding = 0 if same else 1  # as reference.block_aggregate pools
+    channels_first = normed.permute(0, 3, 1, 2)
+    if training:
+        pooled, index = F.max_pool2d_with_indices(channels_first, (3, 3), (2, 2), (padding, padding), ceil_mode=same)
+        argmax = reference.blockify(_place_in_window(index, y.shape[2], padding), out_block_size)
+    else:
+        pooled = F.max_pool2d(channels_first, 3, 2, padding, ceil_mode=same)
+    out = reference.blockify(pooled.permute(0, 2, 3, 1), out_block_size)
+    if not training:
+        argmax = out.new_empty((0, *out.shape[1:]), dtype=torch.uint8)
+    out = out if pos_embed is None else out + pos_embed
+    return out.to(y.dtype).contiguous(), *_kept(training, mean.squeeze(-1), rstd.squeeze(-1)), argmax.contiguous()
+
+
+def _place_in_window(index: Tensor, width: int, padding: int) -> Tensor:
+    """``3 * row + column`` inside its window of each maximum ``(B, C, H', W')``, channels last."""
+    row, column = (2 * torch.arange(n, device=index.device) - padding for n in index.shape[2:])
+    place = 3 * (index // width - row[:, None]) + index % width - column
+    return place.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _bias_gelu(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool) -> Tensor:
+    x = x.float() if bias is None else x.float() + bias.float()
+    return F.gelu(x, approximate="tanh" if tanh else "none").to(dtype).contiguous()
+
+
+def _add_layer_norm(x, branch, branch_scale, branch_bias, weight, bias, eps, dtype, normed_dtype) -> tuple[Tensor, ...]:
+    scale = None if branch_scale is None else branch_scale.float()
+    branch_bias = None if branch_bias is None else branch_bias.float()
+    branch = branch.float() if branch_bias is None else branch.float() + branch_bias
+    branch = branch if scale is None else branch * scale.reshape(-1, *(1,) * (x.dim() - 1))
+    total = x.float() + branch
+    normed, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], weight.float(), bias.float(), eps)
+    return total.to(dtype).contiguous(), normed.to(normed_dtype).contiguous(), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _layer_norm_mean(x, weight, bias, eps, dtype) -> tuple[Tensor, ...]:
+    normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
+    normed_mean = normed.flatten(1, -2).mean(1)
+    out = normed_mean * weight.float() + bias.float()
+    return out.to(dtype), normed_mean, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In the dtype of ``x``, whose weight and bias are float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def _kept(training: bool, *saved: Tensor) -> tuple[Tensor, ...]:
+    """What is kept for a gradient, where there will be one."""
+    return saved if training else tuple(x[:0] for x in saved)
