@@ -137,7 +137,7 @@ def part(name: str, pattern: str) -> list[Extension]:
 
 if __name__ == "__main__":
     setup(
-        packages=["nest_fast", "nest_fast.ops", "nest_fast.integrations", "nest_fast.kernels"],
+        packages=["nest_fast", "nest_fast.ops", "nest_fast.integrations", "nest_fast.train", "nest_fast.kernels"],
         package_dir={"nest_fast": "nest_fast", "nest_fast.kernels": "kernels"},
         ext_modules=part("_C_cpu", "*_cpu.cpp") + part("_C_cuda", "*_cuda.cu"),
         cmdclass={"build_ext": BuildParts},
