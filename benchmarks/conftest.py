@@ -43,7 +43,7 @@ def _turn(item) -> tuple[bool, int]:
     """What matters most comes first, in case of a time limit; what waits minutes for a compiler comes last."""
     files = ("bench_ceilings.py", "bench_model.py")
     peer = item.callspec.params.get("peer", "") if hasattr(item, "callspec") else ""
-    return "compile" in peer, files.index(item.path.name) if item.path.name in files else len(files)
+    return "compile" in str(peer), files.index(item.path.name) if item.path.name in files else len(files)
 
 
 def pytest_runtest_setup(item):

@@ -32,7 +32,10 @@ SHARED = {
     "explanation": {"ops._plan"},
     "interpretation": {"ops._checks"},
     "info": {"ops._extension", "ops._triton"},
-    "tests": {"ops._choice", "ops._extension", "ops._triton", "fusion._operation", "interpretation._walk", "kernels.*"},
+    "tests": {
+        *("ops._checks", "ops._choice", "ops._extension", "ops._layer_norm", "ops._triton", "kernels.*"),
+        *("classify._free_memory", "fusion._operation", "interpretation._walk"),
+    },
     "benchmarks": {"ops._extension"},
     "scripts": {"kernels._configs"},
 }
