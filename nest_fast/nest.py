@@ -63,7 +63,7 @@ class NesTLevel(nn.Module):
         else:
             gh, gw = self.grid_size
             x = self.pool(x, (2 * gh, 2 * gw), self.block_size, self.pos_embed)
-        if not (self.grad_checkpointing and self.training):
+        if not self.grad_checkpointing:
             return fusion.run_layers(x, self.transformer_encoder, KNOWN)
         for layer in self.transformer_encoder:
             x = checkpoint(layer, x, use_reentrant=False)

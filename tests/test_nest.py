@@ -268,3 +268,12 @@ def test_reference_is_plain_pytorch_throughout(training):
     called = {event.key for event in profile.key_averages()}
     assert "aten::gelu" in called
     assert not {key for key in called if key.startswith(("nest_fast::", "mkldnn::_linear"))}
+
+
+def test_checkpointing_recomputes_in_eval_mode_too():
+    """As timm does: who asks for gradients there has no more memory than in training."""
+    model, calls = small().eval(), []
+    model.set_grad_checkpointing()
+    model.levels[0].transformer_encoder[0].norm1.register_forward_hook(lambda *args: calls.append(1))
+    model(torch.randn(1, 3, 32, 32, requires_grad=True)).sum().backward()
+    assert len(calls) == 2
