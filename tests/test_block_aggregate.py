@@ -422,7 +422,8 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl, given, with_pos):
 
 def test_auto_chooses(monkeypatch):
     def choose(dtype, C_out=64):
-        return MODULE.choose(torch.empty(0, dtype=dtype, device=DEVICE), C_out)
+        x, conv_weight = (torch.empty(C_out, 0, dtype=dtype, device=DEVICE) for _ in range(2))
+        return MODULE.choose((x, conv_weight))
 
     assert choose(torch.float64) == "reference"
     if DEVICE == "cuda":
