@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"nest_fast.train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the second one
+        return 130
     finally:
         if world is not None:
             world.close()
