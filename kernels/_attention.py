@@ -13,21 +13,22 @@ import triton.language as tl
 from nest_fast.kernels._primitives import LN2, LOG2E, dot, fma, round_to
 
 __all__ = [
-    "Spec", "exp_scores", "load_keys", "load_queries", "load_statistic", "online_softmax_update", "program_index",
-    "row_dot", "scores", "store_attention", "store_keys", "store_queries",
+    "Spec", "exp_scores", "load_keys", "load_lse", "load_queries", "load_vector", "online_softmax_update",
+    "program_index", "row_dot", "scores", "softmax_weights", "store_attention", "store_keys", "store_queries",
 ]  # fmt: skip
 
 
 class Spec(NamedTuple):
     """What the kernels are compiled for, beside tiles.
 
-    FOLD_SCALE: the scale is positive and not tiny, so that it can be left to the exponent. PRECISION: of float32
-    matmuls, "tf32" or "ieee".
+    ADDS: there is a bias or a mask. FOLD_SCALE: the scale is positive and not tiny, so that it can be left to the
+    exponent. PRECISION: of float32 matmuls, "tf32" or "ieee".
     """
 
     N: int
     HEAD_DIM: int
     HEADS: int
+    ADDS: bool
     FOLD_SCALE: bool
     PRECISION: str
 
@@ -74,9 +75,19 @@ def load_keys(x, index, n, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_statistic(ptr, m, SPEC: tl.constexpr):
-    """float32 [BLOCK_M] of a sequence's lse or delta, 0 past the last query."""
-    return tl.load(ptr + m, mask=m < SPEC.HEADS * SPEC.N, other=0.0)
+def load_vector(ptr, sequence, m, SPEC: tl.constexpr):
+    """float32 [BLOCK_M] of a vector (sequences, HEADS * N) such as delta, 0 past the last query."""
+    return tl.load(ptr + sequence * (SPEC.HEADS * SPEC.N) + m, mask=m < SPEC.HEADS * SPEC.N, other=0.0)
+
+
+@triton.jit
+def load_lse(lse_ptr, sequence, m, SPEC: tl.constexpr):
+    """lse [BLOCK_M] of queries m of a sequence, or with ADDS its two parts, as store_attention left them."""
+    if SPEC.ADDS:
+        pairs = lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
+        exists = m < SPEC.HEADS * SPEC.N
+        return tl.load(pairs, mask=exists, other=0.0), tl.load(pairs + 1, mask=exists, other=0.0)
+    return load_vector(lse_ptr, sequence, m, SPEC)
 
 
 @triton.jit
@@ -92,6 +103,17 @@ def store_keys(x, index, n, value, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _bounded(x):
+    """What is added to scores: infinities and, within a bound that is finite over any folded scale, numbers.
+
+    -inf takes a key away, the most negative number does not: a row of nothing else has the mean of its keys.
+    """
+    LARGE: tl.constexpr = 1e30
+    x = tl.where((x < -LARGE) & (x > float("-inf")), -LARGE, x)
+    return tl.where((x > LARGE) & (x < float("inf")), LARGE, x)
+
+
+@triton.jit
 def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of q [BLOCK_M, HEAD_DIM] and k [BLOCK_N, HEAD_DIM] but for a factor, and that factor.
 
@@ -104,7 +126,6 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """
     N: tl.constexpr = SPEC.N
     bias_ptr, mask_ptr, groups = addends
-    ADDS: tl.constexpr = bias_ptr is not None or mask_ptr is not None
     _, t, head = index
     exists = (m < SPEC.HEADS * N)[:, None] & (n < N)[None, :]
     added = tl.zeros([m.shape[0], n.shape[0]], tl.float32)  # [BLOCK_M, BLOCK_N]
@@ -117,8 +138,10 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
         mask = mask_ptr + t % groups * (N * N) + token[:, None] * N + n[None, :]
         mask = tl.load(mask, mask=exists, other=1)
         added = tl.where(mask != 0, added, float("-inf")) if mask.dtype == tl.uint8 else added + mask.to(tl.float32)
+    if SPEC.ADDS:
+        added = _bounded(added)
     if SPEC.FOLD_SCALE:
-        s = dot(q, tl.trans(k), added * (1.0 / scale) if ADDS else None, SPEC.PRECISION)
+        s = dot(q, tl.trans(k), added * (1.0 / scale) if SPEC.ADDS else None, SPEC.PRECISION)
         factor = scale
     else:
         s = dot(q, tl.trans(k), None, SPEC.PRECISION) * scale + added
@@ -127,8 +150,14 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def exp_scores(s, factor, shift, dtype: tl.constexpr):
-    """``exp(s * factor - shift)`` [BLOCK_M, BLOCK_N] of scores s and a shift [BLOCK_M] for every row."""
+def exp_scores(s, factor, shift, dtype: tl.constexpr, SPEC: tl.constexpr):
+    """``exp(s * factor - shift)`` [BLOCK_M, BLOCK_N] of scores s and a shift [BLOCK_M] for every row.
+
+    With ADDS the shift is in the unit of s, ``exp((s - shift) * factor)``: what is added can be so large that its
+    products with the factor would round to numbers far apart, where its differences are exact.
+    """
+    if SPEC.ADDS:
+        return tl.exp2((s - shift[:, None]) * (factor * LOG2E))
     if dtype == tl.float32:
         # The difference is small where it matters; the product of each side with LOG2E would be rounded at full size.
         return tl.exp2(fma(s, factor, -shift[:, None]) * LOG2E)
@@ -136,27 +165,43 @@ def exp_scores(s, factor, shift, dtype: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_update(s, factor, row_max, row_sum, dtype: tl.constexpr):
+def softmax_weights(s, factor, lse, dtype: tl.constexpr, SPEC: tl.constexpr):
+    """The softmax [BLOCK_M, BLOCK_N] of scores s, from what load_lse gave for its rows."""
+    if SPEC.ADDS:
+        row_max, log_sum = lse
+        return tl.exp2(fma(s - row_max[:, None], factor * LOG2E, -(log_sum * LOG2E)[:, None]))
+    return exp_scores(s, factor, lse, dtype, SPEC)
+
+
+@triton.jit
+def online_softmax_update(s, factor, row_max, row_sum, dtype: tl.constexpr, SPEC: tl.constexpr):
     """The next tile s of scores: p [BLOCK_M, BLOCK_N], alpha that rescales what was summed before, row_max, row_sum."""
-    new_max = tl.maximum(row_max, tl.max(s, 1) * factor)  # [BLOCK_M]
+    unit = factor if SPEC.ADDS else 1.0  # of row_max, as exp_scores takes its shift
+    new_max = tl.maximum(row_max, tl.max(s, 1) if SPEC.ADDS else tl.max(s, 1) * factor)  # [BLOCK_M]
     # While a row has nothing but -inf, any finite shift will do; if that stays so, its sum is 0 at the end.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = exp_scores(s, factor, shift, dtype)
-    alpha = tl.exp2((row_max - shift) * LOG2E)
+    p = exp_scores(s, factor, shift, dtype, SPEC)
+    alpha = tl.exp2((row_max - shift) * (unit * LOG2E))
     return p, alpha, new_max, row_sum * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC: tl.constexpr):
+def store_attention(out, lse_ptr, sequence, index, m, acc, row_max, row_sum, SPEC: tl.constexpr):
     """out and lse of queries m from the softmax's statistics and acc, the values weighted by exp(score - row_max).
 
-    A row without a key, whose sum is 0, gives zeros, and an lse of inf: all that the backward makes of it is 0.
+    With ADDS row_max and log(row_sum) are kept apart, since their sum may not have the digits for both. A row without a
+    key, whose sum is 0, gives zeros, and inf for its maximum: all that the backward makes of it is 0.
     """
-    if addends[0] is not None or addends[1] is not None:
+    exists = m < SPEC.HEADS * SPEC.N
+    if SPEC.ADDS:
         row_max = tl.where(row_sum == 0.0, float("inf"), row_max)
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+        pairs = lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
+        tl.store(pairs, row_max, mask=exists)
+        tl.store(pairs + 1, tl.log2(row_sum) * LN2, mask=exists)
+    else:
+        tl.store(lse_ptr + sequence * (SPEC.HEADS * SPEC.N) + m, row_max + tl.log2(row_sum) * LN2, mask=exists)
     store_queries(out, index, m, acc * (1.0 / row_sum)[:, None], SPEC)
-    tl.store(lse_ptr + m, row_max + tl.log2(row_sum) * LN2, mask=m < SPEC.HEADS * SPEC.N)
 
 
 @triton.jit

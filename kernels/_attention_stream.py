@@ -10,14 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from nest_fast.kernels._attention import (
-    exp_scores,
     load_keys,
+    load_lse,
     load_queries,
-    load_statistic,
+    load_vector,
     online_softmax_update,
     program_index,
     row_dot,
     scores,
+    softmax_weights,
     store_attention,
     store_keys,
     store_queries,
@@ -35,7 +36,7 @@ __all__ = [
 def block_attention_fwd_stream_kernel(
     qkv,  # three Views; k and v have one head or q's
     out,  # View
-    lse_ptr,  # (B, T, heads, N) float32
+    lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
     scale,
     T,
@@ -49,7 +50,7 @@ def block_attention_fwd_stream_kernel(
     q, k, v = qkv
     b, t, program = program_index(per_block * M_TILES, T)
     index = (b, t, program // M_TILES * SPEC.HEADS)
-    lse_ptr += (tl.program_id(0) // M_TILES).to(tl.int64) * (SPEC.HEADS * SPEC.N)
+    sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -58,9 +59,9 @@ def block_attention_fwd_stream_kernel(
     for start in range(0, SPEC.N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         s, factor = scores(query, load_keys(k, index, n, SPEC), index, m, n, addends, scale, SPEC)
-        p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype)
+        p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype, SPEC)
         acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.PRECISION)
-    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC)
+    store_attention(out, lse_ptr, sequence, index, m, acc, row_max, row_sum, SPEC)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def block_attention_dq_stream_kernel(
     dout,  # View
     qkv,  # three Views; k and v have one head or q's
     out,  # View
-    statistics,  # lse and delta = rowsum(dout * out), (B, T, heads, N) float32 each; delta is written
+    statistics,  # lse as above; delta = rowsum(dout * out), (B, T, heads, N) float32, which is written
     dq,  # View
     addends,  # as above
     scale,
@@ -85,19 +86,19 @@ def block_attention_dq_stream_kernel(
     b, t, program = program_index(per_block * M_TILES, T)
     index = (b, t, program // M_TILES * SPEC.HEADS)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sequence = (tl.program_id(0) // M_TILES).to(tl.int64) * (SPEC.HEADS * SPEC.N)
+    sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
     d = load_queries(dout, index, m, SPEC)
     delta = row_dot(d, load_queries(out, index, m, SPEC))  # [BLOCK_M]
-    tl.store(delta_ptr + sequence + m, delta, mask=m < SPEC.HEADS * SPEC.N)
-    lse = load_statistic(lse_ptr + sequence, m, SPEC)
+    tl.store(delta_ptr + sequence * (SPEC.HEADS * SPEC.N) + m, delta, mask=m < SPEC.HEADS * SPEC.N)
+    lse = load_lse(lse_ptr, sequence, m, SPEC)
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for start in range(0, SPEC.N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)  # [BLOCK_M, BLOCK_N]
         dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.PRECISION)
-        ds = exp_scores(s, factor, lse, key.dtype) * (dp - delta[:, None])
+        ds = softmax_weights(s, factor, lse, key.dtype, SPEC) * (dp - delta[:, None])
         acc = dot(round_to(ds, key.dtype), key, acc, SPEC.PRECISION)
     store_queries(dq, index, m, acc * scale, SPEC)
 
@@ -106,7 +107,7 @@ def block_attention_dq_stream_kernel(
 def block_attention_dkv_stream_kernel(
     dout,  # View
     qkv,  # three Views; k and v have one head or q's
-    statistics,  # lse and delta, (B, T, heads, N) float32 each
+    statistics,  # lse and delta as above
     grads,  # Views of dk, dv
     addends,  # as above
     scale,
@@ -124,7 +125,7 @@ def block_attention_dkv_stream_kernel(
     b, t, program = program_index(per_block * N_TILES, T)
     index = (b, t, program // N_TILES * SPEC.HEADS)
     n = (program % N_TILES).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sequence = (tl.program_id(0) // N_TILES).to(tl.int64) * (SPEC.HEADS * SPEC.N)
+    sequence = (tl.program_id(0) // N_TILES).to(tl.int64)
     key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
     value = load_keys(v, index, n, SPEC)
     dkey = tl.zeros(key.shape, tl.float32)
@@ -133,10 +134,10 @@ def block_attention_dkv_stream_kernel(
         m = start + tl.arange(0, BLOCK_M)
         query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
         d = load_queries(dout, index, m, SPEC)
-        lse = load_statistic(lse_ptr + sequence, m, SPEC)  # [BLOCK_M]
-        delta = load_statistic(delta_ptr + sequence, m, SPEC)
+        lse = load_lse(lse_ptr, sequence, m, SPEC)  # [BLOCK_M]
+        delta = load_vector(delta_ptr, sequence, m, SPEC)
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)  # [BLOCK_M, BLOCK_N]
-        p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], exp_scores(s, factor, lse, key.dtype), 0.0)
+        p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], softmax_weights(s, factor, lse, key.dtype, SPEC), 0.0)
         dvalue = dot(tl.trans(round_to(p, key.dtype)), d, dvalue, SPEC.PRECISION)
         dp = dot(d, tl.trans(value), None, SPEC.PRECISION)
         dkey = dot(tl.trans(round_to(p * (dp - delta[:, None]), key.dtype)), query, dkey, SPEC.PRECISION)

@@ -19,11 +19,12 @@ from nest_fast.kernels._attention import (
     Spec,
     exp_scores,
     load_keys,
+    load_lse,
     load_queries,
-    load_statistic,
     program_index,
     row_dot,
     scores,
+    softmax_weights,
     store_attention,
     store_keys,
     store_queries,
@@ -62,25 +63,26 @@ def _attend(
         s, factor = scores(query, keys[i], index, m, piece(KEY_PIECES, i), addends, scale, SPEC)  # [BLOCK_M, size]
         row_max = tl.maximum(row_max, tl.max(s, 1))
         all_scores += (s,)
-    row_max *= factor
-    if addends[0] is not None or addends[1] is not None:
+    if SPEC.ADDS:
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # of a row without a key: any finite one will do
+    else:
+        row_max *= factor
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for i in tl.static_range(len(KEY_PIECES)):
         # Masking keys again lets the compiler drop exponentials of keys that never exist.
-        p = exp_scores(all_scores[i], factor, row_max, query.dtype)  # [BLOCK_M, size]
+        p = exp_scores(all_scores[i], factor, row_max, query.dtype, SPEC)  # [BLOCK_M, size]
         p = tl.where((piece(KEY_PIECES, i) < SPEC.N)[None, :], p, 0.0)
         row_sum += tl.sum(p, 1)
         acc = dot(round_to(p, query.dtype), values[i], acc, SPEC.PRECISION)
-    store_attention(out, lse_ptr, index, m, acc, row_max, row_sum, addends, SPEC)
+    store_attention(out, lse_ptr, tl.program_id(0).to(tl.int64), index, m, acc, row_max, row_sum, SPEC)
 
 
 @triton.jit
 def _block_attention_fwd_kernel(
     qkv,  # three Views; k and v have one head or q's
     out,  # View
-    lse_ptr,  # (B, T, heads, N) float32
+    lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
     scale,
     T,
@@ -94,7 +96,6 @@ def _block_attention_fwd_kernel(
     q, k, v = qkv
     b, t, program = program_index(per_block, T)
     index = (b, t, program * SPEC.HEADS)
-    lse_ptr += tl.program_id(0).to(tl.int64) * (SPEC.HEADS * SPEC.N)
     keys = ()
     values = ()
     for i in tl.static_range(len(KEY_PIECES)):
@@ -131,7 +132,7 @@ def _tile_of_keys(
         m = piece(QUERY_PIECES, i)
         s, factor = scores(queries[i], key, index, m, n, addends, scale, SPEC)  # [size, BLOCK_N]
         # Masking queries again lets the compiler drop exponentials of queries that never exist.
-        p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], exp_scores(s, factor, lses[i], key.dtype), 0.0)
+        p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], softmax_weights(s, factor, lses[i], key.dtype, SPEC), 0.0)
         dvalue = dot(tl.trans(round_to(p, key.dtype)), douts[i], dvalue, SPEC.PRECISION)
         dp = dot(douts[i], tl.trans(value), None, SPEC.PRECISION)  # [size, BLOCK_N]
         ds = round_to(p * (dp - deltas[i][:, None]), key.dtype)
@@ -147,7 +148,7 @@ def _block_attention_bwd_kernel(
     dout,  # View
     qkv,  # three Views; k and v have one head or q's
     out,  # View
-    lse_ptr,  # (B, T, heads, N) float32
+    lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     grads,  # Views of dq, dk, dv
     addends,  # as above
     scale,
@@ -163,7 +164,6 @@ def _block_attention_bwd_kernel(
     dq, dk, dv = grads
     b, t, program = program_index(per_block, T)
     index = (b, t, program * SPEC.HEADS)
-    lse_ptr += tl.program_id(0).to(tl.int64) * (SPEC.HEADS * SPEC.N)
     queries = ()
     douts = ()
     lses = ()
@@ -173,7 +173,7 @@ def _block_attention_bwd_kernel(
         m = piece(QUERY_PIECES, i)
         d = load_queries(dout, index, m, SPEC)  # [size, HEAD_DIM]
         deltas += (row_dot(d, load_queries(out, index, m, SPEC)),)  # [size]
-        lses += (load_statistic(lse_ptr, m, SPEC),)
+        lses += (load_lse(lse_ptr, tl.program_id(0).to(tl.int64), m, SPEC),)
         queries += (load_queries(q, index, m, SPEC),)
         douts += (d,)
         dqs += (tl.zeros(d.shape, tl.float32),)
@@ -196,7 +196,7 @@ def _block_attention_dbias_kernel(
     dout,  # View
     qkv,  # three Views; k and v have q's heads
     out,  # View
-    lse_ptr,  # (B, T, heads, N) float32
+    lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     dbias_ptr,  # (SPLITS, heads, N, N) float32
     addends,  # as above
     scale,
@@ -222,8 +222,8 @@ def _block_attention_dbias_kernel(
         index = (block // T, block % T, head)
         key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(load_queries(q, index, m, SPEC), key, index, m, n, addends, scale, SPEC)
-        lse = load_statistic(lse_ptr + (block * heads + head) * N, m, SPEC)  # [BLOCK_M]
-        p = exp_scores(s, factor, lse, key.dtype)  # [BLOCK_M, BLOCK_N]
+        lse = load_lse(lse_ptr, block * heads + head, m, SPEC)
+        p = softmax_weights(s, factor, lse, key.dtype, SPEC)  # [BLOCK_M, BLOCK_N]
         d = load_queries(dout, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
         dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.PRECISION)
         acc += p * (dp - row_dot(d, load_queries(out, index, m, SPEC))[:, None])
@@ -243,9 +243,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _spec(q: Tensor, heads: int, scale: float) -> Spec:
+def _spec(q: Tensor, heads: int, scale: float, adds: bool) -> Spec:
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Spec(q.shape[2], q.shape[4], heads, scale > 1e-6, "tf32" if tf32 else "ieee")
+    return Spec(q.shape[2], q.shape[4], heads, adds, scale > 1e-6, "tf32" if tf32 else "ieee")
 
 
 def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -255,12 +255,11 @@ def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, T
     return None if bias is None else bias.contiguous(), mask, 1 if mask is None else mask.shape[0]
 
 
-def _config(kernel: str, q: Tensor, spec: Spec, addends: tuple) -> tuple[_configs.AttentionConfig, dict[str, int]]:
+def _config(kernel: str, q: Tensor, spec: Spec) -> tuple[_configs.AttentionConfig, dict[str, int]]:
     """The launch configuration, no larger than the sequence, and what the compiler is told of it."""
     operands = spec.PRECISION if q.dtype == torch.float32 else "half"
-    adds = addends[0] is not None or addends[1] is not None
     queries = spec.HEADS * spec.N
-    config = _configs.attention(kernel, queries, spec.N, spec.HEAD_DIM, operands, adds, q.device)
+    config = _configs.attention(kernel, queries, spec.N, spec.HEAD_DIM, operands, spec.ADDS, q.device)
     return config, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
@@ -286,20 +285,22 @@ def block_attention_fwd(
         scale: factor of ``q @ k^T``.
 
     Returns:
-        ``out``, contiguous, shape and dtype of q; ``lse`` ``(B, T, heads, N)`` float32, the natural logarithm of the
-        softmax denominators, for the backward; inf where there is no key.
+        ``out``, contiguous, shape and dtype of q; ``lse`` float32, for the backward: ``(B, T, heads, N)``, the natural
+        logarithm of the softmax denominators, or with a bias or mask ``(B, T, heads, N, 2)``, a row's largest score in
+        the kernel's unit (inf where there is no key) and the logarithm of its sum beside that.
     """
     B, T, N, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device)
+    adds = bias is not None or mask is not None
+    lse = torch.empty((B, T, heads, N, 2) if adds else (B, T, heads, N), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     per_block = k.shape[3]
     queries, programs = heads // per_block * N, B * T * per_block
-    spec, addends = _spec(q, heads // per_block, scale), _addends(bias, mask)
+    spec, addends = _spec(q, heads // per_block, scale, adds), _addends(bias, mask)
     q, k, v = (_dense(x) for x in (q, k.expand_as(q), v.expand_as(q)))
     args = ((_view(q), _view(k), _view(v)), _view(out), lse, addends, scale, T, per_block)
-    config, options = _config("fwd", q, spec, addends)
+    config, options = _config("fwd", q, spec)
     with torch.cuda.device_of(q):
         if config.resident == "keys":
             _block_attention_fwd_kernel[(programs,)](
@@ -344,11 +345,12 @@ def block_attention_bwd(
         return dq, dk, dv, torch.zeros_like(bias) if need_dbias and bias is not None else None
     per_block = k.shape[3]
     queries, programs = heads // per_block * N, B * T * per_block
-    spec, addends = _spec(q, heads // per_block, scale), _addends(bias, mask)
+    adds = bias is not None or mask is not None
+    spec, addends = _spec(q, heads // per_block, scale, adds), _addends(bias, mask)
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k.expand_as(q), v.expand_as(q), out))
     dout_view, qkv, out_view = _view(dout), (_view(q), _view(k), _view(v)), _view(out)
     rest = (addends, scale, (T, per_block))
-    config, options = _config("bwd", q, spec, addends)
+    config, options = _config("bwd", q, spec)
     with torch.cuda.device_of(q):
         if config.resident == "queries":
             _block_attention_bwd_kernel[(programs,)](
@@ -357,7 +359,7 @@ def block_attention_bwd(
                 N_TILES=tiles_and_tail(N, config.block_n), **options,
             )  # fmt: skip
         else:
-            statistics = (lse, torch.empty(lse.shape, dtype=lse.dtype, device=lse.device))
+            statistics = (lse, torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device))
             tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **options}
             block_attention_dq_stream_kernel[(programs * triton.cdiv(queries, config.block_m),)](
                 dout_view, qkv, out_view, statistics, _view(dq), *rest, **tiles
@@ -369,7 +371,7 @@ def block_attention_bwd(
             return dq, dk, dv, None
         # The sum over all blocks in two stages: enough partial sums to fill a device, then theirs.
         spec = spec._replace(HEADS=1)
-        config, options = _config("dbias", q, spec, addends)
+        config, options = _config("dbias", q, spec)
         tiles_each = triton.cdiv(N, config.block_m) * triton.cdiv(N, config.block_n)
         splits = min(B * T, triton.cdiv(1024, heads * tiles_each))
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)

@@ -80,7 +80,9 @@ def block_attention(
     ``(heads, N, N)``; ``mask`` is ``(groups, N, N)``, block ``t`` taking ``mask[t % groups]``, either added (floating
     point) or kept where true (bool). Both may be of another dtype than ``q``: scores and softmax are in the one that
     PyTorch's promotion gives, the result ``(B, T, N, heads, head_dim)`` in that of ``q``. A row whose keys are all
-    masked, by false or by -inf, gives zeros and has no gradient, as in ``F.scaled_dot_product_attention``.
+    masked, by false or by -inf, gives zeros and has no gradient, as in ``F.scaled_dot_product_attention``. Finite
+    numbers, however negative, take no key away: where all keys of a row have one so large that the scores are rounded
+    away beside it, the row gives the mean of its values.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, T, heads, N, head_dim)

@@ -41,9 +41,12 @@ def differentiate(function, dout, q, k, v, bias, mask, scale):
 
 
 def launch(dout, q, k, v, bias, mask, scale):
-    """The same from the launchers, and lse."""
+    """The same from the launchers, and lse, of whose parts a row's maximum is in the kernel's unit where it folds."""
     out, lse = block_attention_fwd(q, k, v, bias, mask, scale)
     dq, dk, dv, dbias = block_attention_bwd(dout, q, k, v, out, lse, bias, mask, scale, bias is not None)
+    if bias is not None or mask is not None:
+        row_max, log_sum = lse.double().unbind(-1)
+        lse = row_max * (scale if scale > 1e-6 else 1.0) + log_sum
     assert (dbias is None) == (bias is None)
     results = [out, dq, dk, dv] + ([] if bias is None else [dbias])
     assert all(x.dtype == q.dtype and x.is_contiguous() for x in results)
@@ -248,6 +251,22 @@ def test_block_attention_of_a_row_without_a_key_is_zero_in_both_directions(by, k
     (want_out, want_dq, want_dk, want_dv, want_dbias), _ = launch(quiet, q, k, v, without(bias), without(mask), scale)
     assert torch.equal(out[:, :, others], want_out[:, :, others])
     assert all(map(torch.equal, (dq, dk, dv, dbias), (want_dq, want_dk, want_dv, want_dbias)))
+
+
+@pytest.mark.parametrize("scale", [0.25, -0.25, 2e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["stream", "resident"])
+def test_block_attention_of_a_row_of_huge_numbers(dtype, scale):
+    """Neither the scale nor the exponent makes infinities of them, and beside them no sum of weights is lost."""
+    dout, q, k, v, bias, mask = draw(1, 1, 17, 2, 16, dtype, bias=True, mask="additive")
+    mask[:, 0] = torch.finfo(dtype).min
+    bias[:, 5] = -1e30
+    bias[:, 16, 3:], mask[:, 16, :3] = 1e30, -1e20
+    inputs = (dout, q, k, v, bias, mask)
+    ours, _ = launch(*inputs, scale)
+    plain = differentiate(sdpa, *inputs, scale)
+    golden = differentiate(reference.block_attention, *in_double(inputs), scale)
+    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=True):
+        assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if dtype == torch.float32 else 2, name)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 32), (2, 0, 16, 2, 32)], ids=shape_id)

@@ -285,6 +285,36 @@ def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
         assert grads[3][keep].any()
 
 
+@pytest.mark.parametrize("impl", [*ATTENTION, "compiled auto"])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+@pytest.mark.parametrize(
+    ("dtype", "of"),
+    [("float32", "float32"), ("float32", "float64"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
+)
+def test_the_most_negative_number_takes_no_key_away(impl, kind, dtype, of):
+    """A row that has it for every key gives their mean, and the gradients of that; elsewhere it hides a key."""
+    dtype, of = getattr(torch, dtype), getattr(torch, of)
+    added = torch.zeros(2, 17, 17, dtype=of)
+    added[:, [0, 5]] = added[:, 7, 3:] = torch.finfo(of).min
+    q, k, v = (torch.randn(1, 2, 17, 2, 16, dtype=dtype).requires_grad_() for _ in range(3))
+    dout = torch.randn(q.shape).to(dtype)
+
+    def differentiate(q, k, v, added, impl):
+        attention = nest_fast.block_attention
+        if impl == "compiled auto":
+            attention, impl = torch.compile(attention, backend="aot_eager"), "auto"
+        out = attention(q, k, v, **{kind: added}, impl=impl)
+        return (out, *torch.autograd.grad(out, (q, k, v), dout.to(out.dtype)))
+
+    wide = (x.detach().double().requires_grad_() for x in (q, k, v))
+    golden = differentiate(*wide, added.double(), "reference")
+    assert_close(golden[0][:, :, 0], v.detach().double().mean(2), atol=1e-12, rtol=1e-12)
+    results = differentiate(q, k, v, added, impl)
+    # PyTorch's own gradients are those of weights that do not add up to 1, as the docstring says.
+    for got, wanted in zip(results[: 1 if impl == "sdpa" else None], golden, strict=impl != "sdpa"):
+        assert relative_error(got, wanted) < (0.02 if dtype == torch.bfloat16 else 1e-6)
+
+
 def test_a_masks_gradient_on_every_path():
     q, k, v, mask = tensors_of("block_attention, mask")
     ours = [differentiated("block_attention, mask", i, (q, k, v, mask))[4] for i in ("auto", "sdpa", "reference")]

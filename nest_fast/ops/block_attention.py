@@ -44,7 +44,8 @@ def block_attention(
             under ``torch.func``, and on a CPU where "cpp" cannot run and gradients are wanted. "reference" is plain
             PyTorch, "sdpa" is ``torch.nn.functional.scaled_dot_product_attention`` on 4-D views, "cpp" the extension's
             CPU kernel, "triton" the CUDA kernel (on CPU tensors under ``TRITON_INTERPRET=1``), whose mask has no
-            gradient. Only "auto" may choose.
+            gradient. Only "auto" may choose. The gradients of "sdpa" are PyTorch's, also where it errs: on a CPU, in
+            rows that have the most negative number for every key.
 
     Returns:
         ``(B, T, N, heads, head_dim)`` in q's dtype, contiguous, so ``.flatten(-2)`` is the head-major ``(B, T, N, C)``.
@@ -70,6 +71,7 @@ def block_attention(
     q, k, v = (_checks.dense_rows(_checks.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
         return _CPP(q, k, v, scale)[0]
+    bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
     return _TRITON(q, k, v, bias, mask, scale)[0]
 
 
@@ -150,8 +152,10 @@ def choose(given: Given, dropout_p: float) -> str:
     if q.device.type == "cpu":
         if not _cpp_why_not(given, dropout_p):
             return "cpp"
-        # PyTorch's fused attention for CPUs has no second derivative.
-        return "reference" if _choice.wants_gradients(*given) and not torch.compiler.is_compiling() else "sdpa"
+        # PyTorch's fused attention for CPUs has no second derivative, which compiled code has not either; and its
+        # gradient is wrong where a row's largest score is so large that its logarithm of the sum is rounded away.
+        plain = _choice.wants_gradients(*given) and not (torch.compiler.is_compiling() and given[3:] == (None, None))
+        return "reference" if plain else "sdpa"
     if q.device.type == "cuda":
         reasons = _triton_why_not(given, dropout_p)
         if not reasons:
@@ -179,12 +183,20 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
     # Beside halves float32 is taken as well, which has room for -1e9; by the kernels of GPUs it is not.
     dtype = torch.float32 if q.dtype in _checks.HALVES and q.is_cpu and any(x != q.dtype for x in added) else q.dtype
     if mask is None:
-        return None if bias is None else bias.to(dtype).unsqueeze(0)
+        return None if bias is None else _in_range(bias, dtype).to(dtype).unsqueeze(0)
     if mask.dtype == torch.bool and bias is not None:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
     scores = mask.unsqueeze(1) if bias is None else mask.unsqueeze(1) + bias
-    scores = scores if scores.dtype == torch.bool else scores.to(dtype)
+    scores = scores if scores.dtype == torch.bool else _in_range(scores, dtype).to(dtype)
     return scores.repeat(q.shape[0] * (q.shape[1] // mask.shape[0]), 1, 1, 1)
+
+
+def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would take keys away."""
+    largest = torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max <= largest:
+        return x
+    return torch.where(x.isinf(), x, x.clamp(-largest, largest))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -193,6 +205,11 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
 def _out_and_lse(q, *_):
     B, T, N, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, T, heads, N), dtype=torch.float32)
+
+
+def _triton_fake(q, k, v, bias, mask, scale):
+    out, lse = _out_and_lse(q)
+    return out, lse if bias is None and mask is None else q.new_empty((*lse.shape, 2), dtype=torch.float32)
 
 
 def _flops(q, *_, out_shape=None):
@@ -247,7 +264,7 @@ _TRITON = operation(
     "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
     " -> (Tensor out, Tensor lse)",
     launch="block_attention.block_attention_fwd",
-    fake=_out_and_lse,
+    fake=_triton_fake,
     saved=("q", "k", "v", "bias", "mask", "out", "lse"),
     gradients=_triton_gradients,
     vmap=(3, 5),
