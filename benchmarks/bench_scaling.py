@@ -7,9 +7,8 @@ their square.
 from __future__ import annotations
 
 import pytest
-import torch
 from bench_model import ModelCase, build
-from harness import DEVICE, parametrize
+from harness import DEVICE, DTYPES, parametrize
 
 CUDA = DEVICE == "cuda"
 BATCHES = (1, 4, 16, 64, 256, 1024) if CUDA else (1, 2, 4, 8, 16)
@@ -25,7 +24,7 @@ def cases():
 
 def _case(axis: str, x: int, batch: int, px: int) -> ModelCase:
     return ModelCase(
-        op="nest_tiny", name=f"{px} px", batch=batch, dtype=torch.bfloat16, px=px, compile=False, axis=axis, x=x
+        op="nest_tiny", name=f"{px} px", batch=batch, dtype=DTYPES[-1], px=px, compile=False, axis=axis, x=x
     )
 
 

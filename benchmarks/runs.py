@@ -119,7 +119,7 @@ class Run:
         machine = self.machine
         cpu = f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
         if not machine.get("onednn_bf16", True):
-            cpu += " (oneDNN without bf16)"
+            cpu += " (oneDNN without bf16, which is not measured)"
         chip = machine.get("gpu") or cpu
         dirty = " with changes" if self.commit.get("dirty") else ""
         versions = f"torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}"
