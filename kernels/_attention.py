@@ -86,8 +86,10 @@ def load_lse(lse_ptr, sequence, m, SPEC: tl.constexpr):
     if SPEC.ADDS:
         pairs = lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
         exists = m < SPEC.HEADS * SPEC.N
-        return tl.load(pairs, mask=exists, other=0.0), tl.load(pairs + 1, mask=exists, other=0.0)
-    return load_vector(lse_ptr, sequence, m, SPEC)
+        lse = tl.load(pairs, mask=exists, other=0.0), tl.load(pairs + 1, mask=exists, other=0.0)
+    else:
+        lse = load_vector(lse_ptr, sequence, m, SPEC)
+    return lse
 
 
 @triton.jit
@@ -157,11 +159,13 @@ def exp_scores(s, factor, shift, dtype: tl.constexpr, SPEC: tl.constexpr):
     products with the factor would round to numbers far apart, where its differences are exact.
     """
     if SPEC.ADDS:
-        return tl.exp2((s - shift[:, None]) * (factor * LOG2E))
-    if dtype == tl.float32:
+        exponent = (s - shift[:, None]) * (factor * LOG2E)
+    elif dtype == tl.float32:
         # The difference is small where it matters; the product of each side with LOG2E would be rounded at full size.
-        return tl.exp2(fma(s, factor, -shift[:, None]) * LOG2E)
-    return tl.exp2(fma(s, factor * LOG2E, -(shift * LOG2E)[:, None]))
+        exponent = fma(s, factor, -shift[:, None]) * LOG2E
+    else:
+        exponent = fma(s, factor * LOG2E, -(shift * LOG2E)[:, None])
+    return tl.exp2(exponent)
 
 
 @triton.jit
@@ -169,8 +173,10 @@ def softmax_weights(s, factor, lse, dtype: tl.constexpr, SPEC: tl.constexpr):
     """The softmax [BLOCK_M, BLOCK_N] of scores s, from what load_lse gave for its rows."""
     if SPEC.ADDS:
         row_max, log_sum = lse
-        return tl.exp2(fma(s - row_max[:, None], factor * LOG2E, -(log_sum * LOG2E)[:, None]))
-    return exp_scores(s, factor, lse, dtype, SPEC)
+        weights = tl.exp2(fma(s - row_max[:, None], factor * LOG2E, -(log_sum * LOG2E)[:, None]))
+    else:
+        weights = exp_scores(s, factor, lse, dtype, SPEC)
+    return weights
 
 
 @triton.jit

@@ -167,7 +167,7 @@ def _launch_attention(case: Case) -> None:
     if case.kind == "fwd":
         block_attention_fwd(q, k, v, bias, mask, 0.125)
     else:
-        out, lse = empty(*q.shape), empty(B, T, heads, N, dtype=torch.float32)
+        out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
         block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
 
 
