@@ -7,7 +7,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from aggregation import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nest_fast.kernels import _configs
+
+from helpers.aggregation import (
     PADDINGS,
     Shape,
     assert_forward,
@@ -19,11 +23,7 @@ from aggregation import (
     pool_at,
     pool_places,
 )
-from common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-
+from helpers.common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from nest_fast import reference
 from nest_fast.ops import block_aggregate
 from nest_fast.ops.block_aggregate import IMPLS

@@ -8,7 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from aggregation import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nest_fast.kernels import _configs
+from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
+
+from helpers.aggregation import (
     PADDINGS,
     assert_forward,
     assert_gradients,
@@ -18,12 +23,7 @@ from aggregation import (
     pool_places,
     windows,
 )
-from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
-
+from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from nest_fast import reference
 from nest_fast.testing import gradients, relative_error
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from common import CPP_ISA, DEVICE, in_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
+from helpers.common import CPP_ISA, DEVICE, in_double
 from nest_fast import bias_gelu, block_aggregate, block_attention, reference
 from nest_fast.ops import _choice, _triton
 from nest_fast.testing import assert_as_accurate, gradients, relative_error

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from attention import golden_softmax, sums_of_terms
-from common import CPP_ISA, DTYPES, ISAS, guarded, instructions, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.attention import golden_softmax, sums_of_terms
+from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, instructions, with_threads
 from nest_fast import reference
 from nest_fast.ops import _extension, block_attention
 from nest_fast.testing import assert_as_accurate, gradients, relative_error

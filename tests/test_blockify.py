@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from common import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from helpers.common import run_python
 from nest_fast import reference
 from nest_fast.ops import _extension, blockify, patchify, unblockify
 

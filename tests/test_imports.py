@@ -3,7 +3,8 @@
 import ast
 
 import pytest
-from common import ROOT, run_python
+
+from helpers.common import ROOT, run_python
 
 # What each layer may import of nest_fast; the picture in DESIGN.md.
 ALLOWED = {
@@ -40,7 +41,7 @@ SHARED = {
     "scripts": {"kernels._configs"},
 }
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")]
+OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
 
 
 def layer_of(path):

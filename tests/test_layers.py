@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strides import restrided
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
+from helpers.strides import restrided
 from nest_fast import attention_layer, mlp_layer, reference
 from nest_fast.ops import _extension
 from nest_fast.testing import gradients, relative_error

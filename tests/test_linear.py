@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from strides import restrided
 
+from helpers.strides import restrided
 from nest_fast import linear, reference
 from nest_fast.ops import _extension
 from nest_fast.testing import assert_as_accurate

@@ -8,14 +8,14 @@ import warnings
 
 import pytest
 import torch
-from aggregation import for_the_interpreter
-from common import CPP_ISA
-from strides import restrided
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nest_fast
+from helpers.aggregation import for_the_interpreter
+from helpers.common import CPP_ISA
+from helpers.strides import restrided
 from nest_fast.ops import _checks, _extension, _triton
 from nest_fast.testing import relative_error
 
@@ -482,7 +482,7 @@ def test_factors_are_numbers():
 
 
 def test_the_counter_is_not_imported_with_the_package():
-    from common import run_python
+    from helpers.common import run_python
 
     code = "import sys, nest_fast; assert not {'torch.utils.flop_counter', 'triton'} & {*sys.modules};"
     code += "from torch.utils.flop_counter import flop_registry; import torch;"

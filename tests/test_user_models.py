@@ -15,7 +15,9 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
 from torch import nn
-from twins import (
+
+import nest_fast
+from helpers.twins import (
     KINDS,
     TIMM_KINDS,
     ActingIdentity,
@@ -42,8 +44,6 @@ from twins import (
     twin,
     width,
 )
-
-import nest_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -5,7 +5,8 @@ import math
 import os
 
 import torch
-from common import ROOT, run_python
+
+from helpers.common import ROOT, run_python
 
 
 def differentiate(function, inputs, douts):
