@@ -152,7 +152,7 @@ def layouts(x):
     return [wide[..., 4:-4], *(x.permute(o).contiguous().permute([o.index(i) for i in range(5)]) for o in orders)]
 
 
-def test_block_attention_reads_every_layout():
+def test_block_attention_of_any_strides():
     inputs = [x.contiguous() for x in draw(2, 2, 9, 2, 16, torch.float32)[:4]]
     wanted, lse = launch(*inputs, None, None, 0.25)
     moved = [layouts(x) for x in inputs]
@@ -198,7 +198,7 @@ def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum of a row of NaN
-def test_block_attention_keeps_nan_in_its_sequence():
+def test_block_attention_keeps_special_values_in_their_sequence():
     dout, q, k, v, _, _ = draw(2, 2, 16, 2, 16, torch.float32)
     wanted, _ = launch(dout, q, k, v, None, None, 0.25)
     q, k, v = q.clone(), k.clone(), v.clone()
@@ -274,7 +274,7 @@ def test_block_attention_repeats_bit_by_bit():
     bias=st.booleans(),
     mask=st.sampled_from([None, "bool", "additive"]),
 )
-def test_block_attention_fuzz(shape, dtype, multi_query, bias, mask):
+def test_block_attention_of_any_shape(shape, dtype, multi_query, bias, mask):
     check_rounding(*draw(*shape, dtype, kv_heads=1 if multi_query else None, bias=bias, mask=mask), 0.3)
 
 
