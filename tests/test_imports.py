@@ -113,6 +113,18 @@ def test_kernels_know_no_modules_autograd_or_registration():
             assert word not in text, f"{path.name} uses {word}"
 
 
+def test_of_many_blocks_no_grid_is_on_y():
+    """Nor on z: they end at 65,535 programs, x at 2^31."""
+    launches = 0
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                assert isinstance(node.func.slice, ast.Tuple), f"{path.name}, line {node.lineno}"
+                assert len(node.func.slice.elts) == 1, f"{path.name}, line {node.lineno}"
+                launches += 1
+    assert launches > 10
+
+
 def test_import_needs_only_torch():
     """In a fresh interpreter without triton, timm, numpy or the compiled parts: no CUDA, no compiler, and it works."""
     code = """
