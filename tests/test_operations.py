@@ -166,7 +166,15 @@ def test_a_sums_gradient(name, impl):
     assert_close(*(differentiated(name, i, tensors, dout) for i in (impl, "reference")))
 
 
-@each_way
+# The layers and the aggregation have such a test of their own, to the bit or nearly.
+ALONE = (
+    *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
+    *("linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
+    *("blockify", "unblockify", "patchify"),
+)
+
+
+@of(ALONE)
 def test_each_gradient_alone(name, impl):
     """Whatever else is frozen."""
     tensors = tensors_of(name)

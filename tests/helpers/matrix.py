@@ -143,12 +143,13 @@ class Test(NamedTuple):
 
 
 def _keys(tree: ast.Module) -> dict[str, set[str]]:
-    """The keys of dictionaries at the top of a module, by the dictionary's name."""
+    """The keys of dictionaries at the top of a module, and what its tuples hold, by their names."""
     found: dict[str, set[str]] = {}
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AugAssign)) and isinstance(node.value, ast.Dict):
+        if isinstance(node, (ast.Assign, ast.AugAssign)) and isinstance(node.value, (ast.Dict, ast.Tuple)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            names = {key.value.partition(",")[0] for key in node.value.keys if isinstance(key, ast.Constant)}
+            of = node.value.keys if isinstance(node.value, ast.Dict) else ast.walk(node.value)
+            names = {n.value.partition(",")[0] for n in of if isinstance(n, ast.Constant) and isinstance(n.value, str)}
             if isinstance(target, ast.Name):
                 found[target.id] = found.get(target.id, set()) | names
     return found
