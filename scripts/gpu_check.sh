@@ -63,7 +63,7 @@ if wanted tests; then
   workers=$("$PYTHON" -c 'import xdist; print("-n 4")' 2>/dev/null) || workers=
   part tests-gpu 120 "$PYTHON" -m pytest tests -q -m gpu
   # shellcheck disable=SC2086  # the option and its value are two words, or none
-  part tests-ops 120 "$PYTHON" -m pytest tests/test_block*.py -q -m "not gpu" $workers
+  part tests-ops 120 "$PYTHON" -m pytest tests/test_block*.py tests/test_norm_pool.py -q -m "not gpu" $workers
 fi
 wanted profile && part profile 60 "$PYTHON" benchmarks/top_kernels.py --out "$RESULTS"
 if wanted bench || wanted sweep; then

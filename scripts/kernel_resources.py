@@ -8,7 +8,9 @@ driver that names the architecture and launches nothing, so what is compiled is 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -27,8 +29,11 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 from nest_fast.kernels import _configs
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -72,6 +77,18 @@ class Aggregation(NamedTuple):
     @property
     def name(self) -> str:
         return f"aggregate-{self.kind}-C{self.C_in}-{self.C_out}-{self.dtype}"
+
+
+class Pass(NamedTuple):
+    """Launches of a pass between the matmuls to compile, in bf16; ``kind`` may end with what is special about them."""
+
+    kind: str
+    C: int
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-C{self.C}-{self.dtype}"
 
 
 class _OfflineDriver:
@@ -125,10 +142,12 @@ def _tf32(allowed: bool) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def launch(case: Case | Aggregation) -> None:
+def launch(case: Case | Aggregation | Pass) -> None:
     """Run the launcher of case on meta tensors."""
     with _tf32(case.dtype == "tf32"):
-        if isinstance(case, Aggregation):
+        if isinstance(case, Pass):
+            _launch_pass(case)
+        elif isinstance(case, Aggregation):
             _launch_aggregation(case)
         else:
             _launch_attention(case)
@@ -169,6 +188,29 @@ def _launch_attention(case: Case) -> None:
     else:
         out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
         block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
+
+
+def _launch_pass(case: Pass) -> None:
+    """Batch 8 of 16 blocks of 14 x 14; what is optional is there, but in a "bare" pass."""
+
+    def empty(*shape, dtype=DTYPES[case.dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, vector, dtype = empty(8, 16, 196, case.C), empty(case.C), DTYPES[case.dtype]
+    scale, row = empty(8), empty(8, 16, 196, dtype=torch.float32)
+    if case.kind.startswith("bias-gelu"):
+        tanh = case.kind.endswith("tanh")
+        bias_gelu_fwd(x, vector, dtype, tanh)
+        bias_gelu_bwd(x, x, vector, tanh, True)
+    elif case.kind == "add-layer-norm-fwd":
+        add_layer_norm_fwd(x, x, scale, vector, vector, vector, 1e-6, dtype, dtype)
+    elif case.kind == "add-layer-norm-bwd":
+        add_layer_norm_bwd(x, x, x, row, row, scale, vector, dtype, dtype, True)
+    elif case.kind == "add-layer-norm-bwd-bare":
+        add_layer_norm_bwd(x, x, x, row, row, None, vector, dtype, dtype, False)
+    else:
+        layer_norm_mean_fwd(x, vector, vector, 1e-6, dtype)
+        layer_norm_mean_bwd(x[:, 0, 0], x, empty(8, case.C, dtype=torch.float32), row, row, vector)
 
 
 def figures(kernel) -> dict[str, int]:
@@ -231,11 +273,21 @@ AGGREGATIONS = [
     *(Aggregation(kind, C_in, C_out, dtype, grid) for kind, dtype in _LAUNCHES for C_in, C_out, grid in _WIDTHS),
     Aggregation("norm-pool", 192, 384, "fp32"),
 ]
+# The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
+PASSES = [
+    *(Pass(f"bias-gelu-{approximate}", 384) for approximate in ("none", "tanh")),
+    *(Pass("add-layer-norm-bwd", C) for C in (96, 384, 1536)),
+    *(
+        Pass(kind, C)
+        for kind in ("add-layer-norm-fwd", "add-layer-norm-bwd-bare", "layer-norm-mean")
+        for C in (96, 1536)
+    ),
+]
 
 
-def shipped(architecture: int) -> list[Case | Aggregation]:
+def shipped(architecture: int) -> list[Case | Aggregation | Pass]:
     """The models' shapes, window models' with bias and mask, the largest shape of every row of attention's table."""
-    cases: list[Case | Aggregation] = [*MODELS, *WINDOWS, *AGGREGATIONS]
+    cases: list[Case | Aggregation | Pass] = [*MODELS, *WINDOWS, *AGGREGATIONS, *PASSES]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION
@@ -255,7 +307,7 @@ def every_shape() -> Iterator[Case]:
             yield Case(kind, N, head_dim, dtype, biased=biased)
 
 
-def broken_bars(architecture: int, case: Case | Aggregation, row: dict[str, int]) -> list[str]:
+def broken_bars(architecture: int, case: Case | Aggregation | Pass, row: dict[str, int]) -> list[str]:
     """What no shipped configuration may do."""
     broken = []
     if row["spill_bytes"]:
@@ -264,10 +316,25 @@ def broken_bars(architecture: int, case: Case | Aggregation, row: dict[str, int]
         broken.append(f"wants {row['shared_bytes']} bytes of shared memory")
     if row["tensor_memory"] > 512:
         broken.append(f"wants {row['tensor_memory']} columns of tensor memory")
-    multiplies = case.dtype != "fp32" and case.kind != "norm-pool"
+    multiplies = case.dtype != "fp32" and case.kind != "norm-pool" and not isinstance(case, Pass)
     if multiplies and not row["HGMMA"] + row["HMMA"] + row["UTCMMA"]:
         broken.append("uses no matrix unit")
     return broken
+
+
+def sources() -> str:
+    """A digest of what the figures follow from, comments and docstrings aside: this file and the kernels."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in [Path(__file__), *sorted((root / "kernels").glob("*.py"))]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [  # type: ignore[attr-defined]
+                    line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+                ]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
 
 
 def main() -> int:
@@ -275,12 +342,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--every-shape", action="store_true", help="not only what is shipped: every size that pads")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", default="", help="cases in whose name, sm_90 fwd-N196-d32-bf16, this regex is")
     args = parser.parse_args()
-    table: dict = {"triton": triton.__version__, "figures": {}, "broken": {}}
+    table: dict = {"triton": triton.__version__, "sources": sources(), "figures": {}, "broken": {}}
     for architecture in args.architectures:
         for case in every_shape() if args.every_shape else shipped(architecture):
-            if args.only not in case.name:
+            if not re.search(args.only, f"sm_{architecture} {case.name}"):
                 continue
             with compiling(architecture) as compiled:
                 launch(case)

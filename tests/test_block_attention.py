@@ -7,13 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from common import CPP_ISA, DEVICE, in_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import nest_fast
+from helpers.common import CPP_ISA, DEVICE, in_double, saved_bytes
 from nest_fast import bias_gelu, block_aggregate, block_attention, reference
 from nest_fast.ops import _choice, _triton
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
@@ -35,7 +33,7 @@ def inputs(B=2, T=4, N=16, heads=2, d=16, kv_heads=None, dtype=torch.float32):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kv_heads", [3, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_and_gradients(impl, kv_heads, dtype):
+def test_is_as_accurate_as_pytorch(impl, kv_heads, dtype):
     q, k, v = inputs(N=20, heads=3, d=24, kv_heads=kv_heads, dtype=dtype)
     dout = torch.randn_like(q)
     golden = gradients(reference.block_attention, in_double((q, k, v)), dout)
@@ -59,7 +57,7 @@ def test_outputs_and_gradients(impl, kv_heads, dtype):
     layout=st.sampled_from(["packed", "contiguous", "transposed", "expanded", "sliced"]),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_layout(impl, B, T, N, heads, d, multi_query, layout, seed):
+def test_of_any_shape_and_strides(impl, B, T, N, heads, d, multi_query, layout, seed):
     torch.manual_seed(seed)
     q, k, v = inputs(B, T, N, heads, d, 1 if multi_query else heads)
     make = {
@@ -95,7 +93,7 @@ def test_bias_and_mask(impl, masked):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scale_and_double_backward_message(impl):
+def test_takes_any_scale_and_refuses_gradients_of_gradients(impl):
     q, k, v = (x.detach().requires_grad_() for x in inputs())
     out = block_attention(q, k, v, scale=0.5, impl=impl)
     assert relative_error(out, reference.block_attention(*in_double((q, k, v)), scale=0.5)) < 1e-5
@@ -130,7 +128,7 @@ def test_dropout_drops_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_special_values_spread_as_in_softmax(impl):
+def test_keeps_special_values_where_pytorch_does(impl):
     """NaN in one block stays in that block."""
     q, k, v = (x.clone() for x in inputs())
     q[0, 1, 3, 0, 0] = math.nan
@@ -166,6 +164,25 @@ def test_compiles_in_one_graph(impl):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+def test_exports_with_a_dynamic_batch(impl):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return block_attention(q, k, v, impl=impl)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Attention(), inputs(), dynamic_shapes=({0: batch},) * 3).module()
+    arguments = inputs(B=5)
+    assert relative_error(exported(*arguments), block_attention(*arguments, impl="reference")) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saves_little_for_the_gradient(impl):
+    q, k, v = (x.requires_grad_() * 1 for x in (t.clone() for t in inputs(N=64)))  # saved as activations are
+    ours, plain = (saved_bytes(lambda i=i: block_attention(q, k, v, impl=i)) for i in (impl, "reference"))
+    assert 0 < ours <= plain
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_vmap_over_the_batch(impl):
     q, k, v = (torch.stack([x, x + 1]) for x in inputs())
@@ -184,7 +201,7 @@ def test_vmap_over_biases(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
+def test_has_pytorchs_dtypes_under_autocast(impl):
     q, k, v = inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         out = block_attention(q, k.bfloat16(), v, impl=impl)
@@ -238,7 +255,7 @@ GOOD = (2, 4, 16, 2, 16)
         ({"impl": "flash"}, r"impl: wanted one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
     ],
 )
-def test_bad_input(change, message):
+def test_refuses_bad_arguments(change, message):
     arguments = {"q": torch.zeros(GOOD), "k": torch.zeros(GOOD), "v": torch.zeros(GOOD), **change}
     with pytest.raises((ValueError, TypeError), match=message) as error:
         block_attention(**arguments)
@@ -254,49 +271,3 @@ def test_an_explicit_choice_never_falls_back():
         block_attention(*inputs(), bias=torch.zeros(2, 16, 16, device=DEVICE), impl="cpp")
     with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*N = 300 tokens are over 256"):
         block_attention(*inputs(N=300), impl="triton")
-
-
-# --- the module -------------------------------------------------------------------------------------------------------
-
-
-def test_module_is_a_drop_in_for_timms_attention():
-    from nest_fast.testing import import_timm
-
-    theirs = import_timm().models.nest.Attention(48, 3, qkv_bias=True)
-    ours = nest_fast.BlockAttention(48, 3, qkv_bias=True, head_minor=True)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 4, 9, 48)
-    assert relative_error(ours(x), theirs(x)) < 1e-5
-    major = nest_fast.BlockAttention(48, 3, qkv_bias=True)
-    state = theirs.state_dict()
-    state["proj.weight"] = nest_fast.weights.head_minor_to_major(state["proj.weight"], 3)
-    major.load_state_dict(state)
-    assert relative_error(major(x), theirs(x)) < 1e-5
-    back = nest_fast.weights.head_major_to_minor(state["proj.weight"], 3)
-    assert torch.equal(back, theirs.proj.weight)
-
-
-def test_module_calls_a_projection_that_is_more_than_a_linear():
-    """A low-rank adapter in place of ``proj`` sees timm's order, in which it was trained."""
-
-    class Adapter(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + x
-
-    module = nest_fast.BlockAttention(32, 4, head_minor=True)
-    x = torch.randn(1, 2, 4, 32)
-    qkv = module.qkv(x).unflatten(-1, (3, 4, 8))
-    minor = reference.block_attention(*qkv.unbind(3)).transpose(-1, -2).flatten(-2)
-    plain = module.proj(minor)
-    torch.testing.assert_close(module(x), plain)
-    module.proj.__class__ = Adapter
-    torch.testing.assert_close(module(x), plain + minor)
-
-
-def test_module_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="num_heads: wanted a divisor of dim = 32, got 5"):
-        nest_fast.BlockAttention(32, 5)
-    with pytest.raises(ValueError, match=r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)"):
-        nest_fast.BlockAttention(32, 4)(torch.zeros(2, 4, 32))
-    with pytest.raises(ValueError, match="impl: wanted one of"):
-        nest_fast.BlockAttention(32, 4, impl="cuda")

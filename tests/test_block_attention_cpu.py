@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from attention import golden_softmax, sums_of_terms
-from common import CPP_ISA, DTYPES, ISAS, guarded, instructions, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.attention import golden_softmax, sums_of_terms
+from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, instructions, with_threads
 from nest_fast import reference
 from nest_fast.ops import _extension, block_attention
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
@@ -52,7 +52,7 @@ def golden(q, k, v, scale=None):
 # The NesT shapes (196; 16 for 32 px), windows (49, 64), one beyond what registers were sized for, odd sizes.
 @pytest.mark.parametrize(("N", "d"), [(196, 32), (16, 64), (49, 24), (64, 48), (256, 16), (197, 33), (17, 128)])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_output_is_as_accurate_as_sdpa(isa, dtype, N, d):
+def test_is_as_accurate_as_sdpa(isa, dtype, N, d):
     # So many numbers that the largest error does not hang on luck.
     q, k, v = packed(2, 1 + 2**18 // (N * 3 * d), N, 3, d, dtype)
     ours, theirs, exact = kernel(q, k, v), plain(q, k, v), golden(q, k, v)
@@ -66,7 +66,7 @@ def test_output_is_as_accurate_as_sdpa(isa, dtype, N, d):
     [(196, 32, 3), (196, 32, 1), (16, 64, 3), (49, 24, 1), (256, 16, 3), (197, 33, 1), (17, 128, 3), (700, 40, 3)],
 )
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_gradients_are_as_accurate_as_sdpa(isa, dtype, N, d, kv_heads):
+def test_gradient_is_as_accurate_as_sdpas(isa, dtype, N, d, kv_heads):
     q, k, v = packed(2, 1 + 2**15 // (N * 3 * d), N, 3, d, dtype, kv_heads)
     dout = torch.randn_like(q)
     ours, theirs, exact = (
@@ -110,7 +110,7 @@ def test_lse_and_any_scale(isa, dtype, scale):
     layout=st.sampled_from(["packed", "contiguous", "head-major", "expanded", "sliced"]),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_layout(isa, dtype, B, T, N, heads, d, multi_query, layout, seed):
+def test_of_any_shape_and_strides(isa, dtype, B, T, N, heads, d, multi_query, layout, seed):
     torch.manual_seed(seed)
     inputs = packed(B, T, N, heads, d, dtype, 1 if multi_query else heads)
     make = {
@@ -145,14 +145,14 @@ def amid_nan(x):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33)])
-def test_reads_nothing_around_the_inputs(isa, dtype, N, d):
+def test_stays_inside_its_buffers(isa, dtype, N, d):
     alone = packed(2, 2, N, 2, d, dtype)
     assert torch.equal(kernel(*map(amid_nan, alone)), kernel(*alone))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33)])
-def test_backward_reads_nothing_around_the_inputs(isa, dtype, N, d):
+def test_backward_stays_inside_its_buffers(isa, dtype, N, d):
     q, k, v = packed(2, 2, N, 2, d, dtype, kv_heads=1)
     out, lse = OPS.block_attention_cpp_fwd(q, k, v, 0.3)
     alone = (torch.randn_like(q), q, k, v, out)
@@ -164,7 +164,7 @@ def test_backward_reads_nothing_around_the_inputs(isa, dtype, N, d):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["q", "k", "v"])
-def test_special_values_spread_as_in_softmax(isa, dtype, value, where):
+def test_keeps_special_values_where_pytorch_does(isa, dtype, value, where):
     inputs = [x.clone() for x in packed(1, 2, 20, 2, 8, dtype)]
     inputs[where][0, 1, 7, 1, 3] = value
     out, wanted = kernel(*inputs).double(), golden(*inputs)
@@ -177,7 +177,7 @@ def test_special_values_spread_as_in_softmax(isa, dtype, value, where):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
 @pytest.mark.parametrize("N", [20, 21])
-def test_special_values_spread_as_in_softmaxs_gradients(isa, dtype, value, where, N):
+def test_gradient_keeps_special_values_where_pytorchs_does(isa, dtype, value, where, N):
     """NaN and infinity reach what they reach in plain PyTorch, and no other head or block."""
     inputs = [x.clone() for x in (*packed(1, 2, N, 2, 8, dtype), torch.randn(1, 2, N, 2, 8).to(dtype))]
     inputs[where][0, 1, 7, 1, 3] = value
@@ -208,7 +208,7 @@ def test_extreme_scores(isa):
     torch.testing.assert_close(kernel(q, k, v), torch.full_like(q, 2.0), rtol=0, atol=0)
 
 
-def test_bitwise_the_same_however_it_is_divided(isa):
+def test_repeats_bit_by_bit(isa):
     """Run to run, for any number of threads, and with k and v of one head repeated."""
     q, k, v = packed(3, 2, 61, 5, 16, torch.bfloat16, kv_heads=1)
     dout = torch.randn_like(q)
@@ -235,7 +235,7 @@ def test_only_one_of_k_and_v_is_shared(isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 8), (2, 0, 16, 2, 8), (2, 4, 0, 2, 8), (2, 4, 16, 0, 8)])
-def test_empty(isa, shape):
+def test_of_nothing(isa, shape):
     q = torch.empty(shape)
     out, lse = OPS.block_attention_cpp_fwd(q, q, q, 1.0)
     assert out.shape == shape
@@ -266,7 +266,7 @@ GOOD = (1, 2, 5, 3, 8)
         ({x: torch.zeros(GOOD)[..., :0] for x in "qkv"}, "q: wanted a head_dim of at least 1, got 0"),
     ],
 )
-def test_bad_input(change, message):
+def test_refuses_bad_arguments(change, message):
     arguments = {x: torch.zeros(GOOD) for x in "qkv"} | change
     with pytest.raises(RuntimeError, match=message):
         OPS.block_attention_cpp_fwd(*arguments.values(), 1.0)
@@ -284,7 +284,7 @@ def test_bad_input(change, message):
         ({"lse": torch.zeros(1, 2, 5, 3).mT}, "lse: wanted 30 contiguous elements .*, got 30 with gaps"),
     ],
 )
-def test_bad_input_of_the_backward(change, message):
+def test_refuses_bad_arguments_of_the_backward(change, message):
     arguments = {x: torch.zeros(GOOD) for x in ("dout", "q", "k", "v", "out")} | {"lse": torch.zeros(1, 2, 3, 5)}
     with pytest.raises(RuntimeError, match=message):
         OPS.block_attention_cpp_bwd(*(arguments | change).values(), 1.0)

@@ -5,13 +5,13 @@ import textwrap
 
 import pytest
 import torch
-from attention import golden_softmax, sums_of_terms
-from common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nest_fast.kernels import _configs
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
 
+from helpers.attention import golden_softmax, sums_of_terms
+from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
 from nest_fast import block_attention, reference
 from nest_fast.testing import assert_as_accurate, gradients, max_error
 
@@ -155,7 +155,7 @@ def layouts(x):
     return [wide[..., 4:-4], *(x.permute(o).contiguous().permute([o.index(i) for i in range(5)]) for o in orders)]
 
 
-def test_block_attention_reads_every_layout():
+def test_block_attention_of_any_strides():
     inputs = [x.contiguous() for x in draw(2, 2, 9, 2, 16, torch.float32)[:4]]
     wanted, lse = launch(*inputs, None, None, 0.25)
     moved = [layouts(x) for x in inputs]
@@ -201,7 +201,7 @@ def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum of a row of NaN
-def test_block_attention_keeps_nan_in_its_sequence():
+def test_block_attention_keeps_special_values_in_their_sequence():
     dout, q, k, v, _, _ = draw(2, 2, 16, 2, 16, torch.float32)
     wanted, _ = launch(dout, q, k, v, None, None, 0.25)
     q, k, v = q.clone(), k.clone(), v.clone()
@@ -293,7 +293,7 @@ def test_block_attention_repeats_bit_by_bit():
     bias=st.booleans(),
     mask=st.sampled_from([None, "bool", "additive"]),
 )
-def test_block_attention_fuzz(shape, dtype, multi_query, bias, mask):
+def test_block_attention_of_any_shape(shape, dtype, multi_query, bias, mask):
     check_rounding(*draw(*shape, dtype, kv_heads=1 if multi_query else None, bias=bias, mask=mask), 0.3)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from common import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from helpers.common import run_python
 from nest_fast import reference
 from nest_fast.ops import _extension, blockify, patchify, unblockify
 
@@ -135,7 +135,7 @@ def test_blockify_adds_infinities_nans_and_subnormals(dtype, impl):
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_fuzz(data):
+def test_of_any_shape_and_strides(data):
     """Random sizes, permuted and offset memory, all three operations and the inverse of the third."""
     if _extension.cpu_error is not None:
         pytest.skip(_extension.cpu_error)
@@ -195,7 +195,7 @@ def test_patchify_with_one_matmul_is_the_patch_convolution():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_tensors_are_shared_between_threads(threads, impl):
+def test_repeats_bit_by_bit_with_any_number_of_threads(threads, impl):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -232,7 +232,7 @@ print("right")
 """
 
 
-def test_offsets_of_64_bits():
+def test_offsets_are_64_bit():
     """In a process of its own, since an offset of 32 bits is an access violation."""
     if _extension.cpu_error is not None:
         pytest.skip(_extension.cpu_error)
@@ -240,7 +240,7 @@ def test_offsets_of_64_bits():
 
 
 @pytest.mark.gpu
-def test_offsets_of_64_bits_on_a_gpu():
+def test_offsets_are_64_bit_on_a_gpu():
     x = torch.empty_strided((3, 4, 4, 16), (2**30, 64, 16, 1), dtype=torch.uint8, device="cuda")
     x.copy_(torch.randint(0, 256, x.shape, dtype=torch.uint8))
     assert torch.equal(blockify(x, 2, impl="cuda"), reference.blockify(x.contiguous(), 2))
@@ -267,7 +267,7 @@ def test_nothing_to_move_is_a_view(grid, block, impl):
     assert torch.equal(blockify(x, block, pos_embed=pos, impl=impl), reference.blockify(x, block) + pos)
 
 
-def test_an_image_without_height(impl):
+def test_of_nothing(impl):
     x = torch.randn(2, 0, 8, 3, device=device_of(impl), requires_grad=True)
     out = blockify(x, 4, impl=impl)
     assert out.shape == (2, 0, 16, 3)
@@ -319,7 +319,7 @@ def test_auto_has_gradients_where_the_kernel_runs(batch):
     assert blockify(x.detach(), 14, pos_embed=pos).requires_grad
 
 
-def test_without_the_extension_auto_falls_back_and_an_explicit_choice_does_not(monkeypatch):
+def test_an_explicit_choice_never_falls_back_and_auto_does(monkeypatch):
     monkeypatch.setattr(_extension, "cpu_error", "nest_fast/_C_cpu.abi3.so is not built")
     x = torch.randn(1, 128, 128, 32)
     assert torch.equal(blockify(x, 32), reference.blockify(x, 32))
@@ -386,13 +386,13 @@ BLOCKS = torch.zeros(2, 6, 16, 3)
         ),
     ],
 )
-def test_bad_input(call, error, message):
+def test_refuses_bad_arguments(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
 
 
-def test_the_operations_refuse_what_would_be_read_out_of_bounds(impl):
+def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(impl):
     """The checks of the kernels themselves, should they be called without the public functions."""
     x = torch.zeros(2, 8, 12, 3, device=device_of(impl))
     for call in (
@@ -433,7 +433,7 @@ def test_opcheck(index, impl):
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_gradients_of_any_order(index, impl):
+def test_gradcheck_and_gradgradcheck(index, impl):
     name, args = samples(device_of(impl))[index]
     leaves = [x.detach().requires_grad_() for x in args if isinstance(x, torch.Tensor)]
 
@@ -481,7 +481,7 @@ def test_vmap(impl):
     assert torch.equal(patchify(grads.flatten(0, 1), 2, 2, impl=impl).view_as(douts), douts)
 
 
-def test_autocast_promotes_as_adding_does(impl):
+def test_has_pytorchs_dtypes_under_autocast(impl):
     device = device_of(impl)
     image = torch.randn(2, 8, 8, 4, device=device).bfloat16()
     pos = torch.randn(1, 4, 16, 4, device=device)
@@ -496,7 +496,7 @@ def through(x, pos, impl="auto"):
     return patchify(y.permute(0, 3, 1, 2), 2, 2, impl=impl)
 
 
-def test_compile_in_one_graph_with_few_compilations(impl):
+def test_compiles_in_one_graph(impl):
     device = device_of(impl)
     pos = torch.randn(1, 4, 16, 3, device=device)
     graphs = []
@@ -513,7 +513,7 @@ def test_compile_in_one_graph_with_few_compilations(impl):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_through_the_backward(dynamic, impl):
+def test_compiles_through_the_backward(dynamic, impl):
     device = device_of(impl)
     compiled = torch.compile(through, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for height in (8, 12):
@@ -529,7 +529,7 @@ class Through(torch.nn.Module):
         return through(x, pos)
 
 
-def test_export_with_a_dynamic_batch():
+def test_exports_with_a_dynamic_batch():
     x, pos = torch.randn(2, 8, 8, 3), torch.randn(1, 4, 16, 3)
     exported = torch.export.export(Through(), (x, pos), dynamic_shapes=({0: torch.export.Dim("batch")}, None))
     module = exported.module()
@@ -553,7 +553,7 @@ def test_fake_tensors_have_the_real_metadata(impl):
 
 
 @pytest.mark.gpu
-def test_many_blocks():
+def test_of_many_blocks():
     for batch in (65_535, 65_536, 70_000):
         x = torch.randint(0, 256, (batch, 4, 4, 1), dtype=torch.uint8, device="cuda")
         assert torch.equal(blockify(x, 2, impl="cuda"), reference.blockify(x, 2))

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 import torch
-from common import ROOT
 
+from helpers.common import ROOT
 from nest_fast.testing import import_timm
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nest_fast
+from helpers.common import ROOT, run_python
 from nest_fast.ops._extension import cpu_error
 from nest_fast.testing import import_timm, relative_error
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CPP_ISA, ROOT, run_python
 
 import nest_fast
+from helpers.common import CPP_ISA, ROOT, run_python
 from nest_fast.ops import _extension
 
 OPS = torch.ops.nest_fast

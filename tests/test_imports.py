@@ -3,7 +3,8 @@
 import ast
 
 import pytest
-from common import ROOT, run_python
+
+from helpers.common import ROOT, run_python
 
 # What each layer may import of nest_fast; the picture in DESIGN.md.
 ALLOWED = {
@@ -40,7 +41,7 @@ SHARED = {
     "scripts": {"kernels._configs"},
 }
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")]
+OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
 
 
 def layer_of(path):
@@ -110,6 +111,18 @@ def test_kernels_know_no_modules_autograd_or_registration():
         text = path.read_text()
         for word in ("torch.nn", "torch.autograd", "torch.library"):
             assert word not in text, f"{path.name} uses {word}"
+
+
+def test_of_many_blocks_no_grid_is_on_y():
+    """Nor on z: they end at 65,535 programs, x at 2^31."""
+    launches = 0
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                assert isinstance(node.func.slice, ast.Tuple), f"{path.name}, line {node.lineno}"
+                assert len(node.func.slice.elts) == 1, f"{path.name}, line {node.lineno}"
+                launches += 1
+    assert launches > 10
 
 
 def test_import_needs_only_torch():

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from strides import restrided
 
+from helpers.strides import restrided
 from nest_fast import linear, reference
 from nest_fast.ops import _extension
 from nest_fast.testing import assert_as_accurate
@@ -22,7 +22,7 @@ def tensors(*lead, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", _extension.onednn_dtypes)
 @pytest.mark.parametrize("case", ["none", "gelu", "gelu_tanh", "residual"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_onednn_is_as_accurate_as_plain_pytorch(dtype, case, with_bias):
+def test_is_as_accurate_as_pytorch(dtype, case, with_bias):
     x, weight, bias, residual = tensors(2, 3, 50, dtype=dtype)
     bias = bias if with_bias else None
     options = {"residual": residual} if case == "residual" else {"activation": case}
@@ -38,7 +38,7 @@ def test_onednn_is_as_accurate_as_plain_pytorch(dtype, case, with_bias):
 
 @onednn
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3, 4, 5)])
-def test_any_rank_and_strided_operands(lead):
+def test_of_any_strides_and_rank(lead):
     x, weight, bias, residual = tensors(*lead)
     wanted = reference.linear(x, weight, bias, residual=residual)
     torch.testing.assert_close(linear(x, weight, bias, residual=residual), wanted, rtol=1e-5, atol=1e-5)
@@ -50,7 +50,7 @@ def test_any_rank_and_strided_operands(lead):
             torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_keeps_gradients_autocast_and_empty_inputs():
+def test_auto_has_gradients_and_runs_under_autocast_and_of_nothing():
     x, weight, bias, residual = tensors(6)
     weight.requires_grad_()
     linear(x, weight, bias, activation="gelu").sum().backward()
@@ -86,7 +86,7 @@ def test_an_explicit_choice_never_falls_back():
         ({"impl": "mkl"}, r"impl: wanted one of 'auto', 'reference', 'onednn', got 'mkl'"),
     ],
 )
-def test_bad_input(change, message):
+def test_refuses_bad_arguments(change, message):
     arguments = {"x": torch.zeros(3, 24), "weight": torch.zeros(40, 24), "bias": torch.zeros(40), **change}
     with pytest.raises((ValueError, TypeError), match=message):
         linear(**arguments)

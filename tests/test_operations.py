@@ -8,14 +8,14 @@ import warnings
 
 import pytest
 import torch
-from aggregation import for_the_interpreter
-from common import CPP_ISA
-from strides import restrided
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nest_fast
+from helpers.aggregation import for_the_interpreter
+from helpers.common import CPP_ISA
+from helpers.strides import restrided
 from nest_fast.ops import _checks, _extension, _triton
 from nest_fast.testing import relative_error
 
@@ -143,7 +143,7 @@ def expandable(n, t):
 
 
 @each_way
-def test_any_strides(name, impl):
+def test_of_any_strides(name, impl):
     """Operands and output gradients of any strides give what dense ones give, in plain PyTorch."""
     for seed in range(2 if impl == "triton" else 12):
         chance = random.Random(f"{name} {seed}")
@@ -166,8 +166,27 @@ def test_a_sums_gradient(name, impl):
     assert_close(*(differentiated(name, i, tensors, dout) for i in (impl, "reference")))
 
 
+# The layers and the aggregation have such a test of their own, to the bit or nearly.
+ALONE = (
+    *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
+    *("linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
+    *("blockify", "unblockify", "patchify"),
+)
+
+
+@of(ALONE)
+def test_each_gradient_alone(name, impl):
+    """Whatever else is frozen."""
+    tensors = tensors_of(name)
+    dout = torch.randn_like(call(name, "reference", tensors))
+    _, *together = differentiated(name, impl, tensors, dout)
+    for n in range(len(tensors)):
+        given = [t.detach().requires_grad_(i == n) for i, t in enumerate(tensors)]
+        assert_close(torch.autograd.grad(call(name, impl, given), given[n], dout)[0], together[n])
+
+
 @each_way
-def test_an_empty_batch(name, impl):
+def test_of_nothing(name, impl):
     """Of any strides, forward and backward: no values, and zeros for what all images share."""
     for seed in range(4):
         tensors = tensors_of(name)
@@ -202,7 +221,7 @@ def assert_same_dtypes(name, impl, tensors):
 
 @of(NORMS)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_norms_in_float32_beside_half_precision(name, impl, half):
+def test_mixed_dtypes_norms_in_float32(name, impl, half):
     given = enumerate(tensors_of(name))
     assert_same_dtypes(name, impl, [t.to(torch.float32 if n in NORMS[name] else half) for n, t in given])
 
@@ -227,7 +246,7 @@ def test_norms_in_what_plain_pytorch_does_not_take(name):
 
 @of(ADDED)
 @pytest.mark.parametrize(("x", "added"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
-def test_what_is_added_promotes(name, impl, x, added):
+def test_mixed_dtypes_promote(name, impl, x, added):
     tensors = [t.to(getattr(torch, added if n == ADDED[name] else x)) for n, t in enumerate(tensors_of(name))]
     if name == "add_layer_norm":  # norms of the sum
         total = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
@@ -348,7 +367,7 @@ def test_an_output_edited_in_place(name, impl):
 
 
 @each
-def test_derivatives_of_torch_func(name):
+def test_vmap_and_derivatives_of_torch_func(name):
     """vmap, vmap(grad), jacrev of one element and grad of grad are plain PyTorch's, with auto."""
     tensors = tensors_of(name)
     x, rest = tensors[0], tensors[1:]
@@ -369,7 +388,7 @@ def test_derivatives_of_torch_func(name):
 
 
 @each
-def test_double_backward_in_float64(name):
+def test_gradients_of_gradients_in_float64(name):
     """Where plain PyTorch is what runs, so are all its derivatives."""
     tensors = tensors_of(name, dtype=torch.float64)
     results = []
@@ -512,7 +531,7 @@ def test_factors_are_numbers():
 
 
 def test_the_counter_is_not_imported_with_the_package():
-    from common import run_python
+    from helpers.common import run_python
 
     code = "import sys, nest_fast; assert not {'torch.utils.flop_counter', 'triton'} & {*sys.modules};"
     code += "from torch.utils.flop_counter import flop_registry; import torch;"

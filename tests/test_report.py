@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from common import ROOT
+
+from helpers.common import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import report

@@ -14,10 +14,10 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
-from kill_and_resume import EVERYTHING, differences, finish, kill_and_resume, rows, start, wait_for
 from PIL import Image
 from torch import nn
 
+from helpers.kill_and_resume import EVERYTHING, differences, finish, kill_and_resume, rows, start, wait_for
 from nest_fast.train import checkpoint, data, meters, trainer
 from nest_fast.train.__main__ import main
 from nest_fast.train.options import complete, parse

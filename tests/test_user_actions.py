@@ -17,7 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
-from twins import (
+
+import nest_fast
+from helpers.twins import (
     EVENTS,
     ActingIdentity,
     Adapter,
@@ -38,8 +40,6 @@ from twins import (
     timm,
     width,
 )
-
-import nest_fast
 
 LAYERS = st.integers(0, 2)
 LINEARS = st.sampled_from(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])

@@ -17,7 +17,11 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
-from twins import (
+
+import nest_fast
+import nest_fast.modules
+import nest_fast.nest
+from helpers.twins import (
     EVENTS,
     KINDS,
     SMALL,
@@ -45,10 +49,6 @@ from twins import (
     twin,
     twins,
 )
-
-import nest_fast
-import nest_fast.modules
-import nest_fast.nest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

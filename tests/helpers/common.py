@@ -11,7 +11,7 @@ import torch
 
 from nest_fast.ops._extension import cpp_isa as CPP_ISA
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALL_ISAS = ("avx512_bf16", "avx512", "avx2")

@@ -161,9 +161,6 @@ class Run(NamedTuple):
     calls: list[Call]
     draw: float  # the next random number: the model drew as many as its twin
 
-    def without_gradients(self) -> Run:
-        return self._replace(grads={}, calls=[call for call in self.calls if "gradient" not in call.event])
-
 
 def run(
     model: Any,

@@ -1,7 +1,8 @@
 """What the tests of attention's kernels share: its softmax, and how large the terms of its sums are."""
 
 import torch
-from common import in_double
+
+from helpers.common import in_double
 
 
 def golden_softmax(q, k, bias, mask, scale):

@@ -1,6 +1,6 @@
 """kill -9 at random moments: every resumed run ends in bitwise the weights of one that nothing interrupted.
 
-``python tests/kill_and_resume.py --kills 10`` prints what it did; ``test_train.py`` has a shorter form.
+``python tests/helpers/kill_and_resume.py --kills 10`` prints what it did; ``test_train.py`` has a shorter form.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""What the tests of the passes between the matmuls share: the measure, layouts, and compiling without a GPU."""
+"""What the tests of the passes between the matmuls share: the measure, and layouts."""
 
-import json
 import math
-import os
 
 import torch
-from common import ROOT, run_python
 
 
 def differentiate(function, inputs, douts):
@@ -41,37 +38,3 @@ def strided(x):
     wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan)
     wide[..., 3::2] = x
     return [wide[..., 3::2], x.mT.contiguous().mT if x.dim() > 1 else x.flip(0).contiguous().flip(0)]
-
-
-COMPILE = """
-import json, re, sys, tempfile
-sys.path.insert(0, "scripts")
-import torch
-import kernel_resources as resources
-def empty(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-def spilled(kernel):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = resources._tool("cuobjdump", "--dump-resource-usage", file.name)
-    return int(re.search(r"STACK:(\\d+)", usage)[1])
-found = {{}}
-for architecture in resources.ARCHITECTURES:
-    with resources.compiling(architecture) as compiled:
-{launches}
-    for name, kernel in compiled:
-        fits = kernel.metadata.shared <= resources.SHARED_LIMIT[architecture]
-        found[f"sm_{{architecture}} {{name}} {{kernel.hash}}"] = (spilled(kernel), fits)
-print(json.dumps(found))
-"""
-
-
-def compile_offline(launches):
-    """(spilled bytes, whether it fits) of every kernel that ``launches`` compiles, by architecture and name.
-
-    In a process of its own, since this one's triton may be the interpreter.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    indented = "".join(f"        {line}\n" for line in launches.strip().splitlines())
-    return json.loads(run_python("-c", COMPILE.format(launches=indented), cwd=ROOT, env=environment))
