@@ -97,6 +97,7 @@ RULES = {
     ),
     "a norm without bias": (put("norm1", lambda: nn.LayerNorm(32, bias=False)), "norm1 is no affine LayerNorm", ""),
     "a norm of more": (put("norm1", lambda: nn.LayerNorm((9, 32))), "norm1 normalises more than the channels", ""),
+    "a norm of another width": (put("norm2", lambda: nn.LayerNorm(16)), "", "norm2 is not for its input"),
     "another dtype": (
         set_weight("mlp.fc2.weight", torch.Tensor.double),
         "",
@@ -123,7 +124,13 @@ def test_rules_have_reasons_and_modules_are_called(case, monkeypatch):
     change(module, monkeypatch)
     for got, want in zip(reasons(module, x), wanted, strict=True):
         assert got.startswith(want) if want else not got
-    if case not in ("another dtype", "a norm of more"):  # which plain PyTorch refuses, too
+    if case in ("another dtype", "a norm of another width"):
+        with pytest.raises(RuntimeError) as refused:
+            step_by_step(module, x)
+        with pytest.raises(RuntimeError) as here:
+            module(x)
+        assert str(here.value) == str(refused.value)
+    else:
         torch.manual_seed(0)
         expected = step_by_step(module, x)
         torch.manual_seed(0)
@@ -215,6 +222,18 @@ def test_attention_dropout_shows_its_weights_to_who_asks():
     module.impl = "sdpa"
     with pytest.raises(RuntimeError, match="impl: 'sdpa' cannot run block_attention here: somebody listens"):
         module(x)
+
+
+def test_methods_of_a_subclass_are_called():
+    class Own(nest_fast.NesT):
+        def forward_head(self, x, pre_logits=False):
+            return super().forward_head(x, pre_logits) * 2
+
+    plain, x = small_nest(), torch.randn(2, 3, 32, 32)
+    own = small_nest()
+    own.load_state_dict(plain.state_dict())
+    own.__class__ = Own
+    torch.testing.assert_close(own(x), plain(x) * 2)
 
 
 def test_deciding_costs_little():
