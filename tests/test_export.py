@@ -18,6 +18,7 @@ from helpers.common import ROOT, run_python
 from nest_fast.ops._extension import cpu_error
 from nest_fast.testing import import_timm, relative_error
 
+import_timm()  # before restore does: here a torchvision of another torch is no obstacle, whatever ran before
 OPS = torch.ops.nest_fast
 EXTENSION = Path(nest_fast.__file__).parent / "_C_cpu.abi3.so"
 SMALL = {"img_size": 32, "embed_dims": (32, 64), "num_heads": (2, 4), "depths": (1, 1), "num_levels": 2}
