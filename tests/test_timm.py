@@ -352,6 +352,36 @@ def test_accelerate_keeps_the_model_and_restores_it(image):
     assert torch.equal(model(image), wanted)
 
 
+FLAGS = {
+    "a fast norm": ("levels.0.transformer_encoder.0.norm1", {"_fast_norm": True}, "norm1 is timm's fast norm"),
+    "padded images": ("patch_embed", {"dynamic_img_pad": True}, "patch_embed flattens, pads or has another format"),
+    "attention dropout": ("levels.0.transformer_encoder.0.attn.attn_drop", {"p": 0.1}, "attn's attention drops"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags_of_timms_classes_are_reasons(case, image):
+    name, values, why = FLAGS[case]
+    model = small_timm()
+    nest_fast.accelerate(model)
+    assert not [row.why for row in nest_fast.explain(model, image) if why in row.why]
+    module = model.train().get_submodule(name)
+    for key, value in values.items():
+        setattr(module, key, value)
+    assert [row.why for row in nest_fast.explain(model, image) if row.why.startswith(why)]
+
+
+def test_images_of_another_size_are_refused_as_timm_does(image):
+    messages = []
+    for prepare in (lambda model: model, nest_fast.accelerate):
+        model = small_timm()
+        prepare(model)
+        with pytest.raises(AssertionError) as refused:
+            model(image[..., :32, :32])
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
+
+
 def test_accelerate_sees_new_weights_at_once(image):
     """Whatever way they change: nothing about a weight is remembered."""
     model, plain = small_timm(), small_timm()
