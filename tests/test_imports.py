@@ -19,7 +19,7 @@ ALLOWED = {
     "explanation": {"ops", "fusion", "modules"},
     "interpretation": {"ops"},
     "export": {"reference"},
-    "integrations": {"ops", "fusion", "explanation", "integrations"},
+    "integrations": {"ops", "fusion", "explanation", "testing", "integrations"},
     "train": {"__init__", "testing", "train"},
     "classify": {"__init__", "weights", "testing", "train"},
     "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations", "interpretation", "export"},

@@ -468,3 +468,60 @@ def test_accelerated_model_checkpoints_saves_and_exports(image):
     exported = torch.export.export(model, (image,), dynamic_shapes=({0: batch},)).module()
     five = torch.randn(5, 3, 64, 64)
     assert relative_error(exported(five), model(five)) < 1e-5
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_example_is_tried_before_and_after(image, again):
+    """The report has errors and a speed; mode, random state and gradients are what they were."""
+    model = small_timm(drop_path_rate=0.5)
+    model.train()
+    model.levels[0].eval()
+    modes = [module.training for module in model.modules()]
+    if again:
+        nest_fast.accelerate(model)
+    state = torch.random.get_rng_state()
+    report = nest_fast.accelerate(model, (image,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    trial = report.trial
+    assert 0 < trial.error <= trial.allowed
+    assert 0 < trial.own_error < 1e-6
+    assert trial.speedup > 0
+    assert trial.seconds > 0
+    assert f"relative error {trial.error:.1e}, before {trial.own_error:.1e}" in str(report)
+    assert classes(model) == classes(timm_accelerated())
+
+
+def timm_accelerated():
+    model = small_timm(drop_path_rate=0.5)
+    nest_fast.accelerate(model)
+    return model
+
+
+def test_an_example_beyond_the_tolerance_leaves_the_model_as_it_was(image):
+    model = small_timm()
+    before = classes(model)
+    with pytest.raises(
+        RuntimeError, match=r"example: wanted outputs within 1\.0e-12 of float64, where"
+    ):
+        nest_fast.accelerate(model, image, tolerance=1e-12)
+    assert classes(model) == before
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"got nan; the model is as it was"):
+        nest_fast.accelerate(model, image)
+    with pytest.raises(AssertionError):  # timm's own, of an image of another size
+        nest_fast.accelerate(model, image[..., :32])
+    assert classes(model) == before
+    with pytest.raises(TypeError, match=r"example: wanted a tensor or a tuple of inputs, got list"):
+        nest_fast.accelerate(model, [image])
+    with pytest.raises(ValueError, match=r"tolerance: wanted an example to hold it to, got 0\.1 and none"):
+        nest_fast.accelerate(model, tolerance=0.1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nest_fast import fusion
 from nest_fast.explanation import Like, Row, Tell, explain, tell_aggregation, tell_attention, tell_layer
+from nest_fast.integrations._trial import Trial, try_out
 from nest_fast.ops import unblockify
 
 __all__ = ["TOLD", "Report", "accelerate", "restore"]
@@ -218,21 +219,24 @@ class Report:
         replaced, already: names of modules and the classes they have, or had before, a fast form of.
         kept: names of modules that are computed as timm wrote them, and why.
         missing: what this machine could use and has not, such as the compiled extension.
+        trial: what became of errors and speed on the example, if there was one.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
     already: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    trial: Trial | None = None
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, already fast {len(self.already)}, kept {len(self.kept)}"]
+        lines += [] if self.trial is None else [f"  {self.trial}"]
         lines += [f"  {name or '(model)'}: {what}" for name, what in self.replaced.items()]
         lines += [f"  kept {name or '(model)'}: {why}" for name, why in self.kept.items()]
         return "\n".join([*lines, *(f"  missing: {what}" for what in self.missing)])
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, example: Any = None, tolerance: float | None = None) -> Report:
     replaced, already, kept, changes = {}, {}, {}, []
     for name, module in model.named_modules():
         kind = type(module)
@@ -251,12 +255,28 @@ def accelerate(model: nn.Module) -> Report:
             f"model: wanted one with timm's NesT layers, got {type(model).__name__} with nothing to replace"
             + (f" ({reasons})" if reasons else "")
         )
+    trial = None if example is None else _tried(model, changes, example, tolerance)
     _give(changes)
     explained = explain(model, None, TOLD)
     for row in explained:
         if row.how.startswith("its modules"):
             kept[row.name] = "; ".join(filter(None, (kept.get(row.name), row.why)))
-    return Report(replaced, already, kept, explained.missing)
+    return Report(replaced, already, kept, explained.missing, trial)
+
+
+def _tried(model: nn.Module, changes: list[tuple[Any, type]], example: Any, tolerance: float | None) -> Trial:
+    """What ``changes`` bring on the example; they are undone again."""
+    before = [(module, type(module)) for module, _ in changes]
+    try:
+        trial = try_out(model, example, lambda: _give(before), lambda: _give(changes), tolerance)
+    finally:
+        _give(before)
+    if not trial.error <= trial.allowed:
+        raise RuntimeError(
+            f"example: wanted outputs within {trial.allowed:.1e} of float64, where the model's own error is"
+            f" {trial.own_error:.1e}, got {trial.error:.1e}; the model is as it was"
+        )
+    return trial
 
 
 def restore(model: nn.Module) -> int:
