@@ -509,9 +509,7 @@ def timm_accelerated():
 def test_an_example_beyond_the_tolerance_leaves_the_model_as_it_was(image):
     model = small_timm()
     before = classes(model)
-    with pytest.raises(
-        RuntimeError, match=r"example: wanted outputs within 1\.0e-12 of float64, where"
-    ):
+    with pytest.raises(RuntimeError, match=r"example: wanted outputs within 1\.0e-12 of float64, where"):
         nest_fast.accelerate(model, image, tolerance=1e-12)
     assert classes(model) == before
     with torch.no_grad():
