@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "dot", "fma", "load", "load_row", "normalise", "piece", "pieces", "round_to", "tiles_and_tail",
-    "zeros",
+    "LN2", "LOG2E", "both", "dot", "fma", "load", "load_row", "normalise", "piece", "pieces", "round_to",
+    "tiles_and_tail", "zeros",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,6 +36,15 @@ def fma(a, b, c):
     if _INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
     return a * b + c  # the compiler fuses it
+
+
+@triton.jit
+def both(mask, condition):
+    """``mask & condition`` of a tile and a scalar. The interpreter makes integers of that, which are no mask."""
+    mask = mask & condition
+    if _INTERPRETED:
+        mask = mask != 0
+    return mask
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from nest_fast.kernels import _configs
-from nest_fast.kernels._primitives import load, load_row, piece, pieces, round_to, zeros
+from nest_fast.kernels._primitives import both, load, load_row, piece, pieces, round_to, zeros
 from torch import Tensor
 
 __all__ = [
@@ -145,11 +145,11 @@ def _max_along_width(y, b, h, j, is_mine, norm, statistics, image, SPEC: tl.cons
         w = 2 * j - SPEC.PAD + k
         exists = (w >= 0) & (w < image.width)
         rows = y.ptr + b * y.b + h.to(tl.int64) * y.h + w.to(tl.int64) * y.w
-        pixels = _load_pixels(rows, exists & (h >= 0) & (h < image.height), SPEC)
+        pixels = _load_pixels(rows, both(exists, (h >= 0) & (h < image.height)), SPEC)
         x, mean, rstd = layer_norm(pixels, norm, SPEC)
         if SPEC.TRAINING:
             pixel = (b * image.height + h) * image.width + w
-            mask = exists & is_mine & (w // 2 == j)
+            mask = both(exists & (w // 2 == j), is_mine)
             tl.store(mean_ptr + pixel, mean, mask=mask)
             tl.store(rstd_ptr + pixel, rstd, mask=mask)
         if k == 0:

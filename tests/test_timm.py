@@ -372,14 +372,17 @@ def test_flags_of_timms_classes_are_reasons(case, image):
 
 
 def test_images_of_another_size_are_refused_as_timm_does(image):
-    messages = []
-    for prepare in (lambda model: model, nest_fast.accelerate):
-        model = small_timm()
-        prepare(model)
-        with pytest.raises(AssertionError) as refused:
-            model(image[..., :32, :32])
-        messages.append(str(refused.value))
-    assert messages[0] == messages[1]
+    def refusals(model):
+        for size, wanted in ((32, (64, 64)), (64, (32, 32))):
+            model.patch_embed.img_size = wanted
+            with pytest.raises(AssertionError) as refused:
+                model(image[..., :size, :size])
+            yield str(refused.value)
+
+    timms = list(refusals(small_timm()))
+    accelerated = small_timm()
+    nest_fast.accelerate(accelerated)
+    assert list(refusals(accelerated)) == timms
 
 
 def test_accelerate_sees_new_weights_at_once(image):
