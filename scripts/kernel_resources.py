@@ -26,12 +26,13 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 # sm_80's rows also serve sm_86, sm_89 and sm_120, which have 99 KiB a block.

@@ -8,11 +8,11 @@ import torch
 from common import DEVICE, DTYPES, in_double, in_guarded_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels import bias_gelu as kernels
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import bias_gelu, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels import bias_gelu as kernels
 from nest_fast.ops.bias_gelu import APPROXIMATIONS
 from nest_fast.testing import relative_error
 

@@ -22,9 +22,9 @@ from aggregation import (
 from common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
 
 from nest_fast import reference
+from nest_fast.kernels import _configs
 from nest_fast.ops import block_aggregate
 from nest_fast.ops.block_aggregate import IMPLS
 from nest_fast.testing import gradients, relative_error

@@ -21,10 +21,10 @@ from aggregation import (
 from common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
 
 from nest_fast import reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast

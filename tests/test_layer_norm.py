@@ -8,12 +8,12 @@ import torch
 from common import DEVICE, DTYPES, in_double, in_guarded_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
-from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer_norm_mean_fwd
 from passes import assert_accurate, compile_offline, differentiate, strided
 
 from nest_fast import add_layer_norm, layer_norm_mean, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.ops import _layer_norm as ops
 from nest_fast.testing import relative_error
 
