@@ -423,7 +423,7 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl, given, with_pos):
 def test_auto_chooses(monkeypatch):
     def choose(dtype, C_out=64):
         x, conv_weight = (torch.empty(C_out, 0, dtype=dtype, device=DEVICE) for _ in range(2))
-        return MODULE.choose((x, conv_weight))
+        return MODULE.choose(MODULE.Given(x, conv_weight, None, x, x, None))
 
     assert choose(torch.float64) == "reference"
     if DEVICE == "cuda":
@@ -471,7 +471,7 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
     wide = Shape(1, (2, 2), (1, 1), 8, 520)
     with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*C' = 520 channels are over 512"):
         run("triton", wide)(*inputs(wide))
-    monkeypatch.setattr(MODULE._triton, "INTERPRETED", False)
+    monkeypatch.setattr(MODULE._extension, "triton_interpreted", False)
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match=r"impl: 'two_step' cannot .*neither AVX-512 nor AVX2"):
             run("two_step", shape)(*inputs(shape))

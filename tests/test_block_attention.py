@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
 from nest_fast import bias_gelu, block_aggregate, block_attention, reference
-from nest_fast.ops import _choice, _triton
+from nest_fast.ops import _backends, _extension
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
 IMPLS = ["sdpa"]
 if CPP_ISA and DEVICE == "cpu":
     IMPLS.append("cpp")
-if DEVICE == "cuda" or _triton.INTERPRETED:
+if DEVICE == "cuda" or _extension.triton_interpreted:
     IMPLS.append("triton")
 
 
@@ -194,7 +194,7 @@ def test_autocast_gives_the_dtype_of_the_layer_replaced(impl):
 
 def test_auto_says_once_why_it_does_without_triton(monkeypatch):
     """With fake tensors of a GPU: what Triton cannot take goes elsewhere, with one warning at the caller's line."""
-    monkeypatch.setattr(_choice, "_SAID", set())
+    monkeypatch.setattr(_backends, "_SAID", set())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

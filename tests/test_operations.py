@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nest_fast
-from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops import _extension, _modes
 from nest_fast.testing import relative_error
 
 # Every operation in each way, at small sizes: name → (function, sizes of its tensors, more implementations).
@@ -85,10 +85,10 @@ TABLE = {
 def runs(impl):
     """Whether CPU tensors have that here."""
     if impl == "triton":
-        return _triton.INTERPRETED
+        return _extension.triton_interpreted
     if impl == "cpp":
         return bool(CPP_ISA)
-    return impl != "two_step" or bool(CPP_ISA) or _triton.INTERPRETED
+    return impl != "two_step" or bool(CPP_ISA) or _extension.triton_interpreted
 
 
 WAYS = [(name, impl) for name, row in TABLE.items() for impl in ("auto", "reference", *row[2]) if runs(impl)]
@@ -406,9 +406,9 @@ def test_meta_and_fake_tensors(name):
 
 
 def test_autocast_of_devices_it_does_not_know():
-    assert not _checks.under_autocast(torch.empty(1, device="meta"))
+    assert not _modes.under_autocast(torch.empty(1, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert _checks.under_autocast(torch.empty(1))
+        assert _modes.under_autocast(torch.empty(1))
 
 
 @each_way

@@ -8,20 +8,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from nest_fast.ops import _modes
 
 HALVES = (torch.float16, torch.bfloat16)
-# The device types that autocast knows; it raises where it is asked about another, such as "meta".
-_AUTOCAST = frozenset(
-    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
-)
 
 
 def pair(name: str, size: object) -> tuple[int, int]:
     """Height and width from an int or a pair of ints, both positive."""
     if type(size) is int and size > 0:
         return size, size
-    if in_trace():
+    if _modes.in_trace():
         size = _traced(size)
     # A size that torch.compile traces is a SymInt, which is no int but compares and divides like one.
     ints = (int, torch.SymInt)
@@ -82,7 +79,7 @@ def shape(name: str, x: Tensor, wanted: tuple, meaning: str = "") -> None:
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """``x`` on the device and of the dtype of ``other``; under autocast dtypes may differ, since it casts them."""
     device(name, x, other_name, other)
-    if x.dtype != other.dtype and not under_autocast(x):
+    if x.dtype != other.dtype and not _modes.under_autocast(x):
         raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
 
 
@@ -100,7 +97,7 @@ def norm(weight: Tensor, bias: Tensor, x: Tensor, prefix: str = "", dtype: torch
     dtype = x.dtype if dtype is None else dtype
     for name, value in ((prefix + "weight", weight), (prefix + "bias", bias)):
         device(name, value, "x", x)
-        if value.dtype == dtype or under_autocast(x):
+        if value.dtype == dtype or _modes.under_autocast(x):
             continue
         if dtype not in HALVES:
             raise TypeError(f"{name}: wanted dtype {dtype} as x has, got {value.dtype}")
@@ -166,46 +163,3 @@ def number(name: str, value: object) -> None:
     """An error for a tensor, whose gradient would be lost without a word."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a number, which has no gradient, got a tensor {tuple(value.shape)}")
-
-
-def in_functorch() -> bool:
-    """Whether ``torch.func`` is transforming: its gradients cannot pass through a registered operation."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are on: a registered operation would lose them without a word."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def in_trace() -> bool:
-    """Whether ``torch.jit.trace`` or ONNX's exporter records: they want operations that others know."""
-    if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
-    return torch._C._get_tracing_state() is not None
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``."""
-    kind = x.device.type
-    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
-    if under_autocast(x) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied if its last dimension is not dense.
-
-    Not by ``contiguous``, which leaves any strides to a tensor without elements or with one in its last dimension.
-    """
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """``x`` as a kernel takes vectors: contiguous."""
-    return x if x is None else x.contiguous()

@@ -1,4 +1,4 @@
-"""What the gradients of the layers in C++ share: the LayerNorm before the branch and the sum after it."""
+"""What the two sub-layers of a transformer layer share: their choice, and the gradients around their branch in C++."""
 
 from __future__ import annotations
 
@@ -8,7 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _checks
+from nest_fast.ops import _backends, _extension, _layout, _modes
+from nest_fast.ops._backends import Backend
+
+IMPLS = ("auto", "reference", "cpp")
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
+# What "auto" leaves to others besides.
+AUTO = Backend(
+    "cpp",
+    (
+        *_backends.CPP_LAYER,
+        ("torch.jit is tracing", lambda given: _modes.in_trace()),
+        ("there is nothing to compute", lambda given: any(x is not None and x.numel() == 0 for x in given)),
+        (
+            "PyTorch's matmuls use the matrix unit, which the C++ kernels do not know",
+            lambda given: given[0].dtype == torch.bfloat16 and _extension.has_amx,
+        ),
+        (
+            "a compiler that sees plain PyTorch decides itself what to keep for the gradient",
+            lambda given: torch.compiler.is_compiling() and _modes.wants_gradients(given),
+        ),
+    ),
+)
+
+
+def choose(given: Sequence[Tensor | None]) -> str:
+    """What "auto" is: "cpp", or "parts", one operation after the other, each with a choice of its own."""
+    return "cpp" if AUTO.can(given) else "parts"
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def layer_backward(
@@ -27,7 +59,7 @@ def layer_backward(
     norm_mask, linear_mask = ([kept.needed[name] for name in names] for names in (norm, linears))
     y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
     dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale
-    dy, *dlinears = branch_backward(_checks.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
+    dy, *dlinears = branch_backward(_layout.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
     found = {name: dx if wanted else None for name, dx, wanted in zip(linears, dlinears, linear_mask, strict=True)}
     if any(norm_mask):
         dx, found["norm_weight"], found["norm_bias"] = torch.ops.aten.native_layer_norm_backward(

@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _extension, _flops, _triton, _vmap
+from nest_fast.ops import _extension, _flops, _vmap
 
 __all__ = ["operation"]
 
 _LIB = _extension.Library()
+_TRITON_KEYS = ("CUDA", "CPU") if _extension.triton_interpreted else ("CUDA",)
 
 
 def operation(
@@ -55,7 +56,7 @@ def operation(
     _LIB.define(schema)
     op = getattr(torch.ops.nest_fast, name).default
     if launch:
-        for key in _triton.DISPATCH_KEYS:
+        for key in _TRITON_KEYS:
             _LIB.impl(name, _launcher(launch), key)
     torch.library.register_fake(qualified, fake, lib=_LIB)
     if gradients is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops import _backends, _checks, _layout, _modes
+from nest_fast.ops._backends import Backend
 
 __all__ = ["linear"]
 
@@ -47,12 +50,14 @@ def linear(
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
     """
     _check(x, weight, bias, activation, residual, impl)
-    plain = impl == "reference" or torch.compiler.is_compiling() or _checks.in_trace()
-    if impl == "onednn":
-        _choice.require("linear", impl, _onednn_why_not(x, weight, bias, residual))
-    elif plain or _onednn_why_not(x, weight, bias, residual):
+    given = Given(x, weight, bias, residual)
+    if impl == "auto":
+        impl = choose(given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("linear", given)
+    if impl == "reference":
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
-    bias = _checks.dense(bias)  # oneDNN reads its memory, whatever the strides
+    bias = _layout.dense(bias)  # oneDNN reads its memory, whatever the strides
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
     name, algorithm = _ONEDNN[activation]
@@ -79,21 +84,33 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         _checks.promotes("residual", residual, "x", x)
 
 
-def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[str]:
-    reasons = []
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}, not on a CPU")
-    elif not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        reasons.append("this torch has no oneDNN, or it is switched off")
-    if x.dtype not in _extension.onednn_dtypes:
-        reasons.append(f"oneDNN has no {x.dtype} on this processor")
-    if residual is not None and residual.dtype != x.dtype:
-        reasons.append(f"residual is {residual.dtype}")
-    reasons += _choice.mode_why_not(x, weight, bias, residual)
-    if isinstance(x, FakeTensor):
-        reasons.append("PyTorch has no fake of it")
-    if x.numel() == 0:
-        reasons.append("x is empty")
-    if _choice.wants_gradients(x, weight, bias, residual):
-        reasons.append("gradients are wanted")
-    return reasons
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+BACKENDS = {
+    "onednn": Backend(
+        "onednn",
+        (
+            *_backends.ONEDNN,
+            (
+                "residual is {given.residual.dtype}",
+                lambda given: given.residual is not None and given.residual.dtype != given.x.dtype,
+            ),
+            ("PyTorch has no fake of it", lambda given: isinstance(given.x, FakeTensor)),
+            ("x is empty", lambda given: given.x.numel() == 0),
+            ("gradients are wanted", _modes.wants_gradients),
+        ),
+    )
+}
+
+
+def choose(given: Given) -> str:
+    plain = torch.compiler.is_compiling() or _modes.in_trace()
+    return "onednn" if not plain and BACKENDS["onednn"].can(given) else "reference"
