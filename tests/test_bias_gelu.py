@@ -192,12 +192,12 @@ def test_reference_gradients(approximate):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(())}, r"x: wanted 1 or more dimensions \(..., C\), got shape \(\)"),
-        ({"x": torch.zeros(3, 16, dtype=torch.int64)}, "x: wanted a floating-point dtype, got torch.int64"),
-        ({"bias": torch.zeros(8)}, r"bias: wanted shape \(16,\) \(C,\), got \(8,\)"),
-        ({"bias": torch.zeros(16).int()}, "bias: wanted a floating-point dtype, got torch.int32"),
-        ({"approximate": "erf"}, "approximate: wanted one of 'none', 'tanh', got 'erf'"),
-        ({"impl": "cuda"}, "impl: wanted one of 'auto', 'reference', 'triton', got 'cuda'"),
+        ({"x": torch.zeros(())}, r"x: expected 1 or more dimensions \(..., C\), got shape \(\)"),
+        ({"x": torch.zeros(3, 16, dtype=torch.int64)}, "x: expected a floating-point dtype, got torch.int64"),
+        ({"bias": torch.zeros(8)}, r"bias: expected shape \(16,\) \(C,\), got \(8,\)"),
+        ({"bias": torch.zeros(16).int()}, "bias: expected a floating-point dtype, got torch.int32"),
+        ({"approximate": "erf"}, "approximate: expected one of 'none', 'tanh', got 'erf'"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )
 def test_bad_input(change, message):

@@ -221,7 +221,9 @@ def test_gradients_have_no_gradients(impl):
     shape = Shape(1, (2, 2), (2, 2), 8, 8)
     leaves = [x.requires_grad_() for x in inputs(shape)]
     (dx,) = torch.autograd.grad(run(impl, shape)(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="impl: wanted 'reference' for a derivative of block_aggregate's gradients"):
+    with pytest.raises(
+        RuntimeError, match="impl: expected 'reference' for a derivative of block_aggregate's gradients"
+    ):
         dx.square().sum().backward()
 
 
@@ -493,29 +495,29 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(4, 6, 8)}, r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(4, 6, 8\)"),
-        ({"x": torch.zeros(2, 4, 6, 8).long()}, r"x: wanted a floating-point dtype, got torch.int64"),
-        ({"grid_size": 3}, r"grid_size: wanted height \* width = T = 4 blocks, got \(3, 3\)"),
-        ({"grid_size": (1, 4)}, r"grid_size: wanted an even height and width.* got \(1, 4\)"),
-        ({"block_size": None}, r"block_size: wanted height and width, since N = 6 is no square, got None"),
-        ({"grid_size": None}, r"block_size: wanted None for an image \(grid_size=None\), got \(2, 3\)"),
+        ({"x": torch.zeros(4, 6, 8)}, r"x: expected 4 dimensions \(B, T, N, C\), got shape \(4, 6, 8\)"),
+        ({"x": torch.zeros(2, 4, 6, 8).long()}, r"x: expected a floating-point dtype, got torch.int64"),
+        ({"grid_size": 3}, r"grid_size: expected height \* width = T = 4 blocks, got \(3, 3\)"),
+        ({"grid_size": (1, 4)}, r"grid_size: expected an even height and width.* got \(1, 4\)"),
+        ({"block_size": None}, r"block_size: expected height and width, since N = 6 is no square, got None"),
+        ({"grid_size": None}, r"block_size: expected None for an image \(grid_size=None\), got \(2, 3\)"),
         (
             {"grid_size": None, "block_size": None, "x": torch.zeros(2, 4, 5, 8)},
-            r"x: wanted an even height and width, got shape \(2, 4, 5, 8\)",
+            r"x: expected an even height and width, got shape \(2, 4, 5, 8\)",
         ),
         (
             {"conv_weight": torch.zeros(16, 7, 3, 3)},
-            r"conv_weight: wanted shape \(16, 8, 3, 3\) \(C', C, 3, 3\), got \(16, 7, 3, 3\)",
+            r"conv_weight: expected shape \(16, 8, 3, 3\) \(C', C, 3, 3\), got \(16, 7, 3, 3\)",
         ),
-        ({"conv_bias": torch.zeros(8)}, r"conv_bias: wanted shape \(16,\) \(C',\), got \(8,\)"),
-        ({"norm_weight": torch.zeros(16).double()}, r"norm_weight: wanted dtype torch.float32 as x has, got torch.f"),
-        ({"norm_bias": torch.zeros(16, device="meta")}, r"norm_bias: wanted device cpu as x has, got meta"),
+        ({"conv_bias": torch.zeros(8)}, r"conv_bias: expected shape \(16,\) \(C',\), got \(8,\)"),
+        ({"norm_weight": torch.zeros(16).double()}, r"norm_weight: expected dtype torch.float32 as x has, got torch.f"),
+        ({"norm_bias": torch.zeros(16, device="meta")}, r"norm_bias: expected device cpu as x has, got meta"),
         (
             {"pos_embed": torch.zeros(1, 4, 6, 16)},
-            r"pos_embed: wanted shape \(1, 1, 6, 16\) for x of shape \(2, 4, 6, 8\), got \(1, 4, 6, 16\)",
+            r"pos_embed: expected shape \(1, 1, 6, 16\) for x of shape \(2, 4, 6, 8\), got \(1, 4, 6, 16\)",
         ),
-        ({"padding": "valid"}, r"padding: wanted one of 'symmetric', 'same', got 'valid'"),
-        ({"impl": "cudnn"}, r"impl: wanted one of 'auto', 'reference', 'triton', 'two_step', 'cpp', got 'cudnn'"),
+        ({"padding": "valid"}, r"padding: expected one of 'symmetric', 'same', got 'valid'"),
+        ({"impl": "cudnn"}, r"impl: expected one of 'auto', 'reference', 'triton', 'two_step', 'cpp', got 'cudnn'"),
     ],
 )
 def test_bad_input(change, message):

@@ -301,7 +301,7 @@ def test_norm_pool_opcheck(part, training):
 def test_norm_pool_says_what_a_gradient_needs(part):
     y, *rest = draw(1, 4, 4, 16, device=part.device)
     out = launch(part, y.requires_grad_(), *rest, block=(2, 2), padding="same", training=False)[0]
-    with pytest.raises(RuntimeError, match="training: wanted True in the forward whose gradient is asked for"):
+    with pytest.raises(RuntimeError, match="training: expected True in the forward whose gradient is asked for"):
         out.sum().backward()
 
 

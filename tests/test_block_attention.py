@@ -102,7 +102,7 @@ def test_scale_and_double_backward_message(impl):
     if impl != "sdpa":
         (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         with pytest.raises(
-            RuntimeError, match="impl: wanted 'reference' for a derivative of block_attention's gradients"
+            RuntimeError, match="impl: expected 'reference' for a derivative of block_attention's gradients"
         ):
             dq.sum().backward()
 
@@ -220,22 +220,25 @@ GOOD = (2, 4, 16, 2, 16)
     [
         (
             {"q": torch.zeros(2, 4, 16, 32)},
-            r"q: wanted 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 4, 16, 32\)",
+            r"q: expected 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 4, 16, 32\)",
         ),
-        ({"q": [1.0]}, r"q: wanted a tensor \(B, T, N, heads, head_dim\), got list"),
-        ({"q": torch.zeros(GOOD, dtype=torch.int64)}, r"q: wanted a floating-point dtype, got torch.int64"),
+        ({"q": [1.0]}, r"q: expected a tensor \(B, T, N, heads, head_dim\), got list"),
+        ({"q": torch.zeros(GOOD, dtype=torch.int64)}, r"q: expected a floating-point dtype, got torch.int64"),
         (
             {"k": torch.zeros(2, 4, 16, 3, 16)},
-            r"k: wanted shape \(2, 4, 16, 2 or 1, 16\) as q has, got \(2, 4, 16, 3, 16\)",
+            r"k: expected shape \(2, 4, 16, 2 or 1, 16\) as q has, got \(2, 4, 16, 3, 16\)",
         ),
-        ({"v": torch.zeros(2, 4, 16, 1, 16)}, r"v: wanted shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)"),
-        ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: wanted dtype torch.float32 as q has, got torch.float64"),
-        ({"v": torch.zeros(GOOD, device="meta")}, r"v: wanted device cpu as q has, got meta"),
-        ({"bias": torch.zeros(2, 16, 15)}, r"bias: wanted shape \(2, 16, 16\) \(heads, N, N\), got \(2, 16, 15\)"),
-        ({"mask": torch.zeros(3, 16, 16)}, r"mask: wanted a number of groups that divides T = 4, got 3"),
-        ({"mask": torch.zeros(2, 16, 16, dtype=torch.int8)}, r"mask: wanted a floating-point dtype, got torch.int8"),
-        ({"dropout_p": 1.5}, r"dropout_p: wanted a probability between 0 and 1, got 1.5"),
-        ({"impl": "flash"}, r"impl: wanted one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
+        (
+            {"v": torch.zeros(2, 4, 16, 1, 16)},
+            r"v: expected shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)",
+        ),
+        ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: expected dtype torch.float32 as q has, got torch.float64"),
+        ({"v": torch.zeros(GOOD, device="meta")}, r"v: expected device cpu as q has, got meta"),
+        ({"bias": torch.zeros(2, 16, 15)}, r"bias: expected shape \(2, 16, 16\) \(heads, N, N\), got \(2, 16, 15\)"),
+        ({"mask": torch.zeros(3, 16, 16)}, r"mask: expected a number of groups that divides T = 4, got 3"),
+        ({"mask": torch.zeros(2, 16, 16, dtype=torch.int8)}, r"mask: expected a floating-point dtype, got torch.int8"),
+        ({"dropout_p": 1.5}, r"dropout_p: expected a probability between 0 and 1, got 1.5"),
+        ({"impl": "flash"}, r"impl: expected one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
     ],
 )
 def test_bad_input(change, message):
@@ -294,9 +297,9 @@ def test_module_calls_a_projection_that_is_more_than_a_linear():
 
 
 def test_module_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="num_heads: wanted a divisor of dim = 32, got 5"):
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of dim = 32, got 5"):
         nest_fast.BlockAttention(32, 5)
-    with pytest.raises(ValueError, match=r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)"):
+    with pytest.raises(ValueError, match=r"x: expected 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)"):
         nest_fast.BlockAttention(32, 4)(torch.zeros(2, 4, 32))
-    with pytest.raises(ValueError, match="impl: wanted one of"):
+    with pytest.raises(ValueError, match="impl: expected one of"):
         nest_fast.BlockAttention(32, 4, impl="cuda")

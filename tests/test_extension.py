@@ -149,5 +149,5 @@ def test_architectures(setup_py, monkeypatch, tmp_path):
         "-gencode=arch=compute_80,'code=[sm_80]' -gencode=arch=compute_90a,'code=[sm_90a,compute_90a]'"
     )
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(setup_py.CompileError, match=r"TORCH_CUDA_ARCH_LIST: wanted versions .*, got 'Hopper'"):
+    with pytest.raises(setup_py.CompileError, match=r"TORCH_CUDA_ARCH_LIST: expected versions .*, got 'Hopper'"):
         setup_py.gencode(str(nvcc))

@@ -348,15 +348,15 @@ def test_reference_gradients():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(16)}, r"x: wanted 2 or more dimensions \(B, ..., C\), got shape \(16,\)"),
-        ({"x": torch.zeros(2, 3, 16, dtype=torch.int64)}, "x: wanted a floating-point dtype, got torch.int64"),
-        ({"branch": torch.zeros(2, 16)}, r"branch: wanted shape \(2, 3, 16\) as x has, got \(2, 16\)"),
-        ({"branch": torch.zeros(2, 3, 16).int()}, "branch: wanted a floating-point dtype, got torch.int32"),
-        ({"weight": torch.zeros(8)}, r"weight: wanted shape \(16,\) \(C,\), got \(8,\)"),
-        ({"bias": torch.zeros(16).double()}, "bias: wanted dtype torch.float32 as x has, got torch.float64"),
-        ({"branch_bias": torch.zeros(3)}, r"branch_bias: wanted shape \(16,\) \(C,\), got \(3,\)"),
-        ({"branch_scale": torch.zeros(3)}, r"branch_scale: wanted shape \(2,\) \(B,\), got \(3,\)"),
-        ({"impl": "cuda"}, "impl: wanted one of 'auto', 'reference', 'triton', got 'cuda'"),
+        ({"x": torch.zeros(16)}, r"x: expected 2 or more dimensions \(B, ..., C\), got shape \(16,\)"),
+        ({"x": torch.zeros(2, 3, 16, dtype=torch.int64)}, "x: expected a floating-point dtype, got torch.int64"),
+        ({"branch": torch.zeros(2, 16)}, r"branch: expected shape \(2, 3, 16\) as x has, got \(2, 16\)"),
+        ({"branch": torch.zeros(2, 3, 16).int()}, "branch: expected a floating-point dtype, got torch.int32"),
+        ({"weight": torch.zeros(8)}, r"weight: expected shape \(16,\) \(C,\), got \(8,\)"),
+        ({"bias": torch.zeros(16).double()}, "bias: expected dtype torch.float32 as x has, got torch.float64"),
+        ({"branch_bias": torch.zeros(3)}, r"branch_bias: expected shape \(16,\) \(C,\), got \(3,\)"),
+        ({"branch_scale": torch.zeros(3)}, r"branch_scale: expected shape \(2,\) \(B,\), got \(3,\)"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )
 def test_bad_input(change, message):
@@ -369,10 +369,10 @@ def test_bad_input(change, message):
 def test_bad_input_of_the_mean():
     vector = torch.zeros(16)
     with pytest.raises(
-        ValueError, match=r"x: wanted 3 or more dimensions \(B, ..., C\) with tokens, got shape \(2, 16"
+        ValueError, match=r"x: expected 3 or more dimensions \(B, ..., C\) with tokens, got shape \(2, 16"
     ):
         layer_norm_mean(torch.zeros(2, 16), vector, vector)
-    with pytest.raises(ValueError, match=r"weight: wanted shape \(16,\) \(C,\), got \(8,\)"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(16,\) \(C,\), got \(8,\)"):
         layer_norm_mean(torch.zeros(2, 3, 16), vector[:8], vector)
 
 

@@ -335,7 +335,7 @@ def test_gradients_have_no_gradients():
     for function, tensors, options in both():
         leaves = [t.clone().requires_grad_() for t in tensors]
         (dx,) = torch.autograd.grad(function(*leaves, **options, impl="cpp").sum(), leaves[:1], create_graph=True)
-        with pytest.raises(RuntimeError, match=f"impl: wanted 'reference' for a derivative of {function.__name__}'s"):
+        with pytest.raises(RuntimeError, match=f"impl: expected 'reference' for a derivative of {function.__name__}'s"):
             dx.square().sum().backward()
 
 
@@ -495,19 +495,19 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
 @pytest.mark.parametrize(
     ("which", "change", "message"),
     [
-        (0, {0: torch.zeros(3, 5, 24)}, r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(3, 5, 24\)"),
-        (0, {0: torch.zeros(2, 3, 5, 24).long()}, r"x: wanted a floating-point dtype, got torch.int64"),
-        (0, {3: torch.zeros(71, 24)}, r"qkv_weight: wanted shape \(72, 24\), got \(71, 24\)"),
-        (0, {"num_heads": 5}, r"num_heads: wanted a divisor of C = 24, got 5"),
-        (0, {"multi_query": True}, r"qkv_weight: wanted shape \(40, 24\), got \(72, 24\)"),
-        (0, {5: torch.zeros(24, 24).half()}, r"proj_weight: wanted dtype torch.float32 as x has, got torch.float16"),
-        (0, {"impl": "triton"}, r"impl: wanted one of 'auto', 'reference', 'cpp', got 'triton'"),
-        (1, {0: torch.zeros(5, 23)}, r"x: wanted shape \(…, 24\) as fc1_weight says, got \(5, 23\)"),
-        (1, {1: None}, r"norm_weight: wanted a tensor \(24\), got NoneType"),
-        (1, {4: torch.zeros(24)}, r"fc1_bias: wanted shape \(40,\), got \(24,\)"),
-        (1, {5: torch.zeros(40, 24)}, r"fc2_weight: wanted shape \(24, 40\), got \(40, 24\)"),
-        (1, {6: torch.zeros(24, device="meta")}, r"fc2_bias: wanted device cpu as x has, got meta"),
-        (1, {"activation": "relu"}, r"activation: wanted one of 'gelu', 'gelu_tanh', got 'relu'"),
+        (0, {0: torch.zeros(3, 5, 24)}, r"x: expected 4 dimensions \(B, T, N, C\), got shape \(3, 5, 24\)"),
+        (0, {0: torch.zeros(2, 3, 5, 24).long()}, r"x: expected a floating-point dtype, got torch.int64"),
+        (0, {3: torch.zeros(71, 24)}, r"qkv_weight: expected shape \(72, 24\), got \(71, 24\)"),
+        (0, {"num_heads": 5}, r"num_heads: expected a divisor of C = 24, got 5"),
+        (0, {"multi_query": True}, r"qkv_weight: expected shape \(40, 24\), got \(72, 24\)"),
+        (0, {5: torch.zeros(24, 24).half()}, r"proj_weight: expected dtype torch.float32 as x has, got torch.float16"),
+        (0, {"impl": "triton"}, r"impl: expected one of 'auto', 'reference', 'cpp', got 'triton'"),
+        (1, {0: torch.zeros(5, 23)}, r"x: expected shape \(…, 24\) as fc1_weight says, got \(5, 23\)"),
+        (1, {1: None}, r"norm_weight: expected a tensor \(24\), got NoneType"),
+        (1, {4: torch.zeros(24)}, r"fc1_bias: expected shape \(40,\), got \(24,\)"),
+        (1, {5: torch.zeros(40, 24)}, r"fc2_weight: expected shape \(24, 40\), got \(40, 24\)"),
+        (1, {6: torch.zeros(24, device="meta")}, r"fc2_bias: expected device cpu as x has, got meta"),
+        (1, {"activation": "relu"}, r"activation: expected one of 'gelu', 'gelu_tanh', got 'relu'"),
     ],
 )
 def test_bad_input(which, change, message):

@@ -217,7 +217,7 @@ def test_norms_in_what_plain_pytorch_does_not_take(name):
         (torch.float64, torch.float32, (weight, bias)),
     ):
         tensors = [t.to(odd if n in at else x) for n, t in enumerate(tensors_of(name))]
-        with pytest.raises(TypeError, match=rf"(weight|bias): wanted dtype {x} as x has") as error:
+        with pytest.raises(TypeError, match=rf"(weight|bias): expected dtype {x} as x has") as error:
             call(name, "auto", tensors)
         assert "\n" not in str(error.value)
         if name == "layer_norm_mean":  # which is F.layer_norm and a mean
@@ -507,7 +507,7 @@ def test_factors_are_numbers():
         lambda: nest_fast.attention_layer(*tensors, num_heads=HEADS, branch_scale=learnt),
         lambda: nest_fast.mlp_layer(*tensors_of("mlp_layer"), branch_scale=learnt),
     ):
-        with pytest.raises(TypeError, match=r"scale: wanted a number, which has no gradient, got a tensor \(\)"):
+        with pytest.raises(TypeError, match=r"scale: expected a number, which has no gradient, got a tensor \(\)"):
             wrong()
 
 

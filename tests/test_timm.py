@@ -269,10 +269,12 @@ def test_models_are_saved_whole(image):
 
 
 def test_what_timm_does_elsewhere_says_so():
-    with pytest.raises(ValueError, match=r"pretrained: wanted False, since NesT has no weights .*, got True") as error:
+    with pytest.raises(
+        ValueError, match=r"pretrained: expected False, since NesT has no weights .*, got True"
+    ) as error:
         nest_fast.nest_tiny(pretrained=True)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"features_only: wanted False, since forward_intermediates.*, got True"):
+    with pytest.raises(ValueError, match=r"features_only: expected False, since forward_intermediates.*, got True"):
         nest_fast.nest_tiny_s16_32(features_only=True)
     assert nest_fast.nest_tiny(pretrained=False, features_only=False, num_classes=3, device="meta").num_classes == 3
 
@@ -364,9 +366,9 @@ def test_accelerate_leaves_what_it_does_not_know(image):
 def test_accelerate_inside_another_model_and_where_there_is_nothing():
     wrapper = nn.Sequential(small_timm(), nn.Linear(7, 2))
     assert all(name.split(".")[0] == "0" for name in nest_fast.accelerate(wrapper).replaced)
-    with pytest.raises(ValueError, match="wanted one with timm's NesT layers, got Linear with nothing to replace"):
+    with pytest.raises(ValueError, match="expected one with timm's NesT layers, got Linear with nothing to replace"):
         nest_fast.accelerate(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
         nest_fast.accelerate("nest_tiny")
     # Other models of timm have a PatchEmbed too; it is not ours to touch.
     vit = timm.create_model("vit_tiny_patch16_224", depth=1)

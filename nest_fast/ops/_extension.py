@@ -51,15 +51,15 @@ class Library(torch.library.Library):
         super().__init__("nest_fast", "FRAGMENT")
 
     def define(self, schema: str, *args, **kwargs) -> str:
-        wanted = torch._C.parse_schema(f"nest_fast::{schema}")
-        known = torch._C._jit_get_schemas_for_operator(wanted.name)
+        expected = torch._C.parse_schema(f"nest_fast::{schema}")
+        known = torch._C._jit_get_schemas_for_operator(expected.name)
         if not known:
             return super().define(schema, *args, **kwargs)
-        if known != [wanted]:
+        if known != [expected]:
             raise ImportError(
-                f"nest_fast/_C_cpu.abi3.so: wanted {wanted}, got {known[0]}; build it again (pip install)"
+                f"nest_fast/_C_cpu.abi3.so: expected {expected}, got {known[0]}; build it again (pip install)"
             )
-        return wanted.name
+        return expected.name
 
 
 _LIB = Library()

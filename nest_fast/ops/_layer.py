@@ -16,7 +16,7 @@ IMPLS = ("auto", "reference", "cpp")
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
-# What "auto" leaves to others besides.
+# "auto" keeps these rules as well.
 AUTO = Backend(
     "cpp",
     (
@@ -51,9 +51,9 @@ def layer_backward(
 ) -> dict[str, Tensor | None]:
     """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``, by name.
 
-    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` takes the gradient of the
-    branch's output, its input, which is computed again, and which gradients are wanted, of that input and of the four;
-    it returns these. What is not wanted is None and not computed.
+    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` is called with the gradient
+    of the branch's output, the branch's input, which is computed again, and a mask of the gradients that are needed: of
+    that input and of ``linears``. It returns these. A gradient that is not needed is None and not computed.
     """
     C, norm = kept.x.shape[1], ("x", "norm_weight", "norm_bias")
     norm_mask, linear_mask = ([kept.needed[name] for name in names] for names in (norm, linears))
@@ -70,6 +70,6 @@ def layer_backward(
 
 
 def fake_branch_backward(x: Tensor, weights: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What a branch's backward returns: the gradients of ``x`` and of each of ``weights`` (out, in) and its bias."""
+    """The fakes of a branch's gradients: those of ``x``, and of each of ``weights`` (out, in) and its bias."""
     shapes = [x.shape, *(shape for weight in weights for shape in (weight.shape, weight.shape[:1]))]
     return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

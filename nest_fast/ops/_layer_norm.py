@@ -30,7 +30,7 @@ def rows(x: Tensor, rank: int, shape: str) -> int:
     """The channels of ``x``, whose shape is checked."""
     _checks.floating("x", _checks.is_tensor("x", x, shape))
     if x.dim() < rank:
-        raise ValueError(f"x: wanted {rank} or more dimensions {shape}, got shape {tuple(x.shape)}")
+        raise ValueError(f"x: expected {rank} or more dimensions {shape}, got shape {tuple(x.shape)}")
     return x.shape[-1]
 
 
@@ -41,5 +41,5 @@ def check_norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> N
 
 
 def normed_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What layer_norm makes of ``dtype``: float32 under CUDA's autocast, which casts its input; the CPU's does not."""
+    """The dtype of layer_norm's output: float32 under CUDA's autocast, which casts the input; the CPU's does not."""
     return torch.float32 if x.device.type == "cuda" and _modes.under_autocast(x) else dtype

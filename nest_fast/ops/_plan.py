@@ -17,7 +17,7 @@ from nest_fast.ops.block_attention import Given as AttentionGiven
 from nest_fast.ops.block_attention import choose as choose_attention
 from nest_fast.ops.blockify import BACKENDS as PATCHES
 
-Plan = tuple[str, str]  # by which kernels, and why not by faster ones
+Plan = tuple[str, str]  # the operation and its kernels; what keeps it from faster ones
 
 _KERNELS = {
     "cpp": f"C++ ({_extension.cpp_isa})",
@@ -28,8 +28,8 @@ _KERNELS = {
 }
 
 
-def half_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None], chained: bool) -> Plan:
-    """For half a layer, ``attention``'s or the MLP's: one operation, or its parts, ``chained`` on a GPU."""
+def sub_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None], chained: bool) -> Plan:
+    """For the sub-layer of ``attention``, or of the MLP: one operation, or its parts, ``chained`` on a GPU."""
     inside, slow = attention or ("", "")
     if chained:
         reasons = PASS["triton"].why_not((x,))
@@ -69,7 +69,7 @@ def patches(x: Tensor) -> Plan:
 
 
 def missing() -> list[str]:
-    """Compiled parts and packages that this machine could use and has not."""
+    """Compiled parts and packages that this machine could use but does not have."""
     said = _backends.reasons(_backends.EXTENSION, ())
     if torch.cuda.is_available():
         said += [_extension.cuda_error] if _extension.cuda_error else []

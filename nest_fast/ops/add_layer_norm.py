@@ -78,14 +78,14 @@ def _check(
     _checks.choice("impl", impl, IMPLS)
     C = _layer_norm.rows(x, 2, "(B, ..., C)")
     dtype = x.dtype
-    for name, value, wanted, meaning in (
+    for name, value, expected, meaning in (
         ("branch", branch, tuple(x.shape), "as x has"),
         ("branch_bias", branch_bias, (C,), "(C,)"),
         ("branch_scale", branch_scale, (x.shape[0],), "(B,)"),
     ):
         if value is not None or name == "branch":
             value = _checks.is_tensor(name, value, meaning)
-            _checks.shape(name, value, wanted, meaning)
+            _checks.shape(name, value, expected, meaning)
             _checks.promotes(name, value, "x", x)
             dtype = torch.promote_types(dtype, value.dtype)
     _layer_norm.check_norm(x, weight, bias, dtype)

@@ -46,7 +46,7 @@ def attention_layer(
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
-            it keeps qkv and the attention's output; the LayerNorm's is computed again.
+            it keeps qkv and the attention's output and computes the LayerNorm's again.
 
     Returns:
         ``(B, T, N, C)``.
@@ -114,7 +114,7 @@ def _check(
     _checks.choice("impl", impl, IMPLS)
     C = _checks.tensor("x", x, "(B, T, N, C)").shape[3]
     if num_heads < 1 or C % num_heads:
-        raise ValueError(f"num_heads: wanted a divisor of C = {C}, got {num_heads}")
+        raise ValueError(f"num_heads: expected a divisor of C = {C}, got {num_heads}")
     packed = C + 2 * kv_heads * (C // num_heads)
     weights = {
         "norm_weight": (norm_weight, (C,)),

@@ -53,7 +53,7 @@ def _check(x: Tensor, bias: Tensor | None, approximate: str, impl: str) -> None:
     _checks.choice("approximate", approximate, APPROXIMATIONS)
     _checks.floating("x", _checks.is_tensor("x", x, "(..., C)"))
     if x.dim() == 0:
-        raise ValueError(f"x: wanted 1 or more dimensions (..., C), got shape {tuple(x.shape)}")
+        raise ValueError(f"x: expected 1 or more dimensions (..., C), got shape {tuple(x.shape)}")
     if bias is not None:
         _checks.shape("bias", _checks.is_tensor("bias", bias, "(C,)"), (x.shape[-1],), "(C,)")
         _checks.promotes("bias", bias, "x", x)

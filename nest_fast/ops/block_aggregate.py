@@ -109,15 +109,17 @@ def _check_image(x: Tensor, grid_size: object, block_size: object) -> tuple[Size
         _checks.tensor("x", x, "(B, H, W, C)")
         _checks.floating("x", x)
         if block_size is not None:
-            raise ValueError(f"block_size: wanted None for an image (grid_size=None), got {block_size!r}")
+            raise ValueError(f"block_size: expected None for an image (grid_size=None), got {block_size!r}")
         if x.shape[1] % 2 or x.shape[2] % 2:
-            raise ValueError(f"x: wanted an even height and width, got shape {tuple(x.shape)}")
+            raise ValueError(f"x: expected an even height and width, got shape {tuple(x.shape)}")
         return None
     _checks.tensor("x", x, "(B, T, N, C)")
     _checks.floating("x", x)
     (gh, gw), block = _checks.grid(x, grid_size, block_size)
     if gh % 2 or gw % 2:
-        raise ValueError(f"grid_size: wanted an even height and width, since 2 x 2 blocks become one, got ({gh}, {gw})")
+        raise ValueError(
+            f"grid_size: expected an even height and width, since 2 x 2 blocks become one, got ({gh}, {gw})"
+        )
     return (gh, gw), block
 
 
@@ -180,8 +182,8 @@ BACKENDS = {
     ),
 }
 
-# (dtype, compute capability) -> what "auto" takes on such a GPU. Neither was measured on any so far: where no row says
-# otherwise it is the library's convolution and one kernel for the rest.
+# (dtype, compute capability) → what "auto" takes on such a GPU; "two_step" where there is no row. Neither that nor
+# "triton" has been measured on a GPU so far.
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
@@ -192,7 +194,7 @@ def choose(given: Given) -> str:
     if kind == "cpu":
         if not BACKENDS["cpp"].can(given):
             return "reference"
-        # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
+        # The matrix unit, which only the library uses, gains more than Winograd's algorithm saves.
         amx = _extension.has_amx and _modes.autocast_dtype(given.x) == torch.bfloat16
         return "two_step" if amx else "cpp"
     if kind == "cuda":

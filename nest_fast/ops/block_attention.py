@@ -94,8 +94,8 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         _checks.tensor(name, x, "(B, T, N, heads, head_dim)")
         if x.shape[:3] != q.shape[:3] or x.shape[4] != head_dim or x.shape[3] not in (1, heads):
-            wanted = f"({B}, {T}, {N}, {heads} or 1, {head_dim})"
-            raise ValueError(f"{name}: wanted shape {wanted} as q has, got {tuple(x.shape)}")
+            expected = f"({B}, {T}, {N}, {heads} or 1, {head_dim})"
+            raise ValueError(f"{name}: expected shape {expected} as q has, got {tuple(x.shape)}")
         _checks.alike(name, x, "q", q)
     _checks.shape("v", v, tuple(k.shape), "as k has")
     if bias is not None:
@@ -108,11 +108,11 @@ def _check(
         if mask.dtype != torch.bool:
             _checks.floating("mask", mask)
         if groups == 0 or T % groups:
-            raise ValueError(f"mask: wanted a number of groups that divides T = {T}, got {groups}")
+            raise ValueError(f"mask: expected a number of groups that divides T = {T}, got {groups}")
         _checks.device("mask", mask, "q", q)
     _checks.number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: wanted a probability between 0 and 1, got {dropout_p}")
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def choose(given: Given) -> str:
     if kind == "cpu":
         if BACKENDS["cpp"].can(given):
             return "cpp"
-        # PyTorch's fused attention for CPUs has no second derivative, which compiled code has not either; and its
-        # gradient is wrong where a row's largest score is so large that its logarithm of the sum is rounded away.
+        # PyTorch's fused attention for CPUs has no second derivative (nor has compiled code), and its gradient is
+        # wrong where a row's largest score is so large that the logarithm of the sum is rounded away.
         compiled = torch.compiler.is_compiling() and given.bias is None and given.mask is None
         return "reference" if _modes.wants_gradients(given) and not compiled else "sdpa"
     if kind == "cuda":
@@ -183,7 +183,7 @@ def _sdpa(
 def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """``bias`` and ``mask`` as one ``attn_mask`` that broadcasts to (blocks, heads, N, N)."""
     added = [x.dtype for x in (bias, mask) if x is not None and x.dtype != torch.bool]
-    # Beside halves float32 is taken as well, which has room for -1e9; by the kernels of GPUs it is not.
+    # Beside float16 and bfloat16 a CPU takes a float32 mask, too, which has room for -1e9; the GPU's kernels do not.
     dtype = torch.float32 if q.dtype in _checks.HALVES and q.is_cpu and any(x != q.dtype for x in added) else q.dtype
     if mask is None:
         return None if bias is None else _in_range(bias, dtype).to(dtype).unsqueeze(0)
@@ -195,7 +195,7 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
 
 
 def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would take keys away."""
+    """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would mask keys."""
     largest = torch.finfo(dtype).max
     if torch.finfo(x.dtype).max <= largest:
         return x

@@ -19,11 +19,11 @@ from nest_fast.ops._vmap import fold, unfold
 __all__ = ["blockify", "patchify", "unblockify"]
 
 IMPLS = ("auto", "reference", "cpp", "cuda")
-# What the compiled kernels add; they move every dtype of 1 to 16 bytes.
+# The dtypes that the compiled kernels add; they move every dtype of 1 to 16 bytes.
 _ADDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# On a CPU PyTorch is as fast or faster (measured) where a gradient of fewer bytes is recorded, which is done in Python;
+# PyTorch is as fast or faster (measured) on a CPU below so many bytes where a gradient is recorded in Python;
 _SMALL = 2**20
-# where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
+# and for plain copies where a gradient is recorded or a graph compiled, or above a cache's size.
 _LARGE = 2**24
 
 
@@ -139,7 +139,7 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
     if x.dtype not in _ADDED:
-        raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
+        raise TypeError(f"x: expected float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
     _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype != pos_embed.dtype:
         dtype = torch.promote_types(x.dtype, pos_embed.dtype)
@@ -151,7 +151,7 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
 
 
 def _kernels(name: str, kind: str, error: Callable[[], str | None]) -> Backend:
-    """The compiled kernels for a kind of device, whose part did not load with an ``error``."""
+    """The compiled kernels for a ``kind`` of device; ``error`` says why their part did not load, None if it did."""
     return Backend(
         name,
         (
@@ -177,8 +177,8 @@ def _has_kernel(x: Tensor) -> bool:
 def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: object) -> Tensor | None:
     """``op(x, *args)``, or None where plain PyTorch is to compute it; an ``impl`` that cannot run is an error.
 
-    ``moves``: whether anything does; else there is a view. Written to touch little code: the kernel evicts it from the
-    cache, and the next call waits some µs for every Python function that it brings back (measured).
+    ``moves``: whether any pixel changes place; else the result is a view. Written out in one function: the kernel
+    evicts Python's code from the cache, and each function that the next call needs costs some µs (measured).
     """
     if impl == "reference":
         return None
@@ -207,7 +207,7 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
         return None
     if not eager or functorch or recorded:
         return op(x, *args)
-    with torch._C._AutoDispatchBelowAutograd():  # past the Python that records gradients, half of a call's time
+    with torch._C._AutoDispatchBelowAutograd():  # skips the Python that records gradients, half of a call's time
         return op(x, *args)
 
 
@@ -215,7 +215,7 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
 
 
 def pos_embed_gradient(dout: Tensor) -> Tensor:
-    """That of a ``(1, T, N, C)`` added to every image, from ``dout`` ``(B, T, N, C)``; a single image's as it is."""
+    """The gradient of a ``(1, T, N, C)`` added to every image, from ``dout`` ``(B, T, N, C)``."""
     return dout.sum_to_size(1, *dout.shape[1:])
 
 

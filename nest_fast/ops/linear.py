@@ -39,8 +39,9 @@ def linear(
         activation: "none", "gelu" (exact) or "gelu_tanh".
         residual: ``(…, out)``, added last, of any floating-point dtype, or None; not together with an activation.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
-            fusing to the compiler. "reference" is plain PyTorch, with a pass over memory each for the bias (on a CPU),
-            the activation and the sum. "onednn" has all in the matmul's epilogue, on a CPU and without gradients.
+            fusing to the compiler. "reference" is plain PyTorch, with one pass over memory each for the bias (on a
+            CPU), the activation and the sum. "onednn" does all of them in the matmul's epilogue, on a CPU and without
+            gradients.
 
     Returns:
         ``(…, out)``.
@@ -70,7 +71,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     _checks.floating("x", _checks.is_tensor("x", x, "(…, in)"))
     out_features, in_features = _checks.tensor("weight", weight, "(out, in)").shape
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x: wanted shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
     _checks.alike("weight", weight, "x", x)
     if bias is not None:
         _checks.is_tensor("bias", bias, "(out,)")
@@ -78,7 +79,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         _checks.alike("bias", bias, "x", x)
     if residual is not None:
         if activation != "none":
-            raise ValueError(f"activation: wanted 'none' with a residual, got {activation!r}")
+            raise ValueError(f"activation: expected 'none' with a residual, got {activation!r}")
         _checks.is_tensor("residual", residual, "(…, out)")
         _checks.shape("residual", residual, (*x.shape[:-1], out_features), "(…, out)")
         _checks.promotes("residual", residual, "x", x)

@@ -41,8 +41,8 @@ def mlp_layer(
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
-            computes some rows at a time, so that what is hidden never leaves the cache. Where gradients are wanted it
-            keeps fc1's output; the LayerNorm's and the GELU's are computed again.
+            computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
+            wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again.
 
     Returns:
         ``(…, C)``.
@@ -99,7 +99,7 @@ def _check(
     _checks.choice("activation", activation, ACTIVATIONS)
     hidden, C = _checks.tensor("fc1_weight", fc1_weight, "(hidden, C)").shape
     if _checks.is_tensor("x", x, "(…, C)").dim() == 0 or x.shape[-1] != C:
-        raise ValueError(f"x: wanted shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
     weights = {
         "norm_weight": (norm_weight, (C,)),
         "norm_bias": (norm_bias, (C,)),
