@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import random
+import sys
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nest_fast
-from nest_fast.ops import _extension, _modes
+from nest_fast.ops import _backends, _extension, _modes
 from nest_fast.testing import relative_error
 
 # Every operation in each way, at small sizes: name → (function, sizes of its tensors, more implementations).
@@ -518,3 +519,21 @@ def test_the_counter_is_not_imported_with_the_package():
     code += "from torch.utils.flop_counter import flop_registry; import torch;"
     code += "assert torch.ops.nest_fast.mlp_layer_cpp in flop_registry"
     run_python("-c", code)
+
+
+@pytest.mark.parametrize("name", sorted({name.partition(",")[0] for name in TABLE} - {"unblockify", "patchify"}))
+def test_every_rule_of_a_backend_has_its_words(name):
+    """Also those that nothing breaks here; and "auto" stops at the first one, without words."""
+    module = sys.modules[f"nest_fast.ops.{name}"]
+    given = [torch.zeros(1, 1, 1, 1, 1)] * 7
+    if hasattr(module, "Given"):
+        given = module.Given._make(given[: len(module.Given._fields)])
+    for backend in module.BACKENDS.values():
+        broken = backend._replace(rules=tuple((why, lambda given: True) for why, _ in backend.rules))
+        reasons = broken.why_not(given)
+        assert len(reasons) == len(backend.rules)
+        assert not any("{" in reason or "given" in reason for reason in reasons)
+        with pytest.raises(RuntimeError, match=f"impl: '{backend.name}' cannot run {name} here: "):
+            broken.require(name, given)
+    silent = _backends.Backend("cpp", (("{nobody}", lambda given: True), ("{asks}", lambda given: 1 / 0)))
+    assert not silent.can(given)
