@@ -71,7 +71,7 @@ def gencode(nvcc: str) -> str:
     flags = []
     for arch in wanted:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST: wanted versions such as '8.0;9.0+PTX', got {arch!r}")
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected versions such as '8.0;9.0+PTX', got {arch!r}")
         number = arch.removesuffix("+PTX").replace(".", "")
         code = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},'code=[{code}]'")

@@ -63,7 +63,7 @@ def parametrize(cases: Iterable[Case], peers: Callable[[Any], Iterable[str]]) ->
 
 @dataclass
 class Problem:
-    """The inputs of a case, what is right, and who computes it.
+    """The inputs of a case, the right results, and the implementations that are compared.
 
     Args:
         inputs: what every peer is called with; the first one has the batch.
@@ -71,7 +71,7 @@ class Problem:
         per_sample_results: how many of the results have the batch, too; the others are summed over it.
         exact: computes the results, given ``inputs`` in float64.
         yardstick: the peer whose time and error the others are set against.
-        peers: who computes it, the yardstick first.
+        peers: the implementations, the yardstick first.
         limits: peers that show how fast the hardware is, and do not compute the right thing.
         items: images in ``inputs``; 0 for an operation.
         count_bytes: whether the bytes of inputs and results say anything about the time (not so for a whole model).

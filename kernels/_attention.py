@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
 from nest_fast.kernels._primitives import LN2, LOG2E, dot, fma, round_to
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from nest_fast.kernels._attention import (
     load_keys,
     load_lse,

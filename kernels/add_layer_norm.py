@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._primitives import load, load_row, normalise, round_to
-from torch import Tensor
 
 __all__ = ["add_layer_norm_bwd", "add_layer_norm_fwd"]
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._primitives import load, load_row, round_to
-from torch import Tensor
 
 __all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._primitives import dot, load, piece, round_to, zeros
 from nest_fast.kernels.norm_pool import (
@@ -26,7 +28,6 @@ from nest_fast.kernels.norm_pool import (
     layer_norm,
     pooled_offset,
 )
-from torch import Tensor
 
 __all__ = ["MAX_FUSED_CHANNELS", "block_aggregate_fwd", "cut"]
 

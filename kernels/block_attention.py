@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._attention import (
     Spec,
@@ -35,7 +37,6 @@ from nest_fast.kernels._attention_stream import (
     block_attention_fwd_stream_kernel,
 )
 from nest_fast.kernels._primitives import dot, piece, pieces, round_to, tiles_and_tail
-from torch import Tensor
 
 __all__ = ["MAX_HEAD_DIM", "MAX_SEQ", "block_attention_bwd", "block_attention_fwd"]
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._primitives import both, load, load_row, piece, pieces, round_to, zeros
-from torch import Tensor
 
 __all__ = [
     "MAX_CHANNELS", "Image", "Norm", "Spec", "channel_pieces", "empty_statistics", "image_of", "layer_norm",

@@ -85,7 +85,7 @@ class Classifier:
             logits = self.model(torch.stack([image for _, image in images]).to(self.device)).float()
         except torch.OutOfMemoryError:
             if len(images) == 1:
-                raise UsageError("batch_size: wanted memory for one image at least, got none on the device") from None
+                raise UsageError("batch_size: expected memory for one image at least, got none on the device") from None
             half = len(images) // 2
             return self.predict(images[:half], k) + self.predict(images[half:], k)
         values, indices = logits.softmax(1).topk(min(k, logits.shape[1]))
@@ -144,14 +144,16 @@ def load(
     if file is None:
         found = _from_hub(model or "nest_tiny_jx")
     elif not file.is_file():
-        raise UsageError(f"checkpoint: wanted a file, got {file}, where there is none")
+        raise UsageError(f"checkpoint: expected a file, got {file}, where there is none")
     elif file.suffix in JAX_SUFFIXES:
         found = _from_jax(file)
     else:
         found = _own(file) or _from_timm(file, model)
     if classes is not None:
         if len(classes) != len(found.classes):
-            raise UsageError(f"classes: wanted {len(found.classes)} names as the model has classes, got {len(classes)}")
+            raise UsageError(
+                f"classes: expected {len(found.classes)} names as the model has classes, got {len(classes)}"
+            )
         found.classes = classes
     found.model.to(device)
     found.device = next(found.model.parameters()).device
@@ -179,7 +181,7 @@ def _from_timm(file: Path, name: str | None) -> Classifier:
     except (ValueError, TypeError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error
     if name is None or not name.startswith("nest_") or not timm.is_model(name):
-        raise UsageError(f"model: wanted timm's name of the model (nest_tiny, nest_tiny_jx, ...), which {file} does "
+        raise UsageError(f"model: expected timm's name of the model (nest_tiny, nest_tiny_jx, ...), which {file} does "
                          f"not say, got {name!r}")  # fmt: skip
     ours = name.split(".")[0]
     padding = "same" if ours.endswith("_jx") else ""
@@ -207,7 +209,7 @@ def _from_jax(file: Path) -> Classifier:
     name = next((name for name in NAMES if name.endswith("_s16_32") == small and fits(name)), None)
     if name is None:
         raise UsageError(
-            f"checkpoint: wanted one of the authors' models, got {file}, which is none of {', '.join(NAMES)}"
+            f"checkpoint: expected one of the authors' models, got {file}, which is none of {', '.join(NAMES)}"
         )
     model = _filled(name, state, file, padding="same", gelu="tanh")
     size = 32 if small else 224
@@ -221,7 +223,7 @@ def _filled(name: str, state: dict[str, Tensor], file: Path, **kwargs: Any) -> n
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
-            f"checkpoint: wanted one of {name}, got {file}: {' '.join(str(error).split())[:200]}"
+            f"checkpoint: expected one of {name}, got {file}: {' '.join(str(error).split())[:200]}"
         ) from error
     return model
 
@@ -229,7 +231,7 @@ def _filled(name: str, state: dict[str, Tensor], file: Path, **kwargs: Any) -> n
 def _from_hub(name: str) -> Classifier:
     name = name.removeprefix("timm/")
     if not timm.is_model(name):
-        raise UsageError(f"model: wanted one of timm's, got {name!r}")
+        raise UsageError(f"model: expected one of timm's, got {name!r}")
     offline = _no_network()
     import huggingface_hub.constants as hub
 
@@ -288,7 +290,7 @@ def find(inputs: Iterable[str], stdin: Any) -> Iterator[Named]:
         elif Path(given).is_dir():
             files = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
             if not files:
-                raise UsageError(f"images: wanted a folder with images, got {given} with none")
+                raise UsageError(f"images: expected a folder with images, got {given} with none")
             yield from ((str(path), path) for path in files)
         else:
             yield given, Path(given)
@@ -296,7 +298,7 @@ def find(inputs: Iterable[str], stdin: Any) -> Iterator[Named]:
 
 def _stdin(data: bytes) -> Iterator[Named]:
     if not data.strip():
-        raise UsageError("images: wanted an image or paths on stdin, got nothing")
+        raise UsageError("images: expected an image or paths on stdin, got nothing")
     try:
         with Image.open(io.BytesIO(data)):
             pass
@@ -307,7 +309,7 @@ def _stdin(data: bytes) -> Iterator[Named]:
     try:
         lines = data.decode().replace("\0", "\n").splitlines()
     except UnicodeDecodeError:
-        raise UsageError("images: wanted an image or paths on stdin, got neither") from None
+        raise UsageError("images: expected an image or paths on stdin, got neither") from None
     yield from find((line for line in lines if line and line != "-"), None)
 
 
@@ -398,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         for name, value in (("top", args.top), ("batch_size", args.batch_size)):
             if value is not None and value < 1:
-                raise UsageError(f"{name}: wanted at least 1, got {value}")
+                raise UsageError(f"{name}: expected at least 1, got {value}")
         images = list(find(args.images, sys.stdin.buffer))
         classes = args.classes and args.classes.read_text().splitlines()
         classifier = load(args.checkpoint, args.model, classes, args.device)

@@ -1,4 +1,4 @@
-"""How every layer of a model would be computed on this machine, by which kernels, and why not faster."""
+"""How every layer of a model would be computed on this machine: by which kernels, and why not by faster ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: of the module, as ``named_modules`` has it.
-        what: which step of it: "attention half", "MLP half", "aggregation", ...
+        what: which step of it: "attn sub-layer", "mlp sub-layer", "aggregation", ...
         how: the operation and its kernel, or "its modules".
         why: what keeps it from the fast way; "" where this is it.
     """
@@ -55,7 +55,7 @@ class Explanation:
         return "\n".join([*lines, *(f"missing: {what}" for what in self.missing)])
 
 
-Like = Callable[..., Tensor]  # makes a tensor as a module would get it, of these sizes after the batch
+Like = Callable[..., Tensor]  # makes a tensor as a module would get it, with these sizes after the batch
 Tell = Callable[[str, Any, Like], Iterator[Row]]
 
 
@@ -87,7 +87,7 @@ def _like(module: nn.Module, x: Tensor | None, blocks: tuple[int, ...], *sizes: 
 
 
 def tell_layer(name: str, layer: Any, like: Like, *, known: fusion.Known) -> Iterator[Row]:
-    """The two halves of a pre-norm layer."""
+    """The two sub-layers of a pre-norm layer."""
     for half in fusion.halves(layer, known):
         x = like(_channels(half))
         why = fusion.everywhere(x) or half.why_not(x) or (not fusion.is_chained(x) and fusion.why_not_skipped(x, half))
@@ -96,12 +96,12 @@ def tell_layer(name: str, layer: Any, like: Like, *, known: fusion.Known) -> Ite
         if why:
             plan = _called(why, attention)
         else:
-            plan = _plan.half_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
-        yield Row(name, f"{half.names[1]} half", *plan)
+            plan = _plan.sub_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
+        yield Row(name, f"{half.names[1]} sub-layer", *plan)
 
 
 def _channels(half: fusion.Half) -> int:
-    """Those of what the half takes, as far as its modules tell."""
+    """The channels of the sub-layer's input, as far as its modules tell."""
     inside = getattr(half.body, "_modules", {})
     first = inside.get("qkv", inside.get("fc1"))
     return getattr(first, "in_features", 1)
@@ -112,7 +112,7 @@ def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
 
 
 def tell_attention(name: str, attn: Any, like: Like, *, heads: Callable[[Any], int]) -> Iterator[Row]:
-    """Attention that is in no layer."""
+    """Attention outside a layer."""
     yield Row(name, "attention", *_plan.attention(like(getattr(attn.proj, "in_features", 1)), heads(attn)))
 
 

@@ -64,7 +64,7 @@ def save(program: ExportedProgram, f: str | os.PathLike[str] | IO[bytes], **kwar
         TypeError: ``program`` is no ``torch.export.ExportedProgram``.
     """
     if not isinstance(program, ExportedProgram):
-        raise TypeError(f"program: wanted a torch.export.ExportedProgram, got {type(program).__name__}")
+        raise TypeError(f"program: expected a torch.export.ExportedProgram, got {type(program).__name__}")
     nodes = [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "nest_fast"]
     if nodes:
         note = "this program needs `import nest_fast` before torch.export.load"

@@ -1,12 +1,12 @@
-"""How a layer, half a layer, an aggregation and a patch embedding are computed: decided here and nowhere else.
+"""How a layer, its sub-layers, an aggregation and a patch embedding are computed: decided here and nowhere else.
 
 An operation may compute around a module only if the module would do now just what the operation does: its class is
 known, as its library wrote it; nobody listens to it; its weights are ordinary tensors; its own flags say so. These
 conditions are the rows of the tables below, each with its reason in words. Where one is broken, the modules are called
 as their owner wrote them.
 
-What a class of modules is, its owner says in a table of his own (``Known``): nest_fast's modules theirs, the adapter of
-a library its library's. Nothing is registered, so no import changes what another model does.
+What is known of a class of modules is in its owner's table (``Known``): nest_fast's modules have theirs, and so has the
+adapter of each library. Nothing is registered, so no import changes what another model does.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Rules = tuple[tuple[str, Callable[..., object]], ...]  # reasons, and whether th
 
 
 class Place(NamedTuple):
-    """A place in a layer: the roles that may be computed around there, and rules ``(module, x)`` for such a module."""
+    """A place in a layer: which roles its module may have to be computed around, and rules ``(module, x)`` for it."""
 
     roles: tuple[str, ...]
     rules: Rules = ()
 
 
 class Attention(NamedTuple):
-    """What an attention module computes between its projections, by its flags of now."""
+    """What an attention module computes between its projections, by its current flags."""
 
     num_heads: int
     scale: float | None = None
@@ -62,7 +62,7 @@ class Written(NamedTuple):
 
     Attributes:
         role: what its modules are in a layer: "linear", "norm", "dropout", ...
-        methods: (class, name, function) of what must not have been exchanged.
+        methods: (class, name, function) of what must not have been replaced.
         rules: ``(module, x)``, what its flags must say.
         rate: the attribute with the probability of what it drops in training.
         parts: of "attention" and "mlp": the names of its modules, and the place of each.
@@ -82,12 +82,12 @@ Part = tuple[str, Any, Place]
 
 
 def as_written(role: str, cls: type, *bases: type, methods: Sequence[str] = ("forward",), **what: Any) -> Written:
-    """What is known of ``cls``, where its ``methods``, and those of ``bases`` that it stands for, are not patched."""
+    """What is known of ``cls`` as long as its ``methods``, and those of the ``bases`` it replaces, are not patched."""
     return Written(role, tuple((c, name, _written(c, name)) for c in (cls, *bases) for name in methods), **what)
 
 
 def _written(cls: type, name: str) -> object:
-    """The method of ``cls`` if its code is where the class is; else it was patched already, and no function is it."""
+    """The method of ``cls`` if its code is in the class's file; else it was patched already, and nothing matches."""
     owner = next(c for c in cls.__mro__ if name in vars(c))
     function = vars(owner)[name]
     code, file = getattr(function, "__code__", None), getattr(sys.modules[owner.__module__], "__file__", None)
@@ -102,7 +102,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _CALLS = nn.Module.__call__, nn.Module._call_impl
 _FUNCTIONS = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention, torch._C._nn.gelu, torch.conv2d
 
-# Where one of these holds for the input, every module is called; the second kind is asked in eager mode only.
+# Where one of these holds for the input, every module is called; the second table is for eager mode only.
 _EVERYWHERE: Rules = (
     ("its input is no ordinary tensor", lambda x: type(x) not in _PLAIN),
     (
@@ -125,7 +125,7 @@ _EVERYWHERE_EAGER: Rules = (
     ("torch.func is transforming", lambda x: torch._C._are_functorch_transforms_active()),
 )
 
-# What holds of everything that is computed around; the rules of its class and of its place come on top.
+# Asked of every module that is computed around; the rules of its class and of its place come on top.
 _OTHER = "{name} is a {kind}, which may compute something else"
 _PATCHED = "the class of {name}, {kind}, was patched"
 _HEARD = "somebody listens to {name}, or patched it"
@@ -194,7 +194,7 @@ def max_pool_rules(padding: int) -> Rules:
     return (("{name} is no 3x3 max-pool with stride 2", is_other),)
 
 
-# What PyTorch itself brings.
+# PyTorch's own modules.
 TORCH: Known = {
     nn.Linear: as_written("linear", nn.Linear, rules=(_ORDINARY,)),
     nn.LayerNorm: as_written("norm", nn.LayerNorm, rules=NORM_RULES),
@@ -219,7 +219,7 @@ class Reason(NamedTuple):
 
 
 def everywhere(x: Tensor) -> Reason | None:
-    """Why all modules are called for ``x``, whatever they are; None if nothing speaks for that."""
+    """Why all modules are called for ``x``, whatever they are; None if no rule says so."""
     for why, holds in _EVERYWHERE if torch.compiler.is_compiling() else _EVERYWHERE + _EVERYWHERE_EAGER:
         if holds(x):
             return Reason(why)
@@ -256,7 +256,7 @@ def why_not(x: Tensor, parts: Iterable[Part], known: Known) -> Reason | None:
 
 
 def flags(x: Tensor, name: str, module: Any, written: Written) -> Reason | None:
-    """Why a module whose own call this is may not compute ``x`` around what is inside it; who listens has heard."""
+    """Why a module, inside its own forward, may not compute ``x`` around its parts; its own hooks have run already."""
     own = written.methods[0][0]
     if any(cls is own and getattr(type(module), method) is not function for cls, method, function in written.methods):
         return Reason("{name} has methods of its own", name, module)
@@ -282,11 +282,11 @@ def _is_strange(module: Any) -> bool:
     return type(own["weight"]) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN)
 
 
-# --- half a layer -----------------------------------------------------------------------------------------------------
+# --- a sub-layer ------------------------------------------------------------------------------------------------------
 
 
 class Half(NamedTuple):
-    """Half a pre-norm layer, ``x + path(body(norm(x)))``: ``path`` is stochastic depth, ``body`` attention or MLP."""
+    """The attention or the MLP sub-layer of a pre-norm layer, ``x + path(body(norm(x)))``; path is stochastic depth."""
 
     names: tuple[str, str, str]
     norm: Any
@@ -315,13 +315,13 @@ _HALVES = ("norm1", "attn", "drop_path1"), ("norm2", "mlp", "drop_path2")
 
 
 def halves(layer: Any, known: Known) -> list[Half]:
-    """The attention's and the MLP's half of a layer that names its modules as timm's do."""
+    """The attention sub-layer and the MLP sub-layer of a layer that names its modules as timm's do."""
     own = layer._modules
     return [Half((n, b, p), own.get(n), own.get(b), own.get(p), known) for n, b, p in _HALVES]
 
 
 def run(x: Tensor, layer: Any, known: Known) -> Tensor:
-    """A pre-norm layer: each half by one operation, or by its modules."""
+    """A pre-norm layer: each sub-layer by one operation, or by its modules."""
     called = everywhere(x)
     for half in halves(layer, known):
         x = _call(x, half) if called or half.why_not(x) else _fused(x, half)
@@ -333,7 +333,7 @@ def _call(x: Tensor, half: Half) -> Tensor:
 
 
 def _fused(x: Tensor, half: Half) -> Tensor:
-    """One operation; with stochastic depth only for the samples that it keeps, where they can be told."""
+    """One operation; with stochastic depth only for the samples that it keeps, where these can be picked out."""
     drop = _drop_rate(half)
     if drop == 0.0:
         return _operation(x, half, 1.0)
@@ -368,13 +368,13 @@ def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
 
 
 def _drop_rate(half: Half) -> float:
-    """With what probability stochastic depth drops a sample now."""
+    """The probability with which stochastic depth drops a sample now."""
     rate = half.known[type(half.path)].rate
     return getattr(half.path, rate) if rate and half.path.training else 0.0
 
 
 def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
-    """Why samples that stochastic depth drops are computed: a GPU would have to tell which, a tracer would fix them."""
+    """Why dropped samples are computed, too: a GPU would have to synchronise, a tracer would record the draw."""
     if _drop_rate(half) == 0.0:
         return None
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is FakeTensor
@@ -384,7 +384,7 @@ def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
 
 
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
-    """Reordering the weight's columns is far less than reordering every token.
+    """The weight for a head-major input: reordering its columns costs far less than reordering every token.
 
     Done anew every time: a remembered copy could not see a weight that changes through ``.data``.
     """
@@ -395,7 +395,7 @@ def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
 
 
 def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
-    """Attention with its projections, its output's dropout aside: ``(B, T, N, C)`` → the same."""
+    """Attention with its projections, without the dropout of its output: ``(B, T, N, C)`` → the same."""
     heads, impl = options.num_heads, options.impl
     kv_heads = 1 if options.multi_query else heads
     packed = attn.qkv(x).unflatten(-1, (heads + 2 * kv_heads, -1))
@@ -418,7 +418,7 @@ def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
 
 
 def _attend_by_weights(q: Tensor, k: Tensor, v: Tensor, scale: float | None, attn_drop: Any) -> Tensor:
-    """Attention whose weights ``(B, heads, T, N, N)`` somebody wants to see: laid out as timm does."""
+    """Attention that hands its weights ``(B, heads, T, N, N)`` to a module: laid out as in timm."""
     q, k, v = (x.permute(0, 3, 1, 2, 4) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     weights = attn_drop(((q * scale) @ k.transpose(-2, -1)).softmax(-1))
@@ -447,7 +447,7 @@ def cut(image: Tensor, edge: int, pos_embed: Tensor) -> Tensor:
 
 
 def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
-    """Whether ``pos_embed`` is an ordinary ``(1, T, N, C)`` for that ``shape``, and does not broadcast otherwise."""
+    """Whether ``pos_embed`` is an ordinary tensor ``(1, *shape)``, so that it broadcasts over the batch only."""
     return type(pos_embed) in _PLAIN and tuple(pos_embed.shape) == (1, *shape)
 
 
@@ -471,12 +471,12 @@ def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
 
 
 def is_chained(x: Tensor) -> bool:
-    """Whether layers' residual sums are to be in the passes of the LayerNorms after them; a compiler does so itself."""
+    """Whether a residual sum goes into the pass of the LayerNorm after it; a compiler does so itself."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
-    """Halves of layers, each residual sum in the pass of the LayerNorm that comes after it."""
+    """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it."""
     branch: Tensor | None = None
     scale: Tensor | None = None
     for half in halves:
@@ -500,7 +500,7 @@ def _branch(y: Tensor, half: Half) -> Tensor:
 
 
 def _sample_scale(x: Tensor, half: Half) -> Tensor | None:
-    """The factors ``(B,)`` of stochastic depth: the module's own draw. None where nothing is dropped."""
+    """The factors ``(B,)`` of stochastic depth, drawn as the module draws them. None where nothing is dropped."""
     rate = _drop_rate(half)
     if rate == 0.0:
         return None

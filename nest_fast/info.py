@@ -53,11 +53,11 @@ def _cuda_extension() -> str:
 
 
 def _triton() -> str:
-    from nest_fast.ops import _triton
+    from nest_fast.ops import _extension
 
-    if not _triton.INSTALLED:
+    if not _extension.has_triton:
         return "not installed"
-    return "interpreted (TRITON_INTERPRET=1)" if _triton.INTERPRETED else "for CUDA tensors"
+    return "interpreted (TRITON_INTERPRET=1)" if _extension.triton_interpreted else "for CUDA tensors"
 
 
 def _line(what: Callable[[], str]) -> str:

@@ -62,7 +62,7 @@ class GradCAT:
         canvas = photo.convert("RGB")
         if level is not None:
             if not -len(self.maps) <= level < len(self.maps):
-                raise ValueError(f"level: wanted one of {len(self.maps)} maps, got {level}")
+                raise ValueError(f"level: expected one of {len(self.maps)} maps, got {level}")
             canvas = _overlay(canvas, self.maps[level])
         draw = ImageDraw.Draw(canvas)
         _, _, width, height = self.boxes[0]
@@ -156,10 +156,10 @@ def attention_maps(model: nn.Module, image: Tensor, layers: Sequence[str] | None
 def _nest(model: nn.Module) -> Any:
     """The NesT inside ``model``: what has a list of levels with layers, as ours and timm's have."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = [module for module in model.modules() if _is_nest(module)]
     if len(found) != 1:
-        raise ValueError(f"model: wanted one NesT inside, got {type(model).__name__} with {len(found)}")
+        raise ValueError(f"model: expected one NesT inside, got {type(model).__name__} with {len(found)}")
     return found[0]
 
 
@@ -205,21 +205,21 @@ def _listening(modules: Sequence[nn.Module], say: Callable[[nn.Module, Tensor, T
 def _image(image: Tensor) -> Tensor:
     image = image[None] if isinstance(image, Tensor) and image.dim() == 3 else image
     if _checks.tensor("image", image, "(1, C, H, W)").shape[0] != 1:
-        raise ValueError(f"image: wanted one, (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}")
+        raise ValueError(f"image: expected one, (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}")
     return image
 
 
 def _check_logits(logits: object) -> None:
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 1:
-        raise ValueError(f"model: wanted a classifier that gives (1, classes), got {shape}")
+        raise ValueError(f"model: expected a classifier that gives (1, classes), got {shape}")
 
 
 def _class(target: int, classes: int) -> int:
     if isinstance(target, bool) or not isinstance(target, int):
-        raise TypeError(f"target: wanted the number of a class or None, got {target!r}")
+        raise TypeError(f"target: expected the number of a class or None, got {target!r}")
     if not 0 <= target < classes:
-        raise ValueError(f"target: wanted one of {classes} classes, 0 to {classes - 1}, got {target}")
+        raise ValueError(f"target: expected one of {classes} classes, 0 to {classes - 1}, got {target}")
     return target
 
 

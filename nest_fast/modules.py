@@ -53,7 +53,7 @@ class BlockAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: wanted a divisor of dim = {dim}, got {num_heads}")
+            raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
         _checks.choice("impl", impl, ATTENTION_IMPLS)
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
@@ -112,7 +112,7 @@ class BlockAggregation(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
         norm = norm_layer(out_channels, device=device, dtype=dtype)
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            raise TypeError(f"norm_layer: wanted one that builds an affine torch.nn.LayerNorm, got {norm}")
+            raise TypeError(f"norm_layer: expected one that builds an affine torch.nn.LayerNorm, got {norm}")
         self.norm = norm
 
     def forward(
@@ -157,7 +157,7 @@ class BlockAggregation(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops whole samples of a branch with ``drop_prob``, scaling the others up.
+    """Stochastic depth: in training drops a branch of whole samples with ``drop_prob`` and scales up the others.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
     """
@@ -165,7 +165,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
         if not 0.0 <= drop_prob <= 1.0:
-            raise ValueError(f"drop_prob: wanted a probability between 0 and 1, got {drop_prob}")
+            raise ValueError(f"drop_prob: expected a probability between 0 and 1, got {drop_prob}")
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
@@ -183,7 +183,7 @@ class DropPath(nn.Module):
 class Mlp(nn.Module):
     """Linear → activation → linear, with dropout after both: ``(…, dim)`` → ``(…, dim)``.
 
-    ``impl`` "reference" keeps it out of the operation that computes the MLP half of a layer at once.
+    With ``impl`` "reference" it is never computed by ``mlp_layer``, the operation for a whole MLP sub-layer.
     """
 
     def __init__(

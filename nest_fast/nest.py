@@ -79,7 +79,7 @@ class NesTLevel(nn.Module):
         if isinstance(saved, Tensor) and saved.dim() == 4 and saved.shape[1:3] != self.pos_embed.shape[1:3]:
             try:
                 state_dict[key] = weights.resize_pos_embed(saved, self.grid_size, self.block_size)
-            except ValueError as error:  # load_state_dict collects what is wrong, and says it all at once
+            except ValueError as error:  # load_state_dict collects all errors and raises them together
                 errors: list[str] = args[-1]
                 errors.append(f"{key} cannot be resized: {error}")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -148,10 +148,9 @@ class NesT(nn.Module):
 
     Shape: ``(B, in_chans, H, W)`` → ``(B, num_classes)``.
 
-    Attributes and methods are timm's, in timm's meaning, but for three: ``block_size`` is (height, width), since blocks
-    need not be square; a level takes and gives blocks
-    ``(B, T, N, C)`` where timm's takes and gives an image; ``pretrained_cfg`` tells the model's sizes and names alone,
-    since there are no weights whose training and normalisation it could tell.
+    Attributes and methods are timm's and mean the same, with three exceptions: ``block_size`` is (height, width), since
+    blocks need not be square; a level maps blocks ``(B, T, N, C)`` to blocks, where timm's maps images to images;
+    ``pretrained_cfg`` has the model's sizes and names only, since there are no weights with a normalisation to name.
 
     State dict: timm's names and layouts, so timm's checkpoints load as they are (:mod:`nest_fast.weights` also reads
     wrapped ones and the authors' JAX parameters). Position embeddings of another size are resized when loaded.
@@ -245,7 +244,7 @@ class NesT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.init_weights(weight_init)
-        # What timm's helpers ask a model for; normalisation belongs to weights, and is theirs to say.
+        # What timm's helpers read from a model. The images' normalisation belongs to weights, and is not here.
         self.pretrained_cfg = self.default_cfg = {
             "input_size": (in_chans, *self.img_size),
             "fixed_input_size": True,
@@ -269,7 +268,7 @@ class NesT(nn.Module):
                 nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
     def __prepare_scriptable__(self) -> None:
-        raise RuntimeError("model: wanted one for torch.jit.script, got a NesT; use torch.export or torch.jit.trace")
+        raise RuntimeError("model: expected one for torch.jit.script, got a NesT; use torch.export or torch.jit.trace")
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W)`` → normalised features ``(B, num_features, H', W')``."""
@@ -302,7 +301,7 @@ class NesT(nn.Module):
             x: image ``(B, in_chans, H, W)``.
             indices: which levels: the last n if an int, all if None; negative ones count from the end.
             norm: normalise the last level's output.
-            stop_early: stop after the last level wanted.
+            stop_early: stop after the last of these levels.
             output_fmt: "NCHW".
             intermediates_only: leave out the final features.
 
@@ -327,8 +326,8 @@ class NesT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head of ``num_classes`` outputs (0 for none), and another pooling unless ``global_pool`` is None.
 
-        The head has the device and dtype of the first parameter. A pooling of the user's own, put in ``global_pool``'s
-        place, is replaced only where ``global_pool`` is given; it may say ``feat_mult()``.
+        The head has the device and dtype of the first parameter. A pooling module of the user's own is replaced only
+        where ``global_pool`` is given; its ``feat_mult()``, where it has one, says how many features it makes of one.
         """
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
@@ -393,8 +392,8 @@ class NesT(nn.Module):
         _checks.tensor("x", x, "(B, C, H, W)")
         channels = getattr(self.patch_embed.proj, "in_channels", self.in_chans)  # of another stem, if one was put there
         if tuple(x.shape[1:]) != (channels, *self.img_size):
-            wanted = f"(B, {channels}, {self.img_size[0]}, {self.img_size[1]})"
-            raise ValueError(f"x: wanted shape {wanted} as in_chans and img_size say, got {tuple(x.shape)}")
+            expected = f"(B, {channels}, {self.img_size[0]}, {self.img_size[1]})"
+            raise ValueError(f"x: expected shape {expected} as in_chans and img_size say, got {tuple(x.shape)}")
         return self.patch_embed(x)
 
     def _feature_indices(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -403,7 +402,7 @@ class NesT(nn.Module):
             return list(range(n))
         wanted = list(range(n - indices, n)) if isinstance(indices, int) else [i + n if i < 0 else i for i in indices]
         if not wanted or min(wanted) < 0 or max(wanted) >= n:
-            raise ValueError(f"indices: wanted some of the {n} levels, got {indices!r}")
+            raise ValueError(f"indices: expected some of the {n} levels, got {indices!r}")
         return wanted
 
 
@@ -428,7 +427,7 @@ def _padding(padding: str | None, pad_type: str) -> str:
         return pad_type or "symmetric"
     _checks.choice("padding", padding, ("symmetric", "same"))
     if pad_type and pad_type != padding:
-        raise ValueError(f"padding: wanted {pad_type!r} as pad_type says, got {padding!r}")
+        raise ValueError(f"padding: expected {pad_type!r} as pad_type says, got {padding!r}")
     return padding
 
 
@@ -437,7 +436,7 @@ def _activation(act_layer: Callable[[], nn.Module] | None, gelu: str) -> Callabl
     if act_layer is None:
         return partial(nn.GELU, approximate="tanh" if gelu == "tanh" else "none")
     if gelu != "exact":
-        raise ValueError(f"gelu: wanted 'exact', since act_layer is given, got {gelu!r}")
+        raise ValueError(f"gelu: expected 'exact', since act_layer is given, got {gelu!r}")
     return act_layer
 
 
@@ -445,7 +444,7 @@ def _per_level(name: str, value: int | Sequence[int], num_levels: int) -> list[i
     if isinstance(value, int):
         return [value] * num_levels
     if len(value) != num_levels:
-        raise ValueError(f"{name}: wanted one value for each of {num_levels} levels, got {tuple(value)}")
+        raise ValueError(f"{name}: expected one value for each of {num_levels} levels, got {tuple(value)}")
     return list(value)
 
 
@@ -453,13 +452,13 @@ def _image_and_block(
     img_size: int | tuple[int, int], patch_size: int, num_levels: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     if num_levels < 1:
-        raise ValueError(f"num_levels: wanted at least 1, got {num_levels}")
+        raise ValueError(f"num_levels: expected at least 1, got {num_levels}")
     height, width = _checks.pair("img_size", img_size)
     _checks.pair("patch_size", patch_size)
     step = patch_size * 2 ** (num_levels - 1)
     if height % step or width % step:
         raise ValueError(
-            f"img_size: wanted multiples of patch_size * 2 ** (num_levels - 1) = {step}, got ({height}, {width})"
+            f"img_size: expected multiples of patch_size * 2 ** (num_levels - 1) = {step}, got ({height}, {width})"
         )
     return (height, width), (height // step, width // step)
 
@@ -467,7 +466,7 @@ def _image_and_block(
 def _create(defaults: dict[str, Any], kwargs: dict[str, Any]) -> NesT:
     for name, instead in _TIMM_ONLY.items():
         if kwargs.pop(name, False):
-            raise ValueError(f"{name}: wanted False, since {instead}, got True")
+            raise ValueError(f"{name}: expected False, since {instead}, got True")
     return NesT(**{**defaults, **kwargs})
 
 

@@ -36,8 +36,8 @@ def assert_as_accurate(kernel: Tensor, plain: Tensor, golden: Tensor, factor: fl
         factor: how much worse than ``plain`` the kernel may be.
         what: named in the message, with both errors.
     """
-    assert kernel.shape == golden.shape, f"{what}: shape {tuple(kernel.shape)}, wanted {tuple(golden.shape)}"
-    assert kernel.dtype == plain.dtype, f"{what}: dtype {kernel.dtype}, wanted {plain.dtype}"
+    assert kernel.shape == golden.shape, f"{what}: shape {tuple(kernel.shape)}, expected {tuple(golden.shape)}"
+    assert kernel.dtype == plain.dtype, f"{what}: dtype {kernel.dtype}, expected {plain.dtype}"
     ours, theirs = max_error(kernel, golden), max_error(plain, golden)
     band = 0.0
     if kernel.dtype in (torch.float16, torch.bfloat16) and golden.numel():

@@ -81,7 +81,7 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = _timm_state("state_dict", state_dict)
     for key, value in found.items():
         if key.endswith(".attn.qkv.weight") and value.shape[0] != 3 * value.shape[1]:
-            raise ValueError(f"state_dict: wanted multi-head attention, all that timm has, got multi-query in {key}")
+            raise ValueError(f"state_dict: expected multi-head attention, all that timm has, got multi-query in {key}")
     return found
 
 
@@ -116,7 +116,7 @@ def from_jax(
     try:
         return _from_jax_params(params, depths)
     except KeyError as error:
-        raise ValueError(f"tree: wanted all of NesT's parameters, got none called {error}") from error
+        raise ValueError(f"tree: expected all of NesT's parameters, got none called {error}") from error
 
 
 def _from_jax_params(params: Mapping[str, Any], depths: tuple[int, ...] | None) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def _from_jax_params(params: Mapping[str, Any], depths: tuple[int, ...] | None) 
     depths = _jax_depths(params, num_levels) if depths is None else depths
     num_layers = sum(key.startswith("EncoderNDBlock_") for key in params)
     if len(depths) != num_levels or sum(depths) != num_layers:
-        raise ValueError(f"depths: wanted {num_levels} levels with {num_layers} layers in all, got {depths}")
+        raise ValueError(f"depths: expected {num_levels} levels with {num_layers} layers in all, got {depths}")
     layer = 0
     for i in range(num_levels):
         out[f"levels.{i}.pos_embed"] = _tensor(params[f"PositionEmbedding_{i}"]["pos_embedding"])
@@ -158,11 +158,11 @@ def resize_pos_embed(
     _, T, N, _ = pos_embed.shape
     edge = math.isqrt(T)
     if edge * edge != T:
-        raise ValueError(f"pos_embed: wanted a square grid of blocks, got T = {T}")
+        raise ValueError(f"pos_embed: expected a square grid of blocks, got T = {T}")
     if old_block_size is None:
         old_block_size = (math.isqrt(N), math.isqrt(N))
     if old_block_size[0] * old_block_size[1] != N:
-        raise ValueError(f"old_block_size: wanted height * width = N = {N} tokens, got {old_block_size}")
+        raise ValueError(f"old_block_size: expected height * width = N = {N} tokens, got {old_block_size}")
     image = unblockify(pos_embed, edge, old_block_size).permute(0, 3, 1, 2).float()
     size = (grid_size[0] * block_size[0], grid_size[1] * block_size[1])
     image = F.interpolate(image, size, mode="bicubic", align_corners=False).to(pos_embed.dtype)
@@ -188,17 +188,17 @@ class _NoFileError(FileNotFoundError, ValueError):
 def _timm_state(name: str, tree: Any, use_ema: bool = True, prefix: str | None = None) -> dict[str, Tensor]:
     if isinstance(tree, (str, PathLike)):
         tree = _read_torch(name, os.fspath(tree))
-    wanted = f"{name}: wanted the state dict of a timm Nest"
+    expected = f"{name}: expected the state dict of a timm Nest"
     if isinstance(tree, nn.Module):
-        raise TypeError(f"{wanted}, got a {type(tree).__name__}; give its state_dict()")
-    _check_mapping(wanted, tree)
+        raise TypeError(f"{expected}, got a {type(tree).__name__}; give its state_dict()")
+    _check_mapping(expected, tree)
     models = list(_find(tree, _timm_prefixes))
     if not models:
         model = next((key for key, value in tree.items() if isinstance(value, nn.Module)), None)
         if model is not None:
-            raise TypeError(f"{wanted}, got a {type(tree[model]).__name__} under {model!r}; give its state_dict()")
+            raise TypeError(f"{expected}, got a {type(tree[model]).__name__} under {model!r}; give its state_dict()")
         hint = "; nest_fast.weights.from_jax reads it" if _mentions(tree, "PatchEmbedding_0") else ""
-        raise ValueError(f"{wanted}, got names such as {list(tree)[:3]}{hint}")
+        raise ValueError(f"{expected}, got names such as {list(tree)[:3]}{hint}")
     model = _choose(name, models, ("state_dict", "model"), use_ema, prefix)
     # A longer prefix in the same dictionary belongs to another model.
     others = tuple(m.prefix for m in models if m.state is model.state and len(m.prefix) > len(model.prefix))
@@ -207,14 +207,14 @@ def _timm_state(name: str, tree: Any, use_ema: bool = True, prefix: str | None =
         if key.startswith(model.prefix) and not key.startswith(others):
             clean = ".".join(part for part in key[len(model.prefix) :].split(".") if part not in _WRAPPERS)
             if clean in found:
-                raise ValueError(f"{name}: wanted one tensor for {clean}, got a second one as {key}")
+                raise ValueError(f"{name}: expected one tensor for {clean}, got a second one as {key}")
             found[clean] = value
     return found
 
 
-def _check_mapping(wanted: str, tree: object) -> None:
+def _check_mapping(expected: str, tree: object) -> None:
     if not isinstance(tree, Mapping):
-        raise TypeError(f"{wanted}, in a dictionary or at the path of a file, got {type(tree).__name__}")
+        raise TypeError(f"{expected}, in a dictionary or at the path of a file, got {type(tree).__name__}")
 
 
 def _timm_prefixes(tree: Mapping[Any, Any]) -> list[str]:
@@ -259,22 +259,22 @@ def _choose(name: str, models: list[_Model], order: tuple[str, ...], use_ema: bo
         plain = [m for m in chosen if m not in averaged]
         if not use_ema and not plain:
             places = ", ".join(repr(m.place) for m in averaged)
-            raise ValueError(f"use_ema: wanted True, since {name} holds averaged weights alone ({places}), got False")
+            raise ValueError(f"use_ema: expected True, since {name} holds averaged weights alone ({places}), got False")
         chosen = averaged if use_ema and averaged else plain
     for key in order:
         if len(chosen) > 1:
             chosen = [m for m in chosen if m.way[-1:] == (key,)] or chosen
     if len(chosen) != 1:
         places = ", ".join(repr(m.place) for m in models)
-        raise ValueError(f"prefix: wanted one of {places}, since {name} holds these models, got {prefix!r}")
+        raise ValueError(f"prefix: expected one of {places}, since {name} holds these models, got {prefix!r}")
     return chosen[0]
 
 
 def _check_file(name: str, path: str) -> None:
     if not os.path.exists(path):
-        raise _NoFileError(f"{name}: wanted the path of a file, got {path!r}, where there is none")
+        raise _NoFileError(f"{name}: expected the path of a file, got {path!r}, where there is none")
     if os.path.isdir(path):
-        raise ValueError(f"{name}: wanted the path of a file, got the directory {path!r}")
+        raise ValueError(f"{name}: expected the path of a file, got the directory {path!r}")
 
 
 def _reason(error: Exception) -> str:
@@ -287,18 +287,18 @@ def _reason(error: Exception) -> str:
 def _read_torch(name: str, path: str) -> Any:
     _check_file(name, path)
     if path.endswith((".npz", ".flax", ".msgpack")):
-        raise ValueError(f"{name}: wanted a file of PyTorch's, got {path!r}; nest_fast.weights.from_jax reads it")
+        raise ValueError(f"{name}: expected a file of PyTorch's, got {path!r}; nest_fast.weights.from_jax reads it")
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"{name}: wanted the safetensors library (pip install safetensors) to read {path!r}, got none"
+                f"{name}: expected the safetensors library (pip install safetensors) to read {path!r}, got none"
             ) from error
         try:
             return load_file(path)
         except Exception as error:
-            raise ValueError(f"{name}: wanted a safetensors file, got {path!r}: {_reason(error)}") from error
+            raise ValueError(f"{name}: expected a safetensors file, got {path!r}: {_reason(error)}") from error
     try:
         # timm's training script saves its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -308,7 +308,7 @@ def _read_torch(name: str, path: str) -> Any:
     except Exception as error:  # unpickling arbitrary bytes raises anything
         more = "; where you trust it, give what torch.load(path, weights_only=False) returns" * ("GLOBAL" in str(error))
         raise ValueError(
-            f"{name}: wanted tensors as torch.save writes them or a .safetensors file, got {path!r}:"
+            f"{name}: expected tensors as torch.save writes them or a .safetensors file, got {path!r}:"
             f" {_reason(error)}{more}"
         ) from error
 
@@ -316,7 +316,7 @@ def _read_torch(name: str, path: str) -> Any:
 def _read_jax(path: str) -> Any:
     _check_file("tree", path)
     if path.endswith((".pth", ".pt", ".bin", ".ckpt", ".safetensors")):
-        raise ValueError(f"tree: wanted an .npz or flax file, got {path!r}; nest_fast.weights.from_timm reads it")
+        raise ValueError(f"tree: expected an .npz or flax file, got {path!r}; nest_fast.weights.from_timm reads it")
     if path.endswith(".npz"):
         import numpy as np
 
@@ -324,17 +324,17 @@ def _read_jax(path: str) -> Any:
             with np.load(path) as arrays:
                 return dict(arrays)
         except Exception as error:
-            raise ValueError(f"tree: wanted an .npz file, got {path!r}: {_reason(error)}") from error
+            raise ValueError(f"tree: expected an .npz file, got {path!r}: {_reason(error)}") from error
     try:
         from flax.serialization import msgpack_restore
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"tree: wanted flax (pip install flax) to read {path!r}, got none") from error
+        raise ModuleNotFoundError(f"tree: expected flax (pip install flax) to read {path!r}, got none") from error
     with open(path, "rb") as file:
         content = file.read()
     try:
         return msgpack_restore(content)
     except Exception as error:
-        raise ValueError(f"tree: wanted a flax checkpoint, got {path!r}: {_reason(error)}") from error
+        raise ValueError(f"tree: expected a flax checkpoint, got {path!r}: {_reason(error)}") from error
 
 
 def _nested(tree: Mapping[Any, Any]) -> dict[str, Any]:
@@ -355,23 +355,23 @@ def _nested(tree: Mapping[Any, Any]) -> dict[str, Any]:
 def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
     child = node.setdefault(name, {})
     if not isinstance(child, dict):
-        raise ValueError(f"tree: wanted names below {name!r} or a value there, got both")
+        raise ValueError(f"tree: expected names below {name!r} or a value there, got both")
     return child
 
 
 def _jax_params(tree: Any, use_ema: bool, prefix: str | None) -> Mapping[str, Any]:
     if isinstance(tree, (str, PathLike)):
         tree = _read_jax(os.fspath(tree))
-    wanted = "tree: wanted NesT's parameters with a PatchEmbedding_0"
-    _check_mapping(wanted, tree)
+    expected = "tree: expected NesT's parameters with a PatchEmbedding_0"
+    _check_mapping(expected, tree)
     models = list(_find(_nested(tree), _jax_prefixes))
     if not models:
         hint = "; nest_fast.weights.from_timm reads it" if list(_find(tree, _timm_prefixes)) else ""
-        raise ValueError(f"{wanted}, got names such as {sorted(map(str, tree))[:5]}{hint}")
+        raise ValueError(f"{expected}, got names such as {sorted(map(str, tree))[:5]}{hint}")
     params = _choose("tree", models, ("params", "target", "param"), use_ema, prefix).state
     shape = getattr(params["PatchEmbedding_0"].get("Conv_0", {}).get("kernel"), "shape", ())
     if len(shape) != 4:  # five: pmap's copies, one for each device
-        raise ValueError(f"tree: wanted PatchEmbedding_0's kernel (h, w, in, out), unreplicated, got shape {shape}")
+        raise ValueError(f"tree: expected PatchEmbedding_0's kernel (h, w, in, out), unreplicated, got shape {shape}")
     return params
 
 
@@ -382,12 +382,12 @@ def _jax_depths(params: Mapping[str, Any], num_levels: int) -> tuple[int, ...]:
     level_runs = [(width, len(list(run))) for width, run in groupby(levels)]
     layer_runs = [(width, len(list(run))) for width, run in groupby(layers)]
     if [width for width, _ in level_runs] != [width for width, _ in layer_runs]:
-        raise ValueError(f"depths: wanted one value a level, since widths {levels} do not tell them, got None")
+        raise ValueError(f"depths: expected one value a level, since widths {levels} do not tell them, got None")
     depths: list[int] = []
     for (_, in_levels), (width, in_layers) in zip(level_runs, layer_runs, strict=True):
         if in_layers % in_levels:
             raise ValueError(
-                f"depths: wanted one value a level, since {in_layers} layers of width {width} do not share evenly"
+                f"depths: expected one value a level, since {in_layers} layers of width {width} do not share evenly"
                 f" among {in_levels} levels, got None"
             )
         depths += [in_layers // in_levels] * in_levels

@@ -36,13 +36,13 @@ part() {
 
 for name in $PARTS; do
   if [[ " build tests profile bench sweep " != *" $name "* ]]; then
-    echo "PARTS: wanted some of build tests profile bench sweep, got '$name'"
+    echo "PARTS: expected some of build tests profile bench sweep, got '$name'"
     exit 2
   fi
 done
 
 if ! gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")'); then
-  echo "PYTHON: wanted an interpreter with torch, got $PYTHON"
+  echo "PYTHON: expected an interpreter with torch, got $PYTHON"
   exit 2
 fi
 if [[ -z $gpu && ${ALLOW_CPU:-0} != 1 ]]; then

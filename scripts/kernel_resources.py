@@ -28,6 +28,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
@@ -35,8 +38,6 @@ from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 # sm_80's rows also serve sm_86, sm_89 and sm_120, which have 99 KiB a block.

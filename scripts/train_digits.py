@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.seeds < 2:
-        parser.error("--seeds: wanted at least 2, to have a spread")
+        parser.error("--seeds: expected at least 2, to have a spread")
     runs = {}
     for seed, impl in itertools.product(range(args.seeds), IMPLS):
         run = runs[impl, seed] = train(impl, seed, args.steps, args.batch, args.device)

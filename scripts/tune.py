@@ -17,6 +17,7 @@ import kernel_resources
 import torch
 import triton
 from kernel_resources import DTYPES, Case
+
 from nest_fast.kernels import _configs
 from nest_fast.kernels._configs import ANY, ATTENTION, AttentionConfig, AttentionRow
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, block_attention_bwd, block_attention_fwd

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 
 from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, saved_bytes
 from helpers.passes import assert_accurate, differentiate, strided
 from nest_fast import add_layer_norm, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
@@ -286,15 +286,15 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(16)}, r"x: wanted 2 or more dimensions \(B, ..., C\), got shape \(16,\)"),
-        ({"x": torch.zeros(2, 3, 16, dtype=torch.int64)}, "x: wanted a floating-point dtype, got torch.int64"),
-        ({"branch": torch.zeros(2, 16)}, r"branch: wanted shape \(2, 3, 16\) as x has, got \(2, 16\)"),
-        ({"branch": torch.zeros(2, 3, 16).int()}, "branch: wanted a floating-point dtype, got torch.int32"),
-        ({"weight": torch.zeros(8)}, r"weight: wanted shape \(16,\) \(C,\), got \(8,\)"),
-        ({"bias": torch.zeros(16).double()}, "bias: wanted dtype torch.float32 as x has, got torch.float64"),
-        ({"branch_bias": torch.zeros(3)}, r"branch_bias: wanted shape \(16,\) \(C,\), got \(3,\)"),
-        ({"branch_scale": torch.zeros(3)}, r"branch_scale: wanted shape \(2,\) \(B,\), got \(3,\)"),
-        ({"impl": "cuda"}, "impl: wanted one of 'auto', 'reference', 'triton', got 'cuda'"),
+        ({"x": torch.zeros(16)}, r"x: expected 2 or more dimensions \(B, ..., C\), got shape \(16,\)"),
+        ({"x": torch.zeros(2, 3, 16, dtype=torch.int64)}, "x: expected a floating-point dtype, got torch.int64"),
+        ({"branch": torch.zeros(2, 16)}, r"branch: expected shape \(2, 3, 16\) as x has, got \(2, 16\)"),
+        ({"branch": torch.zeros(2, 3, 16).int()}, "branch: expected a floating-point dtype, got torch.int32"),
+        ({"weight": torch.zeros(8)}, r"weight: expected shape \(16,\) \(C,\), got \(8,\)"),
+        ({"bias": torch.zeros(16).double()}, "bias: expected dtype torch.float32 as x has, got torch.float64"),
+        ({"branch_bias": torch.zeros(3)}, r"branch_bias: expected shape \(16,\) \(C,\), got \(3,\)"),
+        ({"branch_scale": torch.zeros(3)}, r"branch_scale: expected shape \(2,\) \(B,\), got \(3,\)"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

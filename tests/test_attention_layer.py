@@ -102,13 +102,13 @@ def test_opcheck_of_the_backward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(3, 5, 24)}, r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(3, 5, 24\)"),
-        ({0: torch.zeros(2, 3, 5, 24).long()}, r"x: wanted a floating-point dtype, got torch.int64"),
-        ({3: torch.zeros(71, 24)}, r"qkv_weight: wanted shape \(72, 24\), got \(71, 24\)"),
-        ({"num_heads": 5}, r"num_heads: wanted a divisor of C = 24, got 5"),
-        ({"multi_query": True}, r"qkv_weight: wanted shape \(40, 24\), got \(72, 24\)"),
-        ({5: torch.zeros(24, 24).half()}, r"proj_weight: wanted dtype torch.float32 as x has, got torch.float16"),
-        ({"impl": "triton"}, r"impl: wanted one of 'auto', 'reference', 'cpp', got 'triton'"),
+        ({0: torch.zeros(3, 5, 24)}, r"x: expected 4 dimensions \(B, T, N, C\), got shape \(3, 5, 24\)"),
+        ({0: torch.zeros(2, 3, 5, 24).long()}, r"x: expected a floating-point dtype, got torch.int64"),
+        ({3: torch.zeros(71, 24)}, r"qkv_weight: expected shape \(72, 24\), got \(71, 24\)"),
+        ({"num_heads": 5}, r"num_heads: expected a divisor of C = 24, got 5"),
+        ({"multi_query": True}, r"qkv_weight: expected shape \(40, 24\), got \(72, 24\)"),
+        ({5: torch.zeros(24, 24).half()}, r"proj_weight: expected dtype torch.float32 as x has, got torch.float16"),
+        ({"impl": "triton"}, r"impl: expected one of 'auto', 'reference', 'cpp', got 'triton'"),
     ],
 )
 def test_refuses_bad_arguments(layer, change, message):
@@ -132,18 +132,18 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(layer):
         return OPS.attention_layer_cpp_bwd(rows, rows, packed, attended, lse, qkv, proj, 5, 3, 3, 0.3, [True] * 5)
 
     for message, wrong in {
-        "x: wanted dense rows": lambda: forward(rows.t().contiguous().t()),
-        "tokens: wanted a divisor of 30 rows, got 4": lambda: forward(tokens=4),
-        "heads: wanted a divisor of 24 features": lambda: forward(heads=5),
-        "kv_heads: wanted 3 or 1, got 2": lambda: forward(kv=2),
-        "norm_weight: wanted 24 contiguous elements": lambda: forward(norm=norm_weight[:5]),
-        "norm_weight: wanted dtype Float": lambda: forward(norm=norm_weight.half()),
-        "qkv_weight: wanted 72 output features, got 70": lambda: forward(qkv=qkv[:70], bias=None),
-        "bias: wanted 72 contiguous": lambda: forward(bias=qkv_bias[:5]),
-        "lse: wanted 90": lambda: backward(lse=lse[:5]),
-        "qkv: wanted 2 dimensions, the last 72": lambda: backward(packed=rows),
-        "attended: wanted dtype Float, got Half": lambda: backward(attended=rows.half()),
-        "qkv_weight: wanted 72 rows, got 71": lambda: backward(qkv=qkv[:71]),
+        "x: expected dense rows": lambda: forward(rows.t().contiguous().t()),
+        "tokens: expected a divisor of 30 rows, got 4": lambda: forward(tokens=4),
+        "heads: expected a divisor of 24 features": lambda: forward(heads=5),
+        "kv_heads: expected 3 or 1, got 2": lambda: forward(kv=2),
+        "norm_weight: expected 24 contiguous elements": lambda: forward(norm=norm_weight[:5]),
+        "norm_weight: expected dtype Float": lambda: forward(norm=norm_weight.half()),
+        "qkv_weight: expected 72 output features, got 70": lambda: forward(qkv=qkv[:70], bias=None),
+        "bias: expected 72 contiguous": lambda: forward(bias=qkv_bias[:5]),
+        "lse: expected 90": lambda: backward(lse=lse[:5]),
+        "qkv: expected 2 dimensions, the last 72": lambda: backward(packed=rows),
+        "attended: expected dtype Float, got Half": lambda: backward(attended=rows.half()),
+        "qkv_weight: expected 72 rows, got 71": lambda: backward(qkv=qkv[:71]),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels import bias_gelu as kernels
 
 from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, saved_bytes
 from helpers.passes import assert_accurate, differentiate, strided
 from nest_fast import bias_gelu, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels import bias_gelu as kernels
 from nest_fast.ops.bias_gelu import APPROXIMATIONS
 from nest_fast.testing import relative_error
 
@@ -214,12 +214,12 @@ def test_gradcheck_of_the_reference(approximate):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(())}, r"x: wanted 1 or more dimensions \(..., C\), got shape \(\)"),
-        ({"x": torch.zeros(3, 16, dtype=torch.int64)}, "x: wanted a floating-point dtype, got torch.int64"),
-        ({"bias": torch.zeros(8)}, r"bias: wanted shape \(16,\) \(C,\), got \(8,\)"),
-        ({"bias": torch.zeros(16).int()}, "bias: wanted a floating-point dtype, got torch.int32"),
-        ({"approximate": "erf"}, "approximate: wanted one of 'none', 'tanh', got 'erf'"),
-        ({"impl": "cuda"}, "impl: wanted one of 'auto', 'reference', 'triton', got 'cuda'"),
+        ({"x": torch.zeros(())}, r"x: expected 1 or more dimensions \(..., C\), got shape \(\)"),
+        ({"x": torch.zeros(3, 16, dtype=torch.int64)}, "x: expected a floating-point dtype, got torch.int64"),
+        ({"bias": torch.zeros(8)}, r"bias: expected shape \(16,\) \(C,\), got \(8,\)"),
+        ({"bias": torch.zeros(16).int()}, "bias: expected a floating-point dtype, got torch.int32"),
+        ({"approximate": "erf"}, "approximate: expected one of 'none', 'tanh', got 'erf'"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

@@ -9,7 +9,6 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
 
 from helpers.aggregation import (
     PADDINGS,
@@ -25,6 +24,7 @@ from helpers.aggregation import (
 )
 from helpers.common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from nest_fast import reference
+from nest_fast.kernels import _configs
 from nest_fast.ops import block_aggregate
 from nest_fast.ops.block_aggregate import IMPLS
 from nest_fast.testing import gradients, relative_error
@@ -239,7 +239,9 @@ def test_refuses_gradients_of_gradients(impl):
     shape = Shape(1, (2, 2), (2, 2), 8, 8)
     leaves = [x.requires_grad_() for x in inputs(shape)]
     (dx,) = torch.autograd.grad(run(impl, shape)(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="impl: wanted 'reference' for a derivative of block_aggregate's gradients"):
+    with pytest.raises(
+        RuntimeError, match="impl: expected 'reference' for a derivative of block_aggregate's gradients"
+    ):
         dx.square().sum().backward()
 
 
@@ -441,7 +443,7 @@ def test_has_pytorchs_dtypes_under_autocast(impl, given, with_pos):
 def test_auto_chooses(monkeypatch):
     def choose(dtype, C_out=64):
         x, conv_weight = (torch.empty(C_out, 0, dtype=dtype, device=DEVICE) for _ in range(2))
-        return MODULE.choose((x, conv_weight))
+        return MODULE.choose(MODULE.Given(x, conv_weight, None, x, x, None))
 
     assert choose(torch.float64) == "reference"
     if DEVICE == "cuda":
@@ -489,7 +491,7 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
     wide = Shape(1, (2, 2), (1, 1), 8, 520)
     with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*C' = 520 channels are over 512"):
         run("triton", wide)(*inputs(wide))
-    monkeypatch.setattr(MODULE._triton, "INTERPRETED", False)
+    monkeypatch.setattr(MODULE._extension, "triton_interpreted", False)
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match=r"impl: 'two_step' cannot .*neither AVX-512 nor AVX2"):
             run("two_step", shape)(*inputs(shape))
@@ -511,29 +513,29 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(4, 6, 8)}, r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(4, 6, 8\)"),
-        ({"x": torch.zeros(2, 4, 6, 8).long()}, r"x: wanted a floating-point dtype, got torch.int64"),
-        ({"grid_size": 3}, r"grid_size: wanted height \* width = T = 4 blocks, got \(3, 3\)"),
-        ({"grid_size": (1, 4)}, r"grid_size: wanted an even height and width.* got \(1, 4\)"),
-        ({"block_size": None}, r"block_size: wanted height and width, since N = 6 is no square, got None"),
-        ({"grid_size": None}, r"block_size: wanted None for an image \(grid_size=None\), got \(2, 3\)"),
+        ({"x": torch.zeros(4, 6, 8)}, r"x: expected 4 dimensions \(B, T, N, C\), got shape \(4, 6, 8\)"),
+        ({"x": torch.zeros(2, 4, 6, 8).long()}, r"x: expected a floating-point dtype, got torch.int64"),
+        ({"grid_size": 3}, r"grid_size: expected height \* width = T = 4 blocks, got \(3, 3\)"),
+        ({"grid_size": (1, 4)}, r"grid_size: expected an even height and width.* got \(1, 4\)"),
+        ({"block_size": None}, r"block_size: expected height and width, since N = 6 is no square, got None"),
+        ({"grid_size": None}, r"block_size: expected None for an image \(grid_size=None\), got \(2, 3\)"),
         (
             {"grid_size": None, "block_size": None, "x": torch.zeros(2, 4, 5, 8)},
-            r"x: wanted an even height and width, got shape \(2, 4, 5, 8\)",
+            r"x: expected an even height and width, got shape \(2, 4, 5, 8\)",
         ),
         (
             {"conv_weight": torch.zeros(16, 7, 3, 3)},
-            r"conv_weight: wanted shape \(16, 8, 3, 3\) \(C', C, 3, 3\), got \(16, 7, 3, 3\)",
+            r"conv_weight: expected shape \(16, 8, 3, 3\) \(C', C, 3, 3\), got \(16, 7, 3, 3\)",
         ),
-        ({"conv_bias": torch.zeros(8)}, r"conv_bias: wanted shape \(16,\) \(C',\), got \(8,\)"),
-        ({"norm_weight": torch.zeros(16).double()}, r"norm_weight: wanted dtype torch.float32 as x has, got torch.f"),
-        ({"norm_bias": torch.zeros(16, device="meta")}, r"norm_bias: wanted device cpu as x has, got meta"),
+        ({"conv_bias": torch.zeros(8)}, r"conv_bias: expected shape \(16,\) \(C',\), got \(8,\)"),
+        ({"norm_weight": torch.zeros(16).double()}, r"norm_weight: expected dtype torch.float32 as x has, got torch.f"),
+        ({"norm_bias": torch.zeros(16, device="meta")}, r"norm_bias: expected device cpu as x has, got meta"),
         (
             {"pos_embed": torch.zeros(1, 4, 6, 16)},
-            r"pos_embed: wanted shape \(1, 1, 6, 16\) for x of shape \(2, 4, 6, 8\), got \(1, 4, 6, 16\)",
+            r"pos_embed: expected shape \(1, 1, 6, 16\) for x of shape \(2, 4, 6, 8\), got \(1, 4, 6, 16\)",
         ),
-        ({"padding": "valid"}, r"padding: wanted one of 'symmetric', 'same', got 'valid'"),
-        ({"impl": "cudnn"}, r"impl: wanted one of 'auto', 'reference', 'triton', 'two_step', 'cpp', got 'cudnn'"),
+        ({"padding": "valid"}, r"padding: expected one of 'symmetric', 'same', got 'valid'"),
+        ({"impl": "cudnn"}, r"impl: expected one of 'auto', 'reference', 'triton', 'two_step', 'cpp', got 'cudnn'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):
@@ -552,21 +554,21 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds():
 
     _, y, mean, rstd, argmax = call()
     for message, wrong in {
-        "x: wanted .* T = 8 and N = 6": lambda: call(x=x[:, :4]),
-        "x: wanted stride 1": lambda: call(x=x.transpose(2, 3).contiguous().transpose(2, 3)),
-        "x: wanted dtype Float, Half or BFloat16, got Double": lambda: call(x=x.double()),
-        "conv_weight: wanted dtype Float, got Half": lambda: call(conv_weight=conv_weight.half()),
-        "conv_weight: wanted .C', 12, 3, 3.": lambda: call(conv_weight=conv_weight[:, :5]),
-        "norm_weight: wanted 20 contiguous floats": lambda: call(vectors=[vectors[0], vectors[1][:5], vectors[2]]),
+        "x: expected .* T = 8 and N = 6": lambda: call(x=x[:, :4]),
+        "x: expected stride 1": lambda: call(x=x.transpose(2, 3).contiguous().transpose(2, 3)),
+        "x: expected dtype Float, Half or BFloat16, got Double": lambda: call(x=x.double()),
+        "conv_weight: expected dtype Float, got Half": lambda: call(conv_weight=conv_weight.half()),
+        "conv_weight: expected .C', 12, 3, 3.": lambda: call(conv_weight=conv_weight[:, :5]),
+        "norm_weight: expected 20 contiguous floats": lambda: call(vectors=[vectors[0], vectors[1][:5], vectors[2]]),
         "pos_embed: wanted": lambda: call(pos_embed=pos_embed[:, :1]),
-        "out_block_size: wanted .3, 3. to divide": lambda: call(sizes=(*sizes[:2], (3, 3))),
-        "mean, rstd: wanted contiguous": lambda: OPS.norm_pool_cpp_bwd(
+        "out_block_size: expected .3, 3. to divide": lambda: call(sizes=(*sizes[:2], (3, 3))),
+        "mean, rstd: expected contiguous": lambda: OPS.norm_pool_cpp_bwd(
             torch.zeros(2, 2, 6, 20), y, *vectors[:2], mean[:1], rstd, argmax, (2, 3), False
         ),
-        "dout, argmax: wanted the batch": lambda: OPS.norm_pool_cpp_bwd(
+        "dout, argmax: expected the batch": lambda: OPS.norm_pool_cpp_bwd(
             torch.zeros(1, 2, 6, 20), y, *vectors[:2], mean, rstd, argmax, (2, 3), False
         ),
-        "dy: wanted an even height and width": lambda: OPS.block_aggregate_cpp_dx(y, conv_weight, (2, 4), (2, 2)),
+        "dy: expected an even height and width": lambda: OPS.block_aggregate_cpp_dx(y, conv_weight, (2, 4), (2, 2)),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

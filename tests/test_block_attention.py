@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.common import CPP_ISA, DEVICE, in_double, saved_bytes
 from nest_fast import bias_gelu, block_aggregate, block_attention, reference
-from nest_fast.ops import _choice, _triton
+from nest_fast.ops import _backends, _extension
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
 IMPLS = ["sdpa"]
 if CPP_ISA and DEVICE == "cpu":
     IMPLS.append("cpp")
-if DEVICE == "cuda" or _triton.INTERPRETED:
+if DEVICE == "cuda" or _extension.triton_interpreted:
     IMPLS.append("triton")
 
 
@@ -100,7 +100,7 @@ def test_takes_any_scale_and_refuses_gradients_of_gradients(impl):
     if impl != "sdpa":
         (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         with pytest.raises(
-            RuntimeError, match="impl: wanted 'reference' for a derivative of block_attention's gradients"
+            RuntimeError, match="impl: expected 'reference' for a derivative of block_attention's gradients"
         ):
             dq.sum().backward()
 
@@ -211,7 +211,7 @@ def test_has_pytorchs_dtypes_under_autocast(impl):
 
 def test_auto_says_once_why_it_does_without_triton(monkeypatch):
     """With fake tensors of a GPU: what Triton cannot take goes elsewhere, with one warning at the caller's line."""
-    monkeypatch.setattr(_choice, "_SAID", set())
+    monkeypatch.setattr(_backends, "_SAID", set())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -237,22 +237,25 @@ GOOD = (2, 4, 16, 2, 16)
     [
         (
             {"q": torch.zeros(2, 4, 16, 32)},
-            r"q: wanted 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 4, 16, 32\)",
+            r"q: expected 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 4, 16, 32\)",
         ),
-        ({"q": [1.0]}, r"q: wanted a tensor \(B, T, N, heads, head_dim\), got list"),
-        ({"q": torch.zeros(GOOD, dtype=torch.int64)}, r"q: wanted a floating-point dtype, got torch.int64"),
+        ({"q": [1.0]}, r"q: expected a tensor \(B, T, N, heads, head_dim\), got list"),
+        ({"q": torch.zeros(GOOD, dtype=torch.int64)}, r"q: expected a floating-point dtype, got torch.int64"),
         (
             {"k": torch.zeros(2, 4, 16, 3, 16)},
-            r"k: wanted shape \(2, 4, 16, 2 or 1, 16\) as q has, got \(2, 4, 16, 3, 16\)",
+            r"k: expected shape \(2, 4, 16, 2 or 1, 16\) as q has, got \(2, 4, 16, 3, 16\)",
         ),
-        ({"v": torch.zeros(2, 4, 16, 1, 16)}, r"v: wanted shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)"),
-        ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: wanted dtype torch.float32 as q has, got torch.float64"),
-        ({"v": torch.zeros(GOOD, device="meta")}, r"v: wanted device cpu as q has, got meta"),
-        ({"bias": torch.zeros(2, 16, 15)}, r"bias: wanted shape \(2, 16, 16\) \(heads, N, N\), got \(2, 16, 15\)"),
-        ({"mask": torch.zeros(3, 16, 16)}, r"mask: wanted a number of groups that divides T = 4, got 3"),
-        ({"mask": torch.zeros(2, 16, 16, dtype=torch.int8)}, r"mask: wanted a floating-point dtype, got torch.int8"),
-        ({"dropout_p": 1.5}, r"dropout_p: wanted a probability between 0 and 1, got 1.5"),
-        ({"impl": "flash"}, r"impl: wanted one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
+        (
+            {"v": torch.zeros(2, 4, 16, 1, 16)},
+            r"v: expected shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)",
+        ),
+        ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: expected dtype torch.float32 as q has, got torch.float64"),
+        ({"v": torch.zeros(GOOD, device="meta")}, r"v: expected device cpu as q has, got meta"),
+        ({"bias": torch.zeros(2, 16, 15)}, r"bias: expected shape \(2, 16, 16\) \(heads, N, N\), got \(2, 16, 15\)"),
+        ({"mask": torch.zeros(3, 16, 16)}, r"mask: expected a number of groups that divides T = 4, got 3"),
+        ({"mask": torch.zeros(2, 16, 16, dtype=torch.int8)}, r"mask: expected a floating-point dtype, got torch.int8"),
+        ({"dropout_p": 1.5}, r"dropout_p: expected a probability between 0 and 1, got 1.5"),
+        ({"impl": "flash"}, r"impl: expected one of 'auto', 'reference', 'sdpa', 'cpp', 'triton', got 'flash'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

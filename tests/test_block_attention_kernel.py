@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
 
 from helpers.attention import golden_softmax, sums_of_terms
 from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
 from nest_fast import block_attention, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
 from nest_fast.testing import assert_as_accurate, gradients, max_error
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")

@@ -337,52 +337,60 @@ BLOCKS = torch.zeros(2, 6, 16, 3)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: blockify(X[0], 4), ValueError, "x: wanted 4 dimensions (B, H, W, C), got shape (8, 12, 3)"),
-        (lambda: blockify([1], 4), TypeError, "x: wanted a tensor (B, H, W, C), got list"),
-        (lambda: blockify(X, 5), ValueError, "block_size: wanted (5, 5) to divide the image (8, 12), got a remainder"),
-        (lambda: blockify(X, 0), ValueError, "block_size: wanted positive sizes, got 0"),
-        (lambda: blockify(X, 4.0), TypeError, "block_size: wanted an int or a pair of ints, got 4.0"),
+        (lambda: blockify(X[0], 4), ValueError, "x: expected 4 dimensions (B, H, W, C), got shape (8, 12, 3)"),
+        (lambda: blockify([1], 4), TypeError, "x: expected a tensor (B, H, W, C), got list"),
+        (
+            lambda: blockify(X, 5),
+            ValueError,
+            "block_size: expected (5, 5) to divide the image (8, 12), got a remainder",
+        ),
+        (lambda: blockify(X, 0), ValueError, "block_size: expected positive sizes, got 0"),
+        (lambda: blockify(X, 4.0), TypeError, "block_size: expected an int or a pair of ints, got 4.0"),
         (
             lambda: blockify(X, 4, impl="fast"),
             ValueError,
-            "impl: wanted one of 'auto', 'reference', 'cpp', 'cuda', got 'fast'",
+            "impl: expected one of 'auto', 'reference', 'cpp', 'cuda', got 'fast'",
         ),
         (lambda: blockify(X, 4, impl="cuda"), RuntimeError, "impl: 'cuda' cannot run blockify here: x is on cpu"),
         (
             lambda: blockify(X, 4, pos_embed=torch.zeros(1, 6, 15, 3)),
             ValueError,
-            "pos_embed: wanted shape (1, 6, 16, 3) (1, T, N, C), got (1, 6, 15, 3)",
+            "pos_embed: expected shape (1, 6, 16, 3) (1, T, N, C), got (1, 6, 15, 3)",
         ),
         (
             lambda: blockify(X, 4, pos_embed=torch.zeros(1, 6, 16, 3).long()),
             TypeError,
-            "pos_embed: wanted a floating-point dtype, got torch.int64",
+            "pos_embed: expected a floating-point dtype, got torch.int64",
         ),
         (
             lambda: blockify(X.int(), 4, pos_embed=torch.zeros(1, 6, 16, 3).int()),
             TypeError,
-            "x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got torch.int32",
+            "x: expected float64, float32, float16 or bfloat16 to add pos_embed to, got torch.int32",
         ),
-        (lambda: unblockify(BLOCKS, (2, 2)), ValueError, "grid_size: wanted height * width = T = 6 blocks, got (2, 2)"),
+        (
+            lambda: unblockify(BLOCKS, (2, 2)),
+            ValueError,
+            "grid_size: expected height * width = T = 6 blocks, got (2, 2)",
+        ),
         (
             lambda: unblockify(BLOCKS, (2, 3), 3),
             ValueError,
-            "block_size: wanted height * width = N = 16 tokens, got (3, 3)",
+            "block_size: expected height * width = N = 16 tokens, got (3, 3)",
         ),
         (
             lambda: unblockify(BLOCKS[:, :, :15], (2, 3)),
             ValueError,
-            "block_size: wanted height and width, since N = 15 is no square, got None",
+            "block_size: expected height and width, since N = 15 is no square, got None",
         ),
         (
             lambda: patchify(X, 5, 1),
             ValueError,
-            "patch_size: wanted (5, 5) to divide the image (12, 3), got a remainder",
+            "patch_size: expected (5, 5) to divide the image (12, 3), got a remainder",
         ),
         (
             lambda: patchify(X, (4, 1), (2, 3)),
             ValueError,
-            "block_size: wanted (2, 3) to divide the grid of patches (3, 3), got a remainder",
+            "block_size: expected (2, 3) to divide the grid of patches (3, 3), got a remainder",
         ),
     ],
 )
@@ -403,7 +411,7 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(impl):
         lambda: OPS.patchify(x, (5, 1), (1, 1)),
         lambda: OPS.unpatchify(x, (2, 2), (2, 4), (3, 4)),
     ):
-        with pytest.raises(RuntimeError, match="wanted"):
+        with pytest.raises(RuntimeError, match="expected"):
             call()
 
 

@@ -120,9 +120,9 @@ def test_timms_checkpoint(tmp_path, capsys):
     names = timm.data.ImageNetInfo()
     assert found["top"][0]["class"] == names.index_to_description(found["top"][0]["index"])
     run(image, "--checkpoint", tmp_path / "model.pth", status=2)
-    assert "model: wanted timm's name of the model" in capsys.readouterr().err
+    assert "model: expected timm's name of the model" in capsys.readouterr().err
     run(image, "--checkpoint", tmp_path / "model.pth", "--model", "nest_small", status=2)
-    assert "checkpoint: wanted one of nest_small, got" in capsys.readouterr().err
+    assert "checkpoint: expected one of nest_small, got" in capsys.readouterr().err
 
 
 def to_jax(model):
@@ -221,15 +221,15 @@ def test_batches_are_sized_by_memory(trained, monkeypatch):
     ("arguments", "words"),
     [
         ([], "the following arguments are required: images"),
-        (["{empty}"], "images: wanted a folder with images, got {empty} with none"),
-        (["x.jpg", "--top", "0"], "top: wanted at least 1, got 0"),
-        (["x.jpg", "--checkpoint", "missing.pt"], "checkpoint: wanted a file, got missing.pt, where there is none"),
-        (["x.jpg", "--checkpoint", "{text}"], "checkpoint: wanted"),
+        (["{empty}"], "images: expected a folder with images, got {empty} with none"),
+        (["x.jpg", "--top", "0"], "top: expected at least 1, got 0"),
+        (["x.jpg", "--checkpoint", "missing.pt"], "checkpoint: expected a file, got missing.pt, where there is none"),
+        (["x.jpg", "--checkpoint", "{text}"], "checkpoint: expected"),
         (
             ["x.jpg", "--checkpoint", "{own}", "--classes", "{text}"],
-            "classes: wanted 2 names as",
+            "classes: expected 2 names as",
         ),
-        (["x.jpg", "--model", "nest_huge"], "model: wanted one of timm's, got 'nest_huge'"),
+        (["x.jpg", "--model", "nest_huge"], "model: expected one of timm's, got 'nest_huge'"),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, capsys, arguments, words):

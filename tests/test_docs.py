@@ -83,7 +83,7 @@ def test_nothing_on_a_page_is_forgotten():
             assert kind != "console" or mark == "slow", (
                 f"{page.name}, line {line}: commands that are only shown say why"
             )
-            assert mark is None or why.strip(), f"{page.name}, line {line}: wanted a reason"
+            assert mark is None or why.strip(), f"{page.name}, line {line}: expected a reason"
         fences[page.stem] = len(found)
     assert sum(fences.values()) > 15
 

@@ -198,7 +198,7 @@ def test_a_saved_program_says_what_it_needs(tmp_path):
 
 
 def test_only_a_program_is_saved():
-    with pytest.raises(TypeError, match=r"program: wanted a torch\.export\.ExportedProgram, got NesT"):
+    with pytest.raises(TypeError, match=r"program: expected a torch\.export\.ExportedProgram, got NesT"):
         nest_fast.export.save(small(), "model.pt2")
 
 
@@ -282,7 +282,7 @@ library.define("blockify(Tensor x, int edge) -> Tensor")
 torch.ops.load_library = lambda path: None
 import nest_fast
 """
-    wanted = r"_C_cpu.abi3.so: wanted nest_fast::blockify\(Tensor x, SymInt\[2\] block_size, .* build it again"
+    wanted = r"_C_cpu.abi3.so: expected nest_fast::blockify\(Tensor x, SymInt\[2\] block_size, .* build it again"
     with pytest.raises(AssertionError, match=wanted):
         run_python("-c", code)
 

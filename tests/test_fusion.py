@@ -268,12 +268,12 @@ def test_explain_says_how_every_step_is_computed_and_why():
         "levels.1.pool",
         *["levels.1.transformer_encoder.0"] * 2,
     ]
-    attention = rows["levels.0.transformer_encoder.0", "attn half"]
+    attention = rows["levels.0.transformer_encoder.0", "attn sub-layer"]
     assert attention.why == "somebody listens to attn.qkv, or patched it"
     assert attention.how.startswith("its modules; block_attention: ")
     assert rows["levels.1.pool", "aggregation"].why == "conv pads otherwise than with zeros"
     in_double = nest_fast.explain(small_nest().double(), torch.zeros(2, 3, 32, 32, dtype=torch.float64))
-    why = [row.why for row in in_double if row.what == "mlp half"]
+    why = [row.why for row in in_double if row.what == "mlp sub-layer"]
     assert all("dtype torch.float64 is none of float32, float16, bfloat16" in reason for reason in why)
     assert "why not faster" in str(in_double).splitlines()[0]
 
@@ -288,9 +288,9 @@ def test_explain_names_missing_compiled_parts(monkeypatch):
 
 
 def test_explain_refuses_what_is_no_model():
-    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
         nest_fast.explain("nest_tiny")
-    with pytest.raises(TypeError, match=r"x: wanted a tensor \(B, C, H, W\), got int"):
+    with pytest.raises(TypeError, match=r"x: expected a tensor \(B, C, H, W\), got int"):
         nest_fast.explain(small_nest(), 3)
 
 

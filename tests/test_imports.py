@@ -32,9 +32,9 @@ SHARED = {
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
     "interpretation": {"ops._checks"},
-    "info": {"ops._extension", "ops._triton"},
+    "info": {"ops._extension"},
     "tests": {
-        *("ops._checks", "ops._choice", "ops._extension", "ops._layer_norm", "ops._triton", "kernels.*"),
+        *("ops._backends", "ops._extension", "ops._layer_norm", "ops._modes", "kernels.*"),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
     "benchmarks": {"ops._extension"},

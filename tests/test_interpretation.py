@@ -207,21 +207,21 @@ def test_draw():
     h, w = walk.maps[0].shape
     r, _, b = shaded.getpixel((int((column + 0.5) * 640 / w), int((row + 0.5) * 320 / h)))
     assert (r > b) == bool(walk.maps[0][row, column] > 0)
-    with pytest.raises(ValueError, match=r"level: wanted one of 3 maps, got 3"):
+    with pytest.raises(ValueError, match=r"level: expected one of 3 maps, got 3"):
         walk.draw(photo, level=3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((nn.Linear(3, 3), torch.randn(3, 32, 32)), "model: wanted one NesT inside, got Linear with 0"),
-        (("nest", torch.randn(3, 32, 32)), "model: wanted a torch.nn.Module, got str"),
-        ((small(), torch.randn(2, 3, 32, 32)), "image: wanted one, .* got shape"),
-        ((small(), "photo.jpg"), "image: wanted a tensor"),
-        ((small(), torch.randn(3, 32, 32), 5), "target: wanted one of 5 classes, 0 to 4, got 5"),
-        ((small(), torch.randn(3, 32, 32), -1), "target: wanted one of 5 classes, 0 to 4, got -1"),
-        ((small(), torch.randn(3, 32, 32), "cat"), "target: wanted the number of a class or None, got 'cat'"),
-        ((small(global_pool="", num_classes=0), torch.randn(3, 32, 32)), "model: wanted a classifier that gives"),
+        ((nn.Linear(3, 3), torch.randn(3, 32, 32)), "model: expected one NesT inside, got Linear with 0"),
+        (("nest", torch.randn(3, 32, 32)), "model: expected a torch.nn.Module, got str"),
+        ((small(), torch.randn(2, 3, 32, 32)), "image: expected one, .* got shape"),
+        ((small(), "photo.jpg"), "image: expected a tensor"),
+        ((small(), torch.randn(3, 32, 32), 5), "target: expected one of 5 classes, 0 to 4, got 5"),
+        ((small(), torch.randn(3, 32, 32), -1), "target: expected one of 5 classes, 0 to 4, got -1"),
+        ((small(), torch.randn(3, 32, 32), "cat"), "target: expected the number of a class or None, got 'cat'"),
+        ((small(global_pool="", num_classes=0), torch.randn(3, 32, 32)), "model: expected a classifier that gives"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -231,7 +231,9 @@ def test_bad_input_is_one_line(arguments, message):
 
 
 def test_unknown_layers_are_named():
-    with pytest.raises(ValueError, match=r"layers: wanted one of 'levels.0.transformer_encoder.0.attn', .* got 'attn'"):
+    with pytest.raises(
+        ValueError, match=r"layers: expected one of 'levels.0.transformer_encoder.0.attn', .* got 'attn'"
+    ):
         nest_fast.attention_maps(small(), torch.randn(3, 32, 32), layers=["attn"])
 
 

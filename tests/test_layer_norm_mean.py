@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer_norm_mean_fwd
 
 from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, saved_bytes
 from helpers.passes import assert_accurate, differentiate, strided
 from nest_fast import layer_norm_mean, reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.layer_norm_mean import _parts, layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.ops import _layer_norm as ops
 from nest_fast.testing import relative_error
 
@@ -209,10 +209,10 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 16)}, r"x: wanted 3 or more dimensions \(B, ..., C\) with tokens, got shape \(2, 16"),
-        ({"weight": torch.zeros(8)}, r"weight: wanted shape \(16,\) \(C,\), got \(8,\)"),
-        ({"bias": torch.zeros(16).double()}, "bias: wanted dtype torch.float32 as x has, got torch.float64"),
-        ({"impl": "cuda"}, "impl: wanted one of 'auto', 'reference', 'triton', got 'cuda'"),
+        ({"x": torch.zeros(2, 16)}, r"x: expected 3 or more dimensions \(B, ..., C\) with tokens, got shape \(2, 16"),
+        ({"weight": torch.zeros(8)}, r"weight: expected shape \(16,\) \(C,\), got \(8,\)"),
+        ({"bias": torch.zeros(16).double()}, "bias: expected dtype torch.float32 as x has, got torch.float64"),
+        ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

@@ -77,18 +77,18 @@ def test_an_explicit_choice_never_falls_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(3, 5)}, r"x: wanted shape \(…, 24\) as weight says, got \(3, 5\)"),
-        ({"weight": torch.zeros(40)}, r"weight: wanted 2 dimensions \(out, in\), got shape \(40,\)"),
-        ({"bias": torch.zeros(24)}, r"bias: wanted shape \(40,\) \(out,\), got \(24,\)"),
-        ({"residual": torch.zeros(3, 24)}, r"residual: wanted shape \(3, 40\) \(…, out\), got \(3, 24\)"),
-        ({"activation": "relu"}, r"activation: wanted one of 'none', 'gelu', 'gelu_tanh', got 'relu'"),
-        ({"weight": torch.zeros(40, 24).double()}, r"weight: wanted dtype torch.float32 as x has, got torch.float64"),
-        ({"impl": "mkl"}, r"impl: wanted one of 'auto', 'reference', 'onednn', got 'mkl'"),
+        ({"x": torch.zeros(3, 5)}, r"x: expected shape \(…, 24\) as weight says, got \(3, 5\)"),
+        ({"weight": torch.zeros(40)}, r"weight: expected 2 dimensions \(out, in\), got shape \(40,\)"),
+        ({"bias": torch.zeros(24)}, r"bias: expected shape \(40,\) \(out,\), got \(24,\)"),
+        ({"residual": torch.zeros(3, 24)}, r"residual: expected shape \(3, 40\) \(…, out\), got \(3, 24\)"),
+        ({"activation": "relu"}, r"activation: expected one of 'none', 'gelu', 'gelu_tanh', got 'relu'"),
+        ({"weight": torch.zeros(40, 24).double()}, r"weight: expected dtype torch.float32 as x has, got torch.float64"),
+        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', got 'mkl'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):
     arguments = {"x": torch.zeros(3, 24), "weight": torch.zeros(40, 24), "bias": torch.zeros(40), **change}
     with pytest.raises((ValueError, TypeError), match=message):
         linear(**arguments)
-    with pytest.raises(ValueError, match="activation: wanted 'none' with a residual, got 'gelu'"):
+    with pytest.raises(ValueError, match="activation: expected 'none' with a residual, got 'gelu'"):
         linear(torch.zeros(3, 24), torch.zeros(24, 24), activation="gelu", residual=torch.zeros(3, 24))

@@ -148,12 +148,12 @@ def test_opcheck_of_the_backward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(5, 23)}, r"x: wanted shape \(…, 24\) as fc1_weight says, got \(5, 23\)"),
-        ({1: None}, r"norm_weight: wanted a tensor \(24\), got NoneType"),
-        ({4: torch.zeros(24)}, r"fc1_bias: wanted shape \(40,\), got \(24,\)"),
-        ({5: torch.zeros(40, 24)}, r"fc2_weight: wanted shape \(24, 40\), got \(40, 24\)"),
-        ({6: torch.zeros(24, device="meta")}, r"fc2_bias: wanted device cpu as x has, got meta"),
-        ({"activation": "relu"}, r"activation: wanted one of 'gelu', 'gelu_tanh', got 'relu'"),
+        ({0: torch.zeros(5, 23)}, r"x: expected shape \(…, 24\) as fc1_weight says, got \(5, 23\)"),
+        ({1: None}, r"norm_weight: expected a tensor \(24\), got NoneType"),
+        ({4: torch.zeros(24)}, r"fc1_bias: expected shape \(40,\), got \(24,\)"),
+        ({5: torch.zeros(40, 24)}, r"fc2_weight: expected shape \(24, 40\), got \(40, 24\)"),
+        ({6: torch.zeros(24, device="meta")}, r"fc2_bias: expected device cpu as x has, got meta"),
+        ({"activation": "relu"}, r"activation: expected one of 'gelu', 'gelu_tanh', got 'relu'"),
     ],
 )
 def test_refuses_bad_arguments(layer, change, message):
@@ -176,15 +176,15 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(layer):
         return OPS.mlp_layer_cpp_bwd(rows, x, hidden, fc1, "gelu", fc2, [True] * 5)
 
     for message, wrong in {
-        "fc2_weight: wanted 2 dimensions, the last 40": lambda: forward(fc2=fc2[:, :30]),
-        'activation: wanted "gelu" or "gelu_tanh", got "relu"': lambda: forward("relu"),
-        "hidden: wanted 2 dimensions, the last 40": lambda: backward(hidden=rows),
-        "hidden: wanted 30 contiguous rows as dout has, got 29": lambda: backward(hidden=hidden[:29]),
-        "hidden: wanted 30 contiguous rows as dout has, got 30 with gaps": lambda: backward(hidden=gaps),
-        "x: wanted 2 dimensions, the last 24": lambda: backward(x=rows[:, :23]),
-        "fc2_weight: wanted 2 dimensions, the last 39": lambda: backward(fc1=fc1[:39]),
-        "fc2_weight: wanted 24 rows, got 23": lambda: backward(fc2=fc2[:23]),
-        "x: wanted 30 rows as dout has, got 29": lambda: backward(x=rows[:29]),
+        "fc2_weight: expected 2 dimensions, the last 40": lambda: forward(fc2=fc2[:, :30]),
+        'activation: expected "gelu" or "gelu_tanh", got "relu"': lambda: forward("relu"),
+        "hidden: expected 2 dimensions, the last 40": lambda: backward(hidden=rows),
+        "hidden: expected 30 contiguous rows as dout has, got 29": lambda: backward(hidden=hidden[:29]),
+        "hidden: expected 30 contiguous rows as dout has, got 30 with gaps": lambda: backward(hidden=gaps),
+        "x: expected 2 dimensions, the last 24": lambda: backward(x=rows[:, :23]),
+        "fc2_weight: expected 2 dimensions, the last 39": lambda: backward(fc1=fc1[:39]),
+        "fc2_weight: expected 24 rows, got 23": lambda: backward(fc2=fc2[:23]),
+        "x: expected 30 rows as dout has, got 29": lambda: backward(x=rows[:29]),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

@@ -109,25 +109,25 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BlockAttention(32, 5), "num_heads: wanted a divisor of dim = 32, got 5"),
-        (lambda: BlockAttention(32, 4, impl="cuda"), "impl: wanted one of"),
+        (lambda: BlockAttention(32, 5), "num_heads: expected a divisor of dim = 32, got 5"),
+        (lambda: BlockAttention(32, 4, impl="cuda"), "impl: expected one of"),
         (
             lambda: BlockAttention(32, 4)(torch.zeros(2, 4, 32)),
-            r"x: wanted 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)",
+            r"x: expected 4 dimensions \(B, T, N, C\), got shape \(2, 4, 32\)",
         ),
-        (lambda: BlockAggregation(8, 8, padding="valid"), "padding: wanted one of 'symmetric', 'same', got 'valid'"),
-        (lambda: BlockAggregation(8, 8, impl="sdpa"), "impl: wanted one of"),
+        (lambda: BlockAggregation(8, 8, padding="valid"), "padding: expected one of 'symmetric', 'same', got 'valid'"),
+        (lambda: BlockAggregation(8, 8, impl="sdpa"), "impl: expected one of"),
         (
             lambda: BlockAggregation(8, 8, norm_layer=lambda dim, **_: nn.RMSNorm(dim)),
-            r"norm_layer: wanted one that builds an affine torch.nn.LayerNorm, got RMSNorm",
+            r"norm_layer: expected one that builds an affine torch.nn.LayerNorm, got RMSNorm",
         ),
         (
             lambda: BlockAggregation(8, 8)(torch.zeros(8, 4, 4)),
-            r"x: wanted 4 dimensions \(B, C, H, W\), got shape \(8, 4, 4\)",
+            r"x: expected 4 dimensions \(B, C, H, W\), got shape \(8, 4, 4\)",
         ),
-        (lambda: TransformerLayer(32, 5), "num_heads: wanted a divisor of dim = 32, got 5"),
-        (lambda: DropPath(1.5), "drop_prob: wanted a probability between 0 and 1, got 1.5"),
-        (lambda: PatchEmbed(2, (2, 2), 3, 8, impl="cpp"), "impl: wanted one of 'auto', 'reference', got 'cpp'"),
+        (lambda: TransformerLayer(32, 5), "num_heads: expected a divisor of dim = 32, got 5"),
+        (lambda: DropPath(1.5), "drop_prob: expected a probability between 0 and 1, got 1.5"),
+        (lambda: PatchEmbed(2, (2, 2), 3, 8, impl="cpp"), "impl: expected one of 'auto', 'reference', got 'cpp'"),
     ],
 )
 def test_modules_refuse_bad_arguments(make, message):

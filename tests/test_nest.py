@@ -81,7 +81,7 @@ def test_every_impl_computes_the_same():
     golden = small(impl="reference").double()(x.double())
     for impl in ("auto", "reference"):
         assert relative_error(small(impl=impl)(x), golden) < 1e-5, impl
-    with pytest.raises(ValueError, match="impl: wanted one of 'auto', 'reference', got 'sdpa'"):
+    with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', got 'sdpa'"):
         small(impl="sdpa")  # there is none for all operations, and a model does not fall back
 
 
@@ -216,18 +216,18 @@ def test_reset_classifier_and_pooled_features():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"img_size": 30}, r"img_size: wanted multiples of patch_size .* = 8, got \(30, 30\)"),
-        ({"img_size": "32"}, r"img_size: wanted an int or a pair of ints, got '32'"),
-        ({"num_heads": (2, 3)}, r"num_heads: wanted a divisor of dim = 64, got 3"),
-        ({"depths": (1, 2, 3)}, r"depths: wanted one value for each of 2 levels, got \(1, 2, 3\)"),
-        ({"padding": "valid"}, r"padding: wanted one of 'symmetric', 'same', got 'valid'"),
-        ({"padding": "symmetric", "pad_type": "same"}, r"padding: wanted 'same' as pad_type says, got 'symmetric'"),
-        ({"gelu": "fast"}, r"gelu: wanted one of 'exact', 'tanh', got 'fast'"),
-        ({"act_layer": nn.ReLU, "gelu": "tanh"}, r"gelu: wanted 'exact', since act_layer is given, got 'tanh'"),
-        ({"norm_layer": nn.RMSNorm}, r"norm_layer: wanted one that builds an affine torch.nn.LayerNorm, got RMSNorm"),
-        ({"global_pool": "mean"}, r"global_pool: wanted one of 'avg', 'max', 'avgmax', 'catavgmax', '', got 'mean'"),
-        ({"weight_init": "jax"}, r"weight_init: wanted one of '', 'nlhb', got 'jax'"),
-        ({"impl": "cudnn"}, r"impl: wanted one of"),
+        ({"img_size": 30}, r"img_size: expected multiples of patch_size .* = 8, got \(30, 30\)"),
+        ({"img_size": "32"}, r"img_size: expected an int or a pair of ints, got '32'"),
+        ({"num_heads": (2, 3)}, r"num_heads: expected a divisor of dim = 64, got 3"),
+        ({"depths": (1, 2, 3)}, r"depths: expected one value for each of 2 levels, got \(1, 2, 3\)"),
+        ({"padding": "valid"}, r"padding: expected one of 'symmetric', 'same', got 'valid'"),
+        ({"padding": "symmetric", "pad_type": "same"}, r"padding: expected 'same' as pad_type says, got 'symmetric'"),
+        ({"gelu": "fast"}, r"gelu: expected one of 'exact', 'tanh', got 'fast'"),
+        ({"act_layer": nn.ReLU, "gelu": "tanh"}, r"gelu: expected 'exact', since act_layer is given, got 'tanh'"),
+        ({"norm_layer": nn.RMSNorm}, r"norm_layer: expected one that builds an affine torch.nn.LayerNorm, got RMSNorm"),
+        ({"global_pool": "mean"}, r"global_pool: expected one of 'avg', 'max', 'avgmax', 'catavgmax', '', got 'mean'"),
+        ({"weight_init": "jax"}, r"weight_init: expected one of '', 'nlhb', got 'jax'"),
+        ({"impl": "cudnn"}, r"impl: expected one of"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -238,14 +238,14 @@ def test_bad_arguments(arguments, message):
 
 def test_bad_images_and_indices():
     model = small()
-    wanted = r"x: wanted shape \(B, 3, 32, 32\) as in_chans and img_size say, got \(1, 3, 64, 32\)"
+    wanted = r"x: expected shape \(B, 3, 32, 32\) as in_chans and img_size say, got \(1, 3, 64, 32\)"
     with pytest.raises(ValueError, match=wanted):
         model(torch.randn(1, 3, 64, 32))
-    with pytest.raises(ValueError, match=r"x: wanted 4 dimensions \(B, C, H, W\), got shape \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"x: expected 4 dimensions \(B, C, H, W\), got shape \(3, 32, 32\)"):
         model(torch.randn(3, 32, 32))
-    with pytest.raises(ValueError, match=r"indices: wanted some of the 2 levels, got \[2\]"):
+    with pytest.raises(ValueError, match=r"indices: expected some of the 2 levels, got \[2\]"):
         model.forward_intermediates(torch.randn(1, 3, 32, 32), [2])
-    with pytest.raises(ValueError, match=r"output_fmt: wanted one of 'NCHW', got 'NHWC'"):
+    with pytest.raises(ValueError, match=r"output_fmt: expected one of 'NCHW', got 'NHWC'"):
         model.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
 
 

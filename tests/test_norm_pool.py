@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nest_fast.kernels import _configs
-from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
 
 from helpers.aggregation import (
     PADDINGS,
@@ -25,6 +23,8 @@ from helpers.aggregation import (
 )
 from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from nest_fast import reference
+from nest_fast.kernels import _configs
+from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
@@ -306,7 +306,7 @@ def test_opcheck_of_the_backward(part):
 def test_says_what_a_gradient_needs(part):
     y, *rest = draw(1, 4, 4, 16, device=part.device)
     out = launch(part, y.requires_grad_(), *rest, block=(2, 2), padding="same", training=False)[0]
-    with pytest.raises(RuntimeError, match="training: wanted True in the forward whose gradient is asked for"):
+    with pytest.raises(RuntimeError, match="training: expected True in the forward whose gradient is asked for"):
         out.sum().backward()
 
 

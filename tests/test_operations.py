@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import random
+import sys
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ import nest_fast
 from helpers.aggregation import for_the_interpreter
 from helpers.common import CPP_ISA
 from helpers.strides import restrided
-from nest_fast.ops import _checks, _extension, _triton
+from nest_fast.ops import _extension
 from nest_fast.testing import relative_error
 
 # Every operation in each way, at small sizes: name → (function, sizes of its tensors, more implementations).
@@ -85,10 +86,10 @@ TABLE = {
 def runs(impl):
     """Whether CPU tensors have that here."""
     if impl == "triton":
-        return _triton.INTERPRETED
+        return _extension.triton_interpreted
     if impl == "cpp":
         return bool(CPP_ISA)
-    return impl != "two_step" or bool(CPP_ISA) or _triton.INTERPRETED
+    return impl != "two_step" or bool(CPP_ISA) or _extension.triton_interpreted
 
 
 WAYS = [(name, impl) for name, row in TABLE.items() for impl in ("auto", "reference", *row[2]) if runs(impl)]
@@ -236,7 +237,7 @@ def test_norms_in_what_plain_pytorch_does_not_take(name):
         (torch.float64, torch.float32, (weight, bias)),
     ):
         tensors = [t.to(odd if n in at else x) for n, t in enumerate(tensors_of(name))]
-        with pytest.raises(TypeError, match=rf"(weight|bias): wanted dtype {x} as x has") as error:
+        with pytest.raises(TypeError, match=rf"(weight|bias): expected dtype {x} as x has") as error:
             call(name, "auto", tensors)
         assert "\n" not in str(error.value)
         if name == "layer_norm_mean":  # which is F.layer_norm and a mean
@@ -425,9 +426,9 @@ def test_meta_and_fake_tensors(name):
 
 
 def test_autocast_of_devices_it_does_not_know():
-    assert not _checks.under_autocast(torch.empty(1, device="meta"))
+    assert not _modes.under_autocast(torch.empty(1, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert _checks.under_autocast(torch.empty(1))
+        assert _modes.under_autocast(torch.empty(1))
 
 
 @each_way
@@ -526,7 +527,7 @@ def test_factors_are_numbers():
         lambda: nest_fast.attention_layer(*tensors, num_heads=HEADS, branch_scale=learnt),
         lambda: nest_fast.mlp_layer(*tensors_of("mlp_layer"), branch_scale=learnt),
     ):
-        with pytest.raises(TypeError, match=r"scale: wanted a number, which has no gradient, got a tensor \(\)"):
+        with pytest.raises(TypeError, match=r"scale: expected a number, which has no gradient, got a tensor \(\)"):
             wrong()
 
 
@@ -537,3 +538,21 @@ def test_the_counter_is_not_imported_with_the_package():
     code += "from torch.utils.flop_counter import flop_registry; import torch;"
     code += "assert torch.ops.nest_fast.mlp_layer_cpp in flop_registry"
     run_python("-c", code)
+
+
+@pytest.mark.parametrize("name", sorted({name.partition(",")[0] for name in TABLE} - {"unblockify", "patchify"}))
+def test_every_rule_of_a_backend_has_its_words(name):
+    """Also those that nothing breaks here; and "auto" stops at the first one, without words."""
+    module = sys.modules[f"nest_fast.ops.{name}"]
+    given = [torch.zeros(1, 1, 1, 1, 1)] * 7
+    if hasattr(module, "Given"):
+        given = module.Given._make(given[: len(module.Given._fields)])
+    for backend in module.BACKENDS.values():
+        broken = backend._replace(rules=tuple((why, lambda given: True) for why, _ in backend.rules))
+        reasons = broken.why_not(given)
+        assert len(reasons) == len(backend.rules)
+        assert not any("{" in reason or "given" in reason for reason in reasons)
+        with pytest.raises(RuntimeError, match=f"impl: '{backend.name}' cannot run {name} here: "):
+            broken.require(name, given)
+    silent = _backends.Backend("cpp", (("{nobody}", lambda given: True), ("{asks}", lambda given: 1 / 0)))
+    assert not silent.can(given)

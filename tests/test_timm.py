@@ -312,10 +312,12 @@ def test_models_are_saved_whole(image):
 
 
 def test_what_timm_does_elsewhere_says_so():
-    with pytest.raises(ValueError, match=r"pretrained: wanted False, since NesT has no weights .*, got True") as error:
+    with pytest.raises(
+        ValueError, match=r"pretrained: expected False, since NesT has no weights .*, got True"
+    ) as error:
         nest_fast.nest_tiny(pretrained=True)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"features_only: wanted False, since forward_intermediates.*, got True"):
+    with pytest.raises(ValueError, match=r"features_only: expected False, since forward_intermediates.*, got True"):
         nest_fast.nest_tiny_s16_32(features_only=True)
     assert nest_fast.nest_tiny(pretrained=False, features_only=False, num_classes=3, device="meta").num_classes == 3
 
@@ -440,9 +442,9 @@ def test_accelerate_leaves_what_it_does_not_know(image):
 def test_accelerate_inside_another_model_and_where_there_is_nothing():
     wrapper = nn.Sequential(small_timm(), nn.Linear(7, 2))
     assert all(name.split(".")[0] == "0" for name in nest_fast.accelerate(wrapper).replaced)
-    with pytest.raises(ValueError, match="wanted one with timm's NesT layers, got Linear with nothing to replace"):
+    with pytest.raises(ValueError, match="expected one with timm's NesT layers, got Linear with nothing to replace"):
         nest_fast.accelerate(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
         nest_fast.accelerate("nest_tiny")
     # Other models of timm have a PatchEmbed too; it is not ours to touch.
     vit = timm.create_model("vit_tiny_patch16_224", depth=1)
@@ -512,7 +514,7 @@ def timm_accelerated():
 def test_an_example_beyond_the_tolerance_leaves_the_model_as_it_was(image):
     model = small_timm()
     before = classes(model)
-    with pytest.raises(RuntimeError, match=r"example: wanted outputs within 1\.0e-12 of float64, where"):
+    with pytest.raises(RuntimeError, match=r"example: expected outputs within 1\.0e-12 of float64, where"):
         nest_fast.accelerate(model, image, tolerance=1e-12)
     assert classes(model) == before
     with torch.no_grad():
@@ -522,7 +524,7 @@ def test_an_example_beyond_the_tolerance_leaves_the_model_as_it_was(image):
     with pytest.raises(AssertionError):  # timm's own, of an image of another size
         nest_fast.accelerate(model, image[..., :32])
     assert classes(model) == before
-    with pytest.raises(TypeError, match=r"example: wanted a tensor or a tuple of inputs, got list"):
+    with pytest.raises(TypeError, match=r"example: expected a tensor or a tuple of inputs, got list"):
         nest_fast.accelerate(model, [image])
-    with pytest.raises(ValueError, match=r"tolerance: wanted an example to hold it to, got 0\.1 and none"):
+    with pytest.raises(ValueError, match=r"tolerance: expected an example to hold it to, got 0\.1 and none"):
         nest_fast.accelerate(model, tolerance=0.1)

@@ -96,7 +96,7 @@ def test_a_run_leaves_checkpoints_logs_and_curves_and_learns(folder, tmp_path, c
     run("--resume", tmp_path / "last.pt")  # nothing is left to do
     assert last(tmp_path)["step"] == 32
     run("--data", folder, "--out", tmp_path, *TINY, status=2)
-    assert "wanted a folder without a run, or --resume" in capsys.readouterr().err
+    assert "expected a folder without a run, or --resume" in capsys.readouterr().err
 
 
 def test_killed_runs_end_in_bitwise_the_same_weights(folder, tmp_path):
@@ -237,10 +237,10 @@ def _another_class(root):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (None, "data: wanted digits, cifar10, cifar100 or a folder"),
+        (None, "data: expected digits, cifar10, cifar100 or a folder"),
         (_empty, "got no folder"),
-        (_empty_class, "wanted images in every class, got none in {root}/train for green"),
-        (_missing_class, "wanted the same classes in {root}/train and {root}/val, got none in {root}/val for red"),
+        (_empty_class, "expected images in every class, got none in {root}/train for green"),
+        (_missing_class, "expected the same classes in {root}/train and {root}/val, got none in {root}/val for red"),
         (_another_class, "got none in {root}/val for violet"),
     ],
 )
@@ -258,22 +258,22 @@ def test_bad_folders(tmp_path, capsys, make, words):
     [
         (["--epochs", "x"], "argument --epochs: invalid whole number value: 'x'"),
         (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
-        (["--batch-size", "65"], "batch_size: wanted at most the 64 training images, got 65"),
-        (["--batch-size", "12", "--accumulate", "5"], "batch_size: wanted a multiple of processes x accumulate = 5"),
-        (["--batch-size", "6", "--accumulate", "2"], "batch_size: wanted an even number a part for mixup, got 3"),
-        (["--warmup-epochs", "2"], "warmup_epochs: wanted fewer than epochs = 2, got 2.0"),
-        (["--lr", "nan"], "lr: wanted more than 0, got nan"),
-        (["--mixup", "-1"], "mixup: wanted at least 0, got -1.0"),
-        (["--hflip", "2"], "hflip: wanted 0 to 1, got 2.0"),
-        (["--model", "nest_huge"], "model: wanted one of nest_base"),
-        (["--model", "timm/nest_huge"], "model: wanted one of timm's models"),
-        (["--model-kwargs", "img_size=17"], "model: cannot make nest_tiny_s16_32: img_size: wanted multiples"),
-        (["--model-kwargs", "depht=1"], "model_kwargs: wanted arguments of nest_tiny_s16_32, got depht"),
-        (["--accelerate"], "accelerate: wanted one of timm's models"),
-        (["--impl", "magic"], "impl: wanted one of"),
-        (["--device", "cuda:77"], "device: wanted one of this machine's, got 'cuda:77'"),
-        (["--fsdp"], "fsdp: wanted processes that torchrun started"),
-        (["--resume", "missing.pt"], "resume: wanted a checkpoint, got missing.pt: No such file"),
+        (["--batch-size", "65"], "batch_size: expected at most the 64 training images, got 65"),
+        (["--batch-size", "12", "--accumulate", "5"], "batch_size: expected a multiple of processes x accumulate = 5"),
+        (["--batch-size", "6", "--accumulate", "2"], "batch_size: expected an even number a part for mixup, got 3"),
+        (["--warmup-epochs", "2"], "warmup_epochs: expected fewer than epochs = 2, got 2.0"),
+        (["--lr", "nan"], "lr: expected more than 0, got nan"),
+        (["--mixup", "-1"], "mixup: expected at least 0, got -1.0"),
+        (["--hflip", "2"], "hflip: expected 0 to 1, got 2.0"),
+        (["--model", "nest_huge"], "model: expected one of nest_base"),
+        (["--model", "timm/nest_huge"], "model: expected one of timm's models"),
+        (["--model-kwargs", "img_size=17"], "model: cannot make nest_tiny_s16_32: img_size: expected multiples"),
+        (["--model-kwargs", "depht=1"], "model_kwargs: expected arguments of nest_tiny_s16_32, got depht"),
+        (["--accelerate"], "accelerate: expected one of timm's models"),
+        (["--impl", "magic"], "impl: expected one of"),
+        (["--device", "cuda:77"], "device: expected one of this machine's, got 'cuda:77'"),
+        (["--fsdp"], "fsdp: expected processes that torchrun started"),
+        (["--resume", "missing.pt"], "resume: expected a checkpoint, got missing.pt: No such file"),
         (["--auto-augment", "nonsense"], "auto_augment: "),
     ],
 )
@@ -295,10 +295,10 @@ def test_checkpoints_of_something_else(folder, tmp_path, capsys):
     for arguments, words in [
         (
             ["--resume", whole, "--model", "nest_tiny"],
-            "wanted a checkpoint of model 'nest_tiny', got one of 'nest_tiny_s",
+            "expected a checkpoint of model 'nest_tiny', got one of 'nest_tiny_s",
         ),
-        (["--resume", whole, "--model-kwargs", "depths=2"], "wanted a checkpoint of model_kwargs {'depths': 2}"),
-        (["--resume", whole, "--data", images], "wanted a checkpoint of the classes ['blue', 'violet']"),
+        (["--resume", whole, "--model-kwargs", "depths=2"], "expected a checkpoint of model_kwargs {'depths': 2}"),
+        (["--resume", whole, "--data", images], "expected a checkpoint of the classes ['blue', 'violet']"),
         (["--resume", tmp_path / "half.pt"], "half.pt, which is none or damaged"),
         (["--resume", tmp_path / "other.pt"], "other.pt: a file without a format"),
     ]:
@@ -313,11 +313,11 @@ def test_cifar_needs_torchvision_and_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     arguments = ["--data", "cifar100", "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
     run(*arguments, status=2)
-    assert "wanted cifar100 in" in capsys.readouterr().err
+    assert "expected cifar100 in" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     run(*arguments, status=2)
     assert capsys.readouterr().err == (
-        "nest_fast.train: data: wanted torchvision for cifar100, got none: pip install torchvision\n"
+        "nest_fast.train: data: expected torchvision for cifar100, got none: pip install torchvision\n"
     )
 
 

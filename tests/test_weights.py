@@ -117,7 +117,7 @@ def test_use_ema():
     both = {"state_dict": STATE, "state_dict_ema": AVERAGED}
     assert same(from_timm(both), AVERAGED)
     assert same(from_timm(both, use_ema=False), STATE)
-    message = r"use_ema: wanted True, since checkpoint holds averaged weights alone \('state_dict_ema'\), got False"
+    message = r"use_ema: expected True, since checkpoint holds averaged weights alone \('state_dict_ema'\), got False"
     with pytest.raises(ValueError, match=message):
         from_timm({"state_dict_ema": STATE}, use_ema=False)
 
@@ -126,7 +126,7 @@ def test_prefix_chooses_among_several_models():
     student, teacher = small_timm(), small_timm(1)
     given = lightning(student=student, teacher=nn.DataParallel(teacher))
     message = (
-        r"prefix: wanted one of 'state_dict\.student', 'state_dict\.teacher\.module', since checkpoint holds these"
+        r"prefix: expected one of 'state_dict\.student', 'state_dict\.teacher\.module', since checkpoint holds these"
         r" models, got "
     )
     with pytest.raises(ValueError, match=message + "None"):
@@ -154,12 +154,12 @@ def test_from_timm_reads_files(tmp_path):
 def test_safetensors_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModuleNotFoundError, match="checkpoint: wanted the safetensors library"):
+    with pytest.raises(ModuleNotFoundError, match="checkpoint: expected the safetensors library"):
         from_timm(tmp_path / "model.safetensors")
 
 
 JAX_NAMES = {"optimizer/target/PatchEmbedding_0/Conv_0/kernel": np.zeros((4, 4, 3, 8))}
-NO_NEST = "checkpoint: wanted the state dict of a timm Nest"
+NO_NEST = "checkpoint: expected the state dict of a timm Nest"
 MISTAKES = {
     "a model": (small_timm, TypeError, rf"{NO_NEST}, got a Nest; give its state_dict\(\)"),
     "a wrapped model": (
@@ -185,7 +185,7 @@ MISTAKES = {
     "one name twice": (
         lambda: STATE | {"levels.0._orig_mod.pos_embed": STATE["levels.0.pos_embed"]},
         ValueError,
-        "checkpoint: wanted one tensor for levels.0.pos_embed, got a second one as levels.0._orig_mod.pos_embed",
+        "checkpoint: expected one tensor for levels.0.pos_embed, got a second one as levels.0._orig_mod.pos_embed",
     ),
 }
 
@@ -209,15 +209,15 @@ FILES = {
         "page.pth': Unsupported operand",
     ),
     "cut.pth": (lambda path: path.write_bytes(b"PK\3\4" + bytes(99)), "got '.*cut.pth': PytorchStreamReader failed"),
-    "folder.pth": (lambda path: path.mkdir(), "wanted the path of a file, got the directory '.*folder.pth'"),
-    "list.pth": (partial(save, [1]), r"wanted the state dict .* got list"),
+    "folder.pth": (lambda path: path.mkdir(), "expected the path of a file, got the directory '.*folder.pth'"),
+    "list.pth": (partial(save, [1]), r"expected the state dict .* got list"),
     "optimizer.pth": (partial(save, torch.optim.SGD([nn.Parameter(torch.ones(1))]).state_dict()), "'param_groups'"),
     "code.pth": (
         partial(save, {"state_dict": STATE, "when": datetime.date(2021, 5, 26)}),
         r"code.pth': .*datetime.date .*; where you trust it, give what torch.load\(path, weights_only=False\) returns",
     ),
     "model.pth": (lambda path: save(small_timm(), path), r"GLOBAL timm.models.nest.Nest .*; where you trust it"),
-    "page.safetensors": (lambda path: path.write_text("<html></html>"), "wanted a safetensors file, got '.*': "),
+    "page.safetensors": (lambda path: path.write_text("<html></html>"), "expected a safetensors file, got '.*': "),
     "golden.npz": (lambda path: np.savez(path, a=1), "got '.*golden.npz'; nest_fast.weights.from_jax reads it"),
 }
 
@@ -230,14 +230,14 @@ def test_files_that_are_no_checkpoint(name, tmp_path):
         pytest.importorskip("safetensors", reason="safetensors is not installed")
     with pytest.raises((ValueError, TypeError), match=message) as error:
         from_timm(tmp_path / name)
-    assert str(error.value).startswith("checkpoint: wanted")
+    assert str(error.value).startswith("checkpoint: expected")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("function", [from_timm, from_jax])
 @pytest.mark.parametrize("kind", [FileNotFoundError, ValueError])
 def test_a_path_without_a_file(function, kind):
-    with pytest.raises(kind, match=r"^\w+: wanted the path of a file, got 'none.pth', where there is none$"):
+    with pytest.raises(kind, match=r"^\w+: expected the path of a file, got 'none.pth', where there is none$"):
         function("none.pth")
 
 
@@ -248,7 +248,7 @@ def test_to_timm_is_the_inverse_and_refuses_what_timm_lacks():
     assert same(to_timm(STATE), STATE)
     with pytest.raises(ValueError, match="multi-query"):
         to_timm(nest_fast.nest_tiny_s16_32(device="meta").state_dict())
-    with pytest.raises(TypeError, match=r"state_dict: wanted .*, got a NesT; give its state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"state_dict: expected .*, got a NesT; give its state_dict\(\)"):
         to_timm(model)
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_resized_is_among_the_errors_of_load_state_dict():
         model.load_state_dict(state)
     message = str(error.value)
     assert 'Missing key(s) in state_dict: "norm.bias"' in message
-    assert "levels.0.pos_embed cannot be resized: pos_embed: wanted a square grid of blocks, got T = 3" in message
+    assert "levels.0.pos_embed cannot be resized: pos_embed: expected a square grid of blocks, got T = 3" in message
     assert "size mismatch for levels.1.pos_embed" in message
 
 
@@ -319,23 +319,31 @@ def test_from_jax_reads_trees():
 
 FLAT = parameters("mha_s16_64")
 JAX_MISTAKES = {
-    "another tree": ({"Dense_0": {}}, ValueError, "tree: wanted NesT's parameters with a PatchEmbedding_0, got names"),
-    "wrong depths": (FLAT, ValueError, r"depths: wanted 3 levels with 4 layers in all, got \(1, 1, 1\)"),
+    "another tree": (
+        {"Dense_0": {}},
+        ValueError,
+        "tree: expected NesT's parameters with a PatchEmbedding_0, got names",
+    ),
+    "wrong depths": (FLAT, ValueError, r"depths: expected 3 levels with 4 layers in all, got \(1, 1, 1\)"),
     "timm's": ({"model": STATE}, ValueError, r"got names such as \['model'\]; nest_fast.weights.from_timm reads it"),
-    "a model": (nn.Identity(), TypeError, "tree: wanted .* in a dictionary or at the path of a file, got Identity"),
+    "a model": (nn.Identity(), TypeError, "tree: expected .* in a dictionary or at the path of a file, got Identity"),
     "None": (None, TypeError, "got NoneType"),
-    "several": ({"a": nested(FLAT), "b": nested(FLAT)}, ValueError, "prefix: wanted one of 'a', 'b', since tree holds"),
+    "several": (
+        {"a": nested(FLAT), "b": nested(FLAT)},
+        ValueError,
+        "prefix: expected one of 'a', 'b', since tree holds",
+    ),
     "no head": (
         {key: value for key, value in FLAT.items() if not key.startswith("Dense_0/")},
         ValueError,
-        "tree: wanted all of NesT's parameters, got none called 'Dense_0'",
+        "tree: expected all of NesT's parameters, got none called 'Dense_0'",
     ),
     "one copy a device": (
         {key: np.stack([value] * 2) for key, value in FLAT.items()},
         ValueError,
-        r"wanted PatchEmbedding_0's kernel \(h, w, in, out\), unreplicated, got shape \(2, 4, 4, 3, 24\)",
+        r"expected PatchEmbedding_0's kernel \(h, w, in, out\), unreplicated, got shape \(2, 4, 4, 3, 24\)",
     ),
-    "a name twice": ({"a": 1, "a/b": 2}, ValueError, "tree: wanted names below 'a' or a value there, got both"),
+    "a name twice": ({"a": 1, "a/b": 2}, ValueError, "tree: expected names below 'a' or a value there, got both"),
 }
 
 
@@ -350,9 +358,9 @@ def test_from_jax_says_what_it_was_given_instead(name):
 def test_files_that_are_not_the_authors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flax.serialization", None)
     for name, kind, message in (
-        ("page.npz", ValueError, "tree: wanted an .npz file, got '.*page.npz': "),
-        ("model.pth", ValueError, "tree: wanted an .npz or flax file, got .*; nest_fast.weights.from_timm reads it"),
-        ("ckpt-39.flax", ModuleNotFoundError, r"tree: wanted flax \(pip install flax\) to read '.*', got none"),
+        ("page.npz", ValueError, "tree: expected an .npz file, got '.*page.npz': "),
+        ("model.pth", ValueError, "tree: expected an .npz or flax file, got .*; nest_fast.weights.from_timm reads it"),
+        ("ckpt-39.flax", ModuleNotFoundError, r"tree: expected flax \(pip install flax\) to read '.*', got none"),
     ):
         (tmp_path / name).write_text("<html>\n</html>")
         with pytest.raises(kind, match=message) as error:
@@ -363,7 +371,7 @@ def test_files_that_are_not_the_authors(tmp_path, monkeypatch):
 def test_from_jax_wants_depths_where_widths_do_not_tell():
     flat = parameters("mqa_s16_32")
     extra = {k.replace("Block_3", "Block_4"): v for k, v in flat.items() if "EncoderNDBlock_3" in k}
-    with pytest.raises(ValueError, match="depths: wanted one value a level"):
+    with pytest.raises(ValueError, match="depths: expected one value a level"):
         from_jax(flat | extra)
     state = from_jax(flat | extra, depths=(1, 1, 1, 2))
     assert "levels.3.transformer_encoder.1.norm1.weight" in state

@@ -46,7 +46,9 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
     if tolerance is not None and example is None:
         raise ValueError(f"tolerance: wanted an example to hold it to, got {tolerance!r} and none")
     if importlib.util.find_spec("timm") is None:
-        raise ValueError(f"model: wanted one with timm's NesT layers, got {type(model).__name__} and no timm installed")
+        raise ValueError(
+            f"model: expected one with timm's NesT layers, got {type(model).__name__} and no timm installed"
+        )
     from nest_fast.integrations import timm
 
     return timm.accelerate(model, example, tolerance)
@@ -88,7 +90,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanatio
     """
     _check_module(model)
     if x is not None and not isinstance(x, Tensor):
-        raise TypeError(f"x: wanted a tensor (B, C, H, W), got {type(x).__name__}")
+        raise TypeError(f"x: expected a tensor (B, C, H, W), got {type(x).__name__}")
     if "timm.models.nest" not in sys.modules:  # then there is none of timm's in the model
         return explanation.explain(model, x, {})
     from nest_fast.integrations import timm
@@ -98,4 +100,4 @@ def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanatio
 
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

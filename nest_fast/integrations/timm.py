@@ -51,7 +51,8 @@ class _Fast:
 
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(
-            "model: wanted one for torch.jit.script, got an accelerated one; nest_fast.restore(model) gives timm's back"
+            "model: expected one for torch.jit.script, got an accelerated one;"
+            " nest_fast.restore(model) gives timm's back"
         )
 
 
@@ -252,7 +253,7 @@ def accelerate(model: nn.Module, example: Any = None, tolerance: float | None = 
     if not replaced and not already:
         reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
         raise ValueError(
-            f"model: wanted one with timm's NesT layers, got {type(model).__name__} with nothing to replace"
+            f"model: expected one with timm's NesT layers, got {type(model).__name__} with nothing to replace"
             + (f" ({reasons})" if reasons else "")
         )
     trial = None if example is None else _tried(model, changes, example, tolerance)

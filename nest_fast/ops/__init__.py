@@ -1,4 +1,7 @@
-"""The operations. Each is one public function: checks, one choice of who computes it, and its registration."""
+"""The operations. Each is one public function: its checks, the choice of a backend, and its registration.
+
+Their Triton kernels are imported as ``nest_fast.kernels``, which is the folder ``kernels/`` beside ``nest_fast/``.
+"""
 
 from nest_fast.ops import _flops
 from nest_fast.ops.add_layer_norm import add_layer_norm

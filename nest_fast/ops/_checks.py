@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations. Every error is one line: the argument, what was wanted, what came."""
+"""Argument checks shared by the operations. Every error is one line: the argument, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -8,35 +8,32 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from nest_fast.ops import _modes
 
 HALVES = (torch.float16, torch.bfloat16)
-# The device types that autocast knows; it raises where it is asked about another, such as "meta".
-_AUTOCAST = frozenset(
-    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
-)
 
 
 def pair(name: str, size: object) -> tuple[int, int]:
     """Height and width from an int or a pair of ints, both positive."""
     if type(size) is int and size > 0:
         return size, size
-    if in_trace():
+    if _modes.in_trace():
         size = _traced(size)
     # A size that torch.compile traces is a SymInt, which is no int but compares and divides like one.
     ints = (int, torch.SymInt)
     height, width = (size, size) if isinstance(size, ints) else _two(name, size)
     for value in (height, width):
         if isinstance(value, bool) or not isinstance(value, ints):
-            raise TypeError(f"{name}: wanted an int or a pair of ints, got {size!r}")
+            raise TypeError(f"{name}: expected an int or a pair of ints, got {size!r}")
     if height < 1 or width < 1:
-        raise ValueError(f"{name}: wanted positive sizes, got {size!r}")
+        raise ValueError(f"{name}: expected positive sizes, got {size!r}")
     return height, width
 
 
 def _two(name: str, size: object) -> tuple:
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-        raise TypeError(f"{name}: wanted an int or a pair of ints, got {size!r}")
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {size!r}")
     return tuple(size)
 
 
@@ -54,10 +51,10 @@ def is_tensor(name: str, x: object, shape: str) -> Tensor:
     fx = sys.modules.get("torch.fx")
     if fx is not None and isinstance(x, fx.Proxy):
         raise TypeError(
-            f"{name}: wanted a tensor {shape}, got a Proxy: torch.fx cannot trace into the operations, but into"
+            f"{name}: expected a tensor {shape}, got a Proxy: torch.fx cannot trace into the operations, but into"
             " plain PyTorch, which nest_fast.restore(model) gives back and nest_fast.reference has"
         )
-    raise TypeError(f"{name}: wanted a tensor {shape}, got {type(x).__name__}")
+    raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}")
 
 
 def tensor(name: str, x: object, shape: str) -> Tensor:
@@ -65,29 +62,29 @@ def tensor(name: str, x: object, shape: str) -> Tensor:
     rank = shape.count(",") + 1
     x = is_tensor(name, x, shape)
     if x.dim() != rank:
-        raise ValueError(f"{name}: wanted {rank} dimensions {shape}, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected {rank} dimensions {shape}, got shape {tuple(x.shape)}")
     return x
 
 
 def floating(name: str, x: Tensor) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"{name}: wanted a floating-point dtype, got {x.dtype}")
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
-def shape(name: str, x: Tensor, wanted: tuple, meaning: str = "") -> None:
-    if tuple(x.shape) != wanted:
-        raise ValueError(f"{name}: wanted shape {wanted}{meaning and ' ' + meaning}, got {tuple(x.shape)}")
+def shape(name: str, x: Tensor, expected: tuple, meaning: str = "") -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}{meaning and ' ' + meaning}, got {tuple(x.shape)}")
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """``x`` on the device and of the dtype of ``other``; under autocast dtypes may differ, since it casts them."""
     device(name, x, other_name, other)
-    if x.dtype != other.dtype and not under_autocast(x):
-        raise TypeError(f"{name}: wanted dtype {other.dtype} as {other_name} has, got {x.dtype}")
+    if x.dtype != other.dtype and not _modes.under_autocast(x):
+        raise TypeError(f"{name}: expected dtype {other.dtype} as {other_name} has, got {x.dtype}")
 
 
 def promotes(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """``x`` on the device of ``other``, to whose sum PyTorch's promotion gives a dtype."""
+    """``x`` on the device of ``other`` and of any floating-point dtype: PyTorch's promotion gives the sum's."""
     floating(name, x)
     device(name, x, other_name, other)
 
@@ -100,38 +97,38 @@ def norm(weight: Tensor, bias: Tensor, x: Tensor, prefix: str = "", dtype: torch
     dtype = x.dtype if dtype is None else dtype
     for name, value in ((prefix + "weight", weight), (prefix + "bias", bias)):
         device(name, value, "x", x)
-        if value.dtype == dtype or under_autocast(x):
+        if value.dtype == dtype or _modes.under_autocast(x):
             continue
         if dtype not in HALVES:
-            raise TypeError(f"{name}: wanted dtype {dtype} as x has, got {value.dtype}")
+            raise TypeError(f"{name}: expected dtype {dtype} as x has, got {value.dtype}")
         if not weight.dtype == bias.dtype == torch.float32:
             both = f"{dtype} as x has, or torch.float32 for {prefix}weight and {prefix}bias"
-            raise TypeError(f"{name}: wanted dtype {both}, got {value.dtype}")
+            raise TypeError(f"{name}: expected dtype {both}, got {value.dtype}")
 
 
 def parameters(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple]], optional: tuple[str, ...]) -> None:
-    """Each of ``weights``, given with the shape wanted, on the device of ``x`` and of a dtype that goes with it.
+    """Each of ``weights``, given with the shape expected, on the device of ``x`` and of a dtype that goes with it.
 
     The first two are the weight and bias of the LayerNorm.
     """
     floating("x", x)
-    for name, (weight, wanted) in weights.items():
+    for name, (weight, expected) in weights.items():
         if weight is not None or name not in optional:
-            tensor(name, weight, f"({', '.join(map(str, wanted))})")
-            shape(name, weight, wanted)  # type: ignore[arg-type]
+            tensor(name, weight, f"({', '.join(map(str, expected))})")
+            shape(name, weight, expected)  # type: ignore[arg-type]
             if not name.startswith("norm_"):
                 alike(name, weight, "x", x)  # type: ignore[arg-type]
     norm(weights["norm_weight"][0], weights["norm_bias"][0], x, "norm_")  # type: ignore[arg-type]
 
 
-def choice(name: str, value: object, wanted: tuple[str, ...]) -> None:
-    if value not in wanted:
-        raise ValueError(f"{name}: wanted one of {', '.join(map(repr, wanted))}, got {value!r}")
+def choice(name: str, value: object, expected: tuple[str, ...]) -> None:
+    if value not in expected:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, expected))}, got {value!r}")
 
 
 def divides(name: str, divisor: tuple[int, int], size: tuple[int, int], what: str) -> None:
     if size[0] % divisor[0] or size[1] % divisor[1]:
-        raise ValueError(f"{name}: wanted {divisor} to divide the {what} {tuple(size)}, got a remainder")
+        raise ValueError(f"{name}: expected {divisor} to divide the {what} {tuple(size)}, got a remainder")
 
 
 def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -139,73 +136,30 @@ def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, i
     T, N = x.shape[1], x.shape[2]
     gh, gw = pair("grid_size", grid_size)
     if gh * gw != T:
-        raise ValueError(f"grid_size: wanted height * width = T = {T} blocks, got ({gh}, {gw})")
+        raise ValueError(f"grid_size: expected height * width = T = {T} blocks, got ({gh}, {gw})")
     if block_size is None:
         edge = math.isqrt(N)
         if edge * edge != N:
-            raise ValueError(f"block_size: wanted height and width, since N = {N} is no square, got None")
+            raise ValueError(f"block_size: expected height and width, since N = {N} is no square, got None")
         return (gh, gw), (edge, edge)
     bh, bw = pair("block_size", block_size)
     if bh * bw != N:
-        raise ValueError(f"block_size: wanted height * width = N = {N} tokens, got ({bh}, {bw})")
+        raise ValueError(f"block_size: expected height * width = N = {N} tokens, got ({bh}, {bw})")
     return (gh, gw), (bh, bw)
 
 
 def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: wanted device {other.device} as {other_name} has, got {x.device}")
+        raise ValueError(f"{name}: expected device {other.device} as {other_name} has, got {x.device}")
 
 
 def training(given: bool) -> None:
-    """An error where the forward was not told that a gradient would be asked for, and kept nothing for it."""
+    """An error where the forward was called with ``training=False`` and so kept nothing for a gradient."""
     if not given:
-        raise RuntimeError("training: wanted True in the forward whose gradient is asked for, got False")
+        raise RuntimeError("training: expected True in the forward whose gradient is asked for, got False")
 
 
 def number(name: str, value: object) -> None:
-    """An error for a tensor, whose gradient would be lost without a word."""
+    """An error for a tensor, whose gradient would be lost silently."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name}: wanted a number, which has no gradient, got a tensor {tuple(value.shape)}")
-
-
-def in_functorch() -> bool:
-    """Whether ``torch.func`` is transforming: its gradients cannot pass through a registered operation."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are on: a registered operation would lose them without a word."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def in_trace() -> bool:
-    """Whether ``torch.jit.trace`` or ONNX's exporter records: they want operations that others know."""
-    if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
-    return torch._C._get_tracing_state() is not None
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``."""
-    kind = x.device.type
-    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast, where it is on, gives the matmuls of ``x``'s device."""
-    if under_autocast(x) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied if its last dimension is not dense.
-
-    Not by ``contiguous``, which leaves any strides to a tensor without elements or with one in its last dimension.
-    """
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """``x`` as a kernel takes vectors: contiguous."""
-    return x if x is None else x.contiguous()
+        raise TypeError(f"{name}: expected a number, which has no gradient, got a tensor {tuple(value.shape)}")

@@ -1,18 +1,30 @@
-"""Loads the compiled parts, once, at import; what cannot be loaded is remembered with its reason.
+"""What there is to compute with: the compiled parts, loaded once, at import, Triton, and units of the processor.
 
 ``cpu_error`` and ``cuda_error`` are None where the part is loaded, else one line that says why not. Nothing is compiled
 here and no CUDA context is made. The parts register kernels. The CPU part defines its operations, too, for programs
 that load it without Python; here they are defined where it is missing.
 ``cpp_isa`` names the vector instructions of the CPU part: "avx512_bf16", "avx512", "avx2", or "" where there are none.
+Triton is imported only when one of its kernels is launched.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 
 import torch
 
-__all__ = ["Library", "cpp_isa", "cpp_why_not", "cpu_error", "cuda_error", "has_amx", "onednn_dtypes"]
+__all__ = [
+    "Library",
+    "cpp_isa",
+    "cpu_error",
+    "cuda_error",
+    "has_amx",
+    "has_triton",
+    "onednn_dtypes",
+    "triton_interpreted",
+]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -39,15 +51,15 @@ class Library(torch.library.Library):
         super().__init__("nest_fast", "FRAGMENT")
 
     def define(self, schema: str, *args, **kwargs) -> str:
-        wanted = torch._C.parse_schema(f"nest_fast::{schema}")
-        known = torch._C._jit_get_schemas_for_operator(wanted.name)
+        expected = torch._C.parse_schema(f"nest_fast::{schema}")
+        known = torch._C._jit_get_schemas_for_operator(expected.name)
         if not known:
             return super().define(schema, *args, **kwargs)
-        if known != [wanted]:
+        if known != [expected]:
             raise ImportError(
-                f"nest_fast/_C_cpu.abi3.so: wanted {wanted}, got {known[0]}; build it again (pip install)"
+                f"nest_fast/_C_cpu.abi3.so: expected {expected}, got {known[0]}; build it again (pip install)"
             )
-        return wanted.name
+        return expected.name
 
 
 _LIB = Library()
@@ -64,6 +76,9 @@ def _isa() -> str:
 
 cpp_isa = _isa()
 
+has_triton = importlib.util.find_spec("triton") is not None
+# Triton reads the same variable: under it kernels are interpreted, on CPU tensors too.
+triton_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # Whether PyTorch's matmuls in bfloat16 have a matrix unit. Asked once: the compiler cannot trace the question.
 has_amx = torch.cpu._is_amx_tile_supported()
@@ -72,15 +87,3 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 onednn_dtypes = (torch.float32,) * _ONEDNN
 if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     onednn_dtypes += (torch.bfloat16,)
-
-
-def cpp_why_not(name: str, x: torch.Tensor) -> list[str]:
-    """Why the C++ kernels cannot take ``x``, dtype and shape aside."""
-    reasons = []
-    if cpu_error is not None:
-        reasons.append(cpu_error)
-    elif not cpp_isa:
-        reasons.append("this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later")
-    if x.device.type != "cpu":
-        reasons.append(f"{name} is on {x.device}, not on a CPU")
-    return reasons

@@ -1,6 +1,6 @@
 """What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operations: the matmuls of plain PyTorch, no more.
 
-A gradient that was not computed has no elements and counts nothing; what a kernel computes twice counts once.
+A gradient that was not computed has no elements and counts as 0; what a kernel computes twice counts once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _linear_pointwise(x, *_, out_shape=None):
 
 
 def register() -> None:
-    """The formulas, now or as soon as somebody imports the counter: its import imports Triton, which takes its time."""
+    """Now, or as soon as somebody imports the counter, which we do not: it imports Triton, which is slow."""
     if _COUNTER in sys.modules:
         _register()
     else:
@@ -64,7 +64,7 @@ def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas = {getattr(torch.ops.nest_fast, name): formula for name, formula in FORMULAS.items()}
-    # What the operations call of PyTorch's that PyTorch has no formula for.
+    # Operations of PyTorch that ours call and PyTorch has no formula for.
     if torch.backends.mkldnn.is_available():
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _sdpa
@@ -75,7 +75,7 @@ def _register() -> None:
 
 
 class _WithCounter(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; steps aside and registers once the counter has been loaded by who finds it."""
+    """Finds nothing itself: lets the other finders load the counter, and registers after that."""
 
     def find_spec(self, name, path=None, target=None):
         if name != _COUNTER:

@@ -1,4 +1,4 @@
-"""What the gradients of the layers in C++ share: the LayerNorm before the branch and the sum after it."""
+"""What the two sub-layers of a transformer layer share: their choice, and the gradients around their branch in C++."""
 
 from __future__ import annotations
 
@@ -8,7 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _checks
+from nest_fast.ops import _backends, _extension, _layout, _modes
+from nest_fast.ops._backends import Backend
+
+IMPLS = ("auto", "reference", "cpp")
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
+# "auto" keeps these rules as well.
+AUTO = Backend(
+    "cpp",
+    (
+        *_backends.CPP_LAYER,
+        ("torch.jit is tracing", lambda given: _modes.in_trace()),
+        ("there is nothing to compute", lambda given: any(x is not None and x.numel() == 0 for x in given)),
+        (
+            "PyTorch's matmuls use the matrix unit, which the C++ kernels do not know",
+            lambda given: given[0].dtype == torch.bfloat16 and _extension.has_amx,
+        ),
+        (
+            "a compiler that sees plain PyTorch decides itself what to keep for the gradient",
+            lambda given: torch.compiler.is_compiling() and _modes.wants_gradients(given),
+        ),
+    ),
+)
+
+
+def choose(given: Sequence[Tensor | None]) -> str:
+    """What "auto" is: "cpp", or "parts", one operation after the other, each with a choice of its own."""
+    return "cpp" if AUTO.can(given) else "parts"
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def layer_backward(
@@ -19,15 +51,15 @@ def layer_backward(
 ) -> dict[str, Tensor | None]:
     """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``, by name.
 
-    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` takes the gradient of the
-    branch's output, its input, which is computed again, and which gradients are wanted, of that input and of the four;
-    it returns these. What is not wanted is None and not computed.
+    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` is called with the gradient
+    of the branch's output, the branch's input, which is computed again, and a mask of the gradients that are needed: of
+    that input and of ``linears``. It returns these. A gradient that is not needed is None and not computed.
     """
     C, norm = kept.x.shape[1], ("x", "norm_weight", "norm_bias")
     norm_mask, linear_mask = ([kept.needed[name] for name in names] for names in (norm, linears))
     y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
     dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale
-    dy, *dlinears = branch_backward(_checks.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
+    dy, *dlinears = branch_backward(_layout.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
     found = {name: dx if wanted else None for name, dx, wanted in zip(linears, dlinears, linear_mask, strict=True)}
     if any(norm_mask):
         dx, found["norm_weight"], found["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
@@ -38,6 +70,6 @@ def layer_backward(
 
 
 def fake_branch_backward(x: Tensor, weights: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What a branch's backward returns: the gradients of ``x`` and of each of ``weights`` (out, in) and its bias."""
+    """The fakes of a branch's gradients: those of ``x``, and of each of ``weights`` (out, in) and its bias."""
     shapes = [x.shape, *(shape for weight in weights for shape in (weight.shape, weight.shape[:1]))]
     return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

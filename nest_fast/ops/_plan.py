@@ -7,13 +7,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _choice, _extension, _triton
-from nest_fast.ops.block_aggregate import WHY_NOT as AGGREGATE_WHY_NOT
+from nest_fast.ops import _backends, _extension, _layer
+from nest_fast.ops.bias_gelu import BACKENDS as PASS
+from nest_fast.ops.block_aggregate import BACKENDS as AGGREGATE
+from nest_fast.ops.block_aggregate import Given as AggregateGiven
 from nest_fast.ops.block_aggregate import choose as choose_aggregate
-from nest_fast.ops.block_attention import WHY_NOT as ATTENTION_WHY_NOT
+from nest_fast.ops.block_attention import BACKENDS as ATTENTION
+from nest_fast.ops.block_attention import Given as AttentionGiven
 from nest_fast.ops.block_attention import choose as choose_attention
+from nest_fast.ops.blockify import BACKENDS as PATCHES
 
-Plan = tuple[str, str]  # by which kernels, and why not by faster ones
+Plan = tuple[str, str]  # the operation and its kernels; what keeps it from faster ones
 
 _KERNELS = {
     "cpp": f"C++ ({_extension.cpp_isa})",
@@ -24,15 +28,15 @@ _KERNELS = {
 }
 
 
-def half_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None], chained: bool) -> Plan:
-    """For half a layer, ``attention``'s or the MLP's: one operation, or its parts, ``chained`` on a GPU."""
+def sub_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None], chained: bool) -> Plan:
+    """For the sub-layer of ``attention``, or of the MLP: one operation, or its parts, ``chained`` on a GPU."""
     inside, slow = attention or ("", "")
     if chained:
-        reasons = [*_triton.why_not(x), *_choice.dtype_why_not(x.dtype)]
+        reasons = PASS["triton"].why_not((x,))
         how = f"add_layer_norm{'' if attention else ', bias_gelu'}: {'plain PyTorch' if reasons else 'Triton'}"
     else:
         operation = "attention_layer" if attention else "mlp_layer"
-        reasons = _choice.layer_why_not(x, list(weights))
+        reasons = _layer.AUTO.why_not((x, *weights))
         if not reasons:
             return f"{operation}: {_KERNELS['cpp']}", ""
         how = f"{operation}: plain PyTorch"
@@ -43,33 +47,31 @@ def attention(x: Tensor, num_heads: int) -> Plan:
     """For block_attention inside ``x`` ``(B, T, N, C)``."""
     head_dim = max(x.shape[-1] // num_heads, 1)
     q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
-    given = q, q, q, None, None
-    impl = choose_attention(given, 0.0)
-    wanted = "triton" if x.is_cuda else "cpp"
-    why = [] if impl == wanted else ATTENTION_WHY_NOT[wanted](given, 0.0)
+    given = AttentionGiven(q, q, q, None, None, 0.0)
+    impl = choose_attention(given)
+    best = "triton" if x.is_cuda else "cpp"
+    why = [] if impl == best else ATTENTION[best].why_not(given)
     return f"block_attention: {_KERNELS[impl]}", "; ".join(why)
 
 
 def aggregation(x: Tensor, conv_weight: Tensor) -> Plan:
     """For block_aggregate of ``x`` ``(B, T, N, C)``."""
-    given = x, conv_weight, None, conv_weight, conv_weight, None
+    given = AggregateGiven(x, conv_weight, None, conv_weight, conv_weight, None)
     impl = choose_aggregate(given)
-    why = AGGREGATE_WHY_NOT["two_step" if x.is_cuda else "cpp"](given) if impl == "reference" else []
+    why = AGGREGATE["two_step" if x.is_cuda else "cpp"].why_not(given) if impl == "reference" else []
     return f"block_aggregate: {_KERNELS[impl]}", "; ".join(why)
 
 
 def patches(x: Tensor) -> Plan:
     """For patchify and the matmul of a patch embedding."""
-    error = _extension.cpu_error if x.is_cpu else _extension.cuda_error if x.is_cuda else f"x is on {x.device.type}"
-    return f"patchify: {'plain PyTorch' if error else 'C++' if x.is_cpu else 'CUDA'}; linear", error or ""
+    reasons = PATCHES["cuda" if x.is_cuda else "cpp"].why_not((x,))
+    return f"patchify: {'plain PyTorch' if reasons else 'CUDA' if x.is_cuda else 'C++'}; linear", "; ".join(reasons)
 
 
 def missing() -> list[str]:
-    """Compiled parts and packages that this machine could use and has not."""
-    said = [_extension.cpu_error] if _extension.cpu_error else []
-    if not said and not _extension.cpp_isa:
-        said = ["this processor has neither AVX-512 nor AVX2, or the extension was not built by GCC 11 or later"]
+    """Compiled parts and packages that this machine could use but does not have."""
+    said = _backends.reasons(_backends.EXTENSION, ())
     if torch.cuda.is_available():
         said += [_extension.cuda_error] if _extension.cuda_error else []
-        said += [] if _triton.INSTALLED else ["triton is not installed"]
+        said += _backends.reasons(_backends.TRITON_INSTALLED, ())
     return said

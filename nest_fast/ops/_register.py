@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _extension, _flops, _triton, _vmap
+from nest_fast.ops import _extension, _flops, _vmap
 
 __all__ = ["operation"]
 
 _LIB = _extension.Library()
+_TRITON_KEYS = ("CUDA", "CPU") if _extension.triton_interpreted else ("CUDA",)
 
 
 def operation(
@@ -46,7 +47,7 @@ def operation(
             names; ``kept.needed``, ``kept.dtypes`` and ``kept.shapes`` say, by the names of the arguments, which
             gradients are asked for, and what the arguments were.
         differentiable: how many of the outputs, the first ones, have a gradient.
-        backward_of: the operation whose backward this is; a gradient of this one is refused in its name.
+        backward_of: the operation whose backward this is; a gradient of this one is refused by its name.
         vmap: (batched, tensors) for :func:`nest_fast.ops._vmap.batching_rule`, or a rule of its own.
         flops: from the arguments' shapes, as ``torch.utils.flop_counter`` calls it.
     """
@@ -55,7 +56,7 @@ def operation(
     _LIB.define(schema)
     op = getattr(torch.ops.nest_fast, name).default
     if launch:
-        for key in _triton.DISPATCH_KEYS:
+        for key in _TRITON_KEYS:
             _LIB.impl(name, _launcher(launch), key)
     torch.library.register_fake(qualified, fake, lib=_LIB)
     if gradients is not None:
@@ -90,7 +91,7 @@ def nothing_like(x: Tensor) -> Tensor:
 
 
 def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable: int) -> tuple[Callable, Callable]:
-    """``setup_context`` and the backward of an operation, of which ``gradients`` knows the arguments by name."""
+    """``setup_context`` and backward of an operation; ``gradients`` gets and returns its tensors by name."""
     inputs = [argument.name for argument in op._schema.arguments]
     outputs = [output.name for output in op._schema.returns]
     is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
@@ -124,11 +125,11 @@ def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable
 
 
 def _no_double_backward(op: str) -> Callable[..., NoReturn]:
-    """The gradient of a backward kernel: what it would need the forward did not keep."""
+    """The autograd formula of a backward kernel: an error, since double backward is not supported."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(
-            f"impl: wanted 'reference' for a derivative of {op}'s gradients, got a kernel;"
+            f"impl: expected 'reference' for a derivative of {op}'s gradients, got a kernel;"
             " in an accelerated model nest_fast.restore(model) gives plain PyTorch back"
         )
 

@@ -1,4 +1,4 @@
-"""vmap for operations whose first dimension is a batch: what vmap hides becomes part of it."""
+"""vmap for operations whose first dimension is a batch: the dimension that vmap hides is folded into it."""
 
 from __future__ import annotations
 

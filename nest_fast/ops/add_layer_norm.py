@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _layer_norm
+from nest_fast.ops import _checks, _layer_norm
+from nest_fast.ops._backends import choose_pass
+from nest_fast.ops._layer_norm import BACKENDS, IMPLS
 from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["add_layer_norm"]
@@ -49,27 +51,45 @@ def add_layer_norm(
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock); Huang et al., "Deep Networks with Stochastic
     Depth" (arXiv 1603.09382).
     """
-    _checks.choice("impl", impl, _choice.IMPLS)
+    dtype = _check(x, branch, weight, bias, branch_bias, branch_scale, impl)
+    branch_scale = None if branch_scale is None else branch_scale.detach()
+    given = (x, branch, branch_scale, branch_bias, weight, bias)
+    if impl == "auto":
+        impl = choose_pass("add_layer_norm", BACKENDS["triton"], given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("add_layer_norm", given)
+    if impl == "reference":
+        return reference.add_layer_norm(
+            x, branch, weight, bias, branch_bias=branch_bias, branch_scale=branch_scale, eps=eps
+        )
+    return _TRITON(*given, eps, dtype, _layer_norm.normed_dtype(x, dtype))[:2]
+
+
+def _check(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    branch_scale: Tensor | None,
+    impl: str,
+) -> torch.dtype:
+    """The dtype of the sum."""
+    _checks.choice("impl", impl, IMPLS)
     C = _layer_norm.rows(x, 2, "(B, ..., C)")
-    dtype = x.dtype  # of the sum
-    for name, value, wanted, meaning in (
+    dtype = x.dtype
+    for name, value, expected, meaning in (
         ("branch", branch, tuple(x.shape), "as x has"),
         ("branch_bias", branch_bias, (C,), "(C,)"),
         ("branch_scale", branch_scale, (x.shape[0],), "(B,)"),
     ):
         if value is not None or name == "branch":
             value = _checks.is_tensor(name, value, meaning)
-            _checks.shape(name, value, wanted, meaning)
+            _checks.shape(name, value, expected, meaning)
             _checks.promotes(name, value, "x", x)
             dtype = torch.promote_types(dtype, value.dtype)
     _layer_norm.check_norm(x, weight, bias, dtype)
-    branch_scale = None if branch_scale is None else branch_scale.detach()
-    tensors = (x, branch, branch_scale, branch_bias, weight, bias)
-    if not _choice.use_triton("add_layer_norm", impl, tensors, _layer_norm.too_wide(x)):
-        return reference.add_layer_norm(
-            x, branch, weight, bias, branch_bias=branch_bias, branch_scale=branch_scale, eps=eps
-        )
-    return _TRITON(*tensors, eps, dtype, _layer_norm.normed_dtype(x, dtype))[:2]
+    return dtype
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

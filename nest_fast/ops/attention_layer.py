@@ -1,4 +1,4 @@
-"""The attention half of a pre-norm transformer layer: LayerNorm, attention inside blocks, residual sum."""
+"""The attention sub-layer of a pre-norm transformer layer: LayerNorm, attention inside blocks, residual sum."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _flops
-from nest_fast.ops._layer import fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layout, _modes
+from nest_fast.ops._layer import BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
 
 __all__ = ["attention_layer"]
-
-IMPLS = ("auto", "reference", "cpp")
 
 
 def attention_layer(
@@ -48,7 +46,7 @@ def attention_layer(
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
-            it keeps qkv and the attention's output; the LayerNorm's is computed again.
+            it keeps qkv and the attention's output and computes the LayerNorm's again.
 
     Returns:
         ``(B, T, N, C)``.
@@ -59,11 +57,64 @@ def attention_layer(
 
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
     """
+    given = (x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    kv_heads = 1 if multi_query else num_heads
+    C = _check(*given, num_heads, kv_heads, scale, branch_scale, impl)
+    scale = float((C // num_heads) ** -0.5) if scale is None else scale
+    if impl == "auto":
+        impl = choose(given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("attention_layer", given)
+    if impl == "reference":
+        return reference.attention_layer(
+            *given,
+            num_heads=num_heads,
+            multi_query=multi_query,
+            scale=scale,
+            branch_scale=branch_scale,
+            eps=eps,
+        )
+    if impl == "cpp":
+        out, *_ = _CPP(
+            _layout.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
+            eps,
+            _layout.dense_rows(qkv_weight),
+            _layout.dense(qkv_bias),
+            _layout.dense_rows(proj_weight),
+            _layout.dense(proj_bias),
+            *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
+            _modes.wants_gradients(given),
+        )
+        return out.view(x.shape)
+    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
+    y = block_attention(q, k, v, scale=scale).flatten(-2)
+    if branch_scale == 1.0:
+        return linear(y, proj_weight, proj_bias, residual=x)
+    return x + branch_scale * linear(y, proj_weight, proj_bias)
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    kv_heads: int,
+    scale: float | None,
+    branch_scale: float,
+    impl: str,
+) -> int:
+    """The channels."""
     _checks.choice("impl", impl, IMPLS)
     C = _checks.tensor("x", x, "(B, T, N, C)").shape[3]
     if num_heads < 1 or C % num_heads:
-        raise ValueError(f"num_heads: wanted a divisor of C = {C}, got {num_heads}")
-    kv_heads = 1 if multi_query else num_heads
+        raise ValueError(f"num_heads: expected a divisor of C = {C}, got {num_heads}")
     packed = C + 2 * kv_heads * (C // num_heads)
     weights = {
         "norm_weight": (norm_weight, (C,)),
@@ -76,36 +127,7 @@ def attention_layer(
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
     _checks.number("scale", scale)
     _checks.number("branch_scale", branch_scale)
-    scale = float((C // num_heads) ** -0.5) if scale is None else scale
-    if impl == "reference":
-        return reference.attention_layer(
-            *(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias),
-            num_heads=num_heads,
-            multi_query=multi_query,
-            scale=scale,
-            branch_scale=branch_scale,
-            eps=eps,
-        )
-    if _choice.use_layer("attention_layer", impl, x, [weight for weight, _ in weights.values()]):
-        out, *_ = _CPP(
-            _checks.dense_rows(x.reshape(-1, C)),
-            norm_weight.float().contiguous(),
-            norm_bias.float().contiguous(),
-            eps,
-            _checks.dense_rows(qkv_weight),
-            _checks.dense(qkv_bias),
-            _checks.dense_rows(proj_weight),
-            _checks.dense(proj_bias),
-            *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
-            _choice.wants_gradients(x, *(weight for weight, _ in weights.values())),
-        )
-        return out.view(x.shape)
-    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
-    q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    y = block_attention(q, k, v, scale=scale).flatten(-2)
-    if branch_scale == 1.0:
-        return linear(y, proj_weight, proj_bias, residual=x)
-    return x + branch_scale * linear(y, proj_weight, proj_bias)
+    return C
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice
+from nest_fast.ops import _backends, _checks
+from nest_fast.ops._backends import Backend, choose_pass
 from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["bias_gelu"]
 
+IMPLS = ("auto", "reference", "triton")
 APPROXIMATIONS = ("none", "tanh")
 
 
@@ -34,18 +36,33 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (arXiv 1606.08415).
     """
-    _checks.choice("impl", impl, _choice.IMPLS)
-    _checks.choice("approximate", approximate, APPROXIMATIONS)
-    _checks.floating("x", _checks.is_tensor("x", x, "(..., C)"))
-    if x.dim() == 0:
-        raise ValueError(f"x: wanted 1 or more dimensions (..., C), got shape {tuple(x.shape)}")
-    if bias is not None:
-        _checks.shape("bias", _checks.is_tensor("bias", bias, "(C,)"), (x.shape[-1],), "(C,)")
-        _checks.promotes("bias", bias, "x", x)
-    if not _choice.use_triton("bias_gelu", impl, (x, bias)):
+    given = (x, bias)
+    _check(*given, approximate, impl)
+    if impl == "auto":
+        impl = choose_pass("bias_gelu", BACKENDS["triton"], given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("bias_gelu", given)
+    if impl == "reference":
         return reference.bias_gelu(x, bias, approximate=approximate)
     dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
     return _TRITON(x, bias, dtype, approximate == "tanh")
+
+
+def _check(x: Tensor, bias: Tensor | None, approximate: str, impl: str) -> None:
+    _checks.choice("impl", impl, IMPLS)
+    _checks.choice("approximate", approximate, APPROXIMATIONS)
+    _checks.floating("x", _checks.is_tensor("x", x, "(..., C)"))
+    if x.dim() == 0:
+        raise ValueError(f"x: expected 1 or more dimensions (..., C), got shape {tuple(x.shape)}")
+    if bias is not None:
+        _checks.shape("bias", _checks.is_tensor("bias", bias, "(C,)"), (x.shape[-1],), "(C,)")
+        _checks.promotes("bias", bias, "x", x)
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+BACKENDS = {"triton": Backend("triton", _backends.TRITON_PASS)}
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton
+from nest_fast.ops import _backends, _checks, _extension, _layout, _modes
 from nest_fast.ops import _flops as flops
+from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
 from nest_fast.ops.blockify import blockify, pos_embed_gradient, unblockify
 
@@ -62,20 +65,12 @@ def block_aggregate(
 
     Source: the authors' ``libml/self_attention.py`` (ConvPool); timm's ``ConvPool``.
     """
-    _checks.choice("impl", impl, IMPLS)
-    _checks.choice("padding", padding, ("symmetric", "same"))
-    sizes = _check_image(x, grid_size, block_size)
-    _check_parameters(x, conv_weight, conv_bias, norm_weight, norm_bias)
-    if pos_embed is not None:
-        half = (x.shape[1] // 4, x.shape[2]) if sizes else (x.shape[1] // 2, x.shape[2] // 2)
-        _checks.tensor("pos_embed", pos_embed, "(1, T/4, N, C')")
-        _checks.shape("pos_embed", pos_embed, (1, *half, conv_weight.shape[0]), f"for x of shape {tuple(x.shape)}")
-        _checks.promotes("pos_embed", pos_embed, "x", x)
-    given = (x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
+    given = Given(x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
+    sizes = _check(given, grid_size, block_size, padding, impl)
     if impl == "auto":
         impl = choose(given)
-    elif impl in WHY_NOT:
-        _choice.require("block_aggregate", impl, WHY_NOT[impl](given))
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("block_aggregate", given)
     if impl == "reference":
         grid_size, block_size = sizes or (None, None)
         return reference.block_aggregate(
@@ -90,7 +85,22 @@ def block_aggregate(
             padding=padding,
             pos_embed=pos_embed,
         )
-    return _run(impl, x, conv_weight, (conv_bias, norm_weight, norm_bias), sizes, eps, padding == "same", pos_embed)
+    return _run(impl, given, sizes, eps, padding == "same")
+
+
+def _check(given: Given, grid_size: object, block_size: object, padding: str, impl: str) -> tuple[Size2, Size2] | None:
+    """Grid and block sizes of blocks, None of an image."""
+    x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed = given
+    _checks.choice("impl", impl, IMPLS)
+    _checks.choice("padding", padding, ("symmetric", "same"))
+    sizes = _check_image(x, grid_size, block_size)
+    _check_parameters(x, conv_weight, conv_bias, norm_weight, norm_bias)
+    if pos_embed is not None:
+        half = (x.shape[1] // 4, x.shape[2]) if sizes else (x.shape[1] // 2, x.shape[2] // 2)
+        _checks.tensor("pos_embed", pos_embed, "(1, T/4, N, C')")
+        _checks.shape("pos_embed", pos_embed, (1, *half, conv_weight.shape[0]), f"for x of shape {tuple(x.shape)}")
+        _checks.promotes("pos_embed", pos_embed, "x", x)
+    return sizes
 
 
 def _check_image(x: Tensor, grid_size: object, block_size: object) -> tuple[Size2, Size2] | None:
@@ -99,15 +109,17 @@ def _check_image(x: Tensor, grid_size: object, block_size: object) -> tuple[Size
         _checks.tensor("x", x, "(B, H, W, C)")
         _checks.floating("x", x)
         if block_size is not None:
-            raise ValueError(f"block_size: wanted None for an image (grid_size=None), got {block_size!r}")
+            raise ValueError(f"block_size: expected None for an image (grid_size=None), got {block_size!r}")
         if x.shape[1] % 2 or x.shape[2] % 2:
-            raise ValueError(f"x: wanted an even height and width, got shape {tuple(x.shape)}")
+            raise ValueError(f"x: expected an even height and width, got shape {tuple(x.shape)}")
         return None
     _checks.tensor("x", x, "(B, T, N, C)")
     _checks.floating("x", x)
     (gh, gw), block = _checks.grid(x, grid_size, block_size)
     if gh % 2 or gw % 2:
-        raise ValueError(f"grid_size: wanted an even height and width, since 2 x 2 blocks become one, got ({gh}, {gw})")
+        raise ValueError(
+            f"grid_size: expected an even height and width, since 2 x 2 blocks become one, got ({gh}, {gw})"
+        )
     return (gh, gw), block
 
 
@@ -128,80 +140,85 @@ def _check_parameters(
         _checks.alike("conv_bias", conv_bias, "x", x)
 
 
-# --- choosing --------------------------------------------------------------------------------------------------------
+# --- choice -----------------------------------------------------------------------------------------------------------
 
 
-Given = tuple[
-    Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None
-]  # x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed
+class Given(NamedTuple):
+    x: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    pos_embed: Tensor | None
 
 
-def _cpp_why_not(given: Given) -> list[str]:
-    x = given[0]
-    return _extension.cpp_why_not("x", x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + _choice.plain_why(*given)
+def _triton(most: int) -> _backends.Rules:
+    """The rules of a Triton kernel for so many channels of its output."""
+    return (
+        *_backends.TRITON,
+        (
+            lambda given: f"C' = {given.conv_weight.shape[0]} channels are over {most}",
+            lambda given: given.conv_weight.shape[0] > most,
+        ),
+    )
 
 
-def _triton_why_not(given: Given, most: int = 512) -> list[str]:
-    x, out_channels = given[0], given[1].shape[0]
-    too_wide = [f"C' = {out_channels} channels are over {most}"] if out_channels > most else []
-    reasons = _triton.why_not(x) + _choice.dtype_why_not(_checks.autocast(x).dtype) + too_wide
-    return reasons + _choice.plain_why(*given)
+_NORM_POOL_TRITON = Backend("triton", _triton(1024))
 
 
-def _two_step_why_not(given: Given) -> list[str]:
-    reasons = _triton_why_not(given, 1024)
-    return reasons and (_cpp_why_not(given) if given[0].device.type == "cpu" else reasons)
+def _is_interpreted(given: Given) -> bool:
+    return given.x.device.type == "cpu" and _NORM_POOL_TRITON.can(given)
 
 
-WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not, "two_step": _two_step_why_not}
+BACKENDS = {
+    "cpp": Backend("cpp", _backends.CPP),
+    "triton": Backend("triton", _triton(512)),
+    "two_step": Backend(
+        "two_step",
+        (
+            *_backends.where(lambda given: given.x.device.type == "cpu" and not _is_interpreted(given), _backends.CPP),
+            *_backends.where(lambda given: given.x.device.type != "cpu", _NORM_POOL_TRITON.rules),
+        ),
+    ),
+}
 
-# (dtype, compute capability) -> what "auto" takes on such a GPU. Neither was measured on any so far: where no row says
-# otherwise it is the library's convolution and one kernel for the rest.
+# (dtype, compute capability) → what "auto" takes on such a GPU; "two_step" where there is no row. Neither that nor
+# "triton" has been measured on a GPU so far.
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
 def choose(given: Given) -> str:
-    x = given[0]
-    if _checks.in_functorch() or _choice.plain_only(*given):
+    if _modes.needs_plain(given):
         return "reference"
-    if x.device.type == "cpu":
-        if _cpp_why_not(given):
+    kind = given.x.device.type
+    if kind == "cpu":
+        if not BACKENDS["cpp"].can(given):
             return "reference"
-        # Winograd's algorithm saves less than the matrix unit, which only the library uses, gives.
-        amx = _checks.autocast(x).dtype == torch.bfloat16 and _extension.has_amx
+        # The matrix unit, which only the library uses, gains more than Winograd's algorithm saves.
+        amx = _extension.has_amx and _modes.autocast_dtype(given.x) == torch.bfloat16
         return "two_step" if amx else "cpp"
-    if x.device.type == "cuda":
-        impl = _on_gpu(x)
-        reasons = WHY_NOT[impl](given)
-        if not reasons:
+    if kind == "cuda":
+        impl = _on_gpu(given.x)
+        if BACKENDS[impl].can(given):
             return impl
-        _choice.say_once(f"block_aggregate runs plain PyTorch, since for {impl} {'; '.join(reasons)}")
+        _backends.say_once("block_aggregate", "plain PyTorch", BACKENDS[impl], given)
     return "reference"
 
 
 def _on_gpu(x: Tensor) -> str:
     properties = torch.cuda.get_device_properties(x.device)
-    return _ON_GPU.get((_checks.autocast(x).dtype, (properties.major, properties.minor)), "two_step")
+    return _ON_GPU.get((_modes.autocast_dtype(x), (properties.major, properties.minor)), "two_step")
 
 
-# --- computing -------------------------------------------------------------------------------------------------------
+# --- computing --------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    impl: str,
-    x: Tensor,
-    conv_weight: Tensor,
-    vectors: tuple[Tensor | None, Tensor, Tensor],
-    sizes: tuple[Size2, Size2] | None,
-    eps: float,
-    same: bool,
-    pos_embed: Tensor | None,
-) -> Tensor:
-    given = (x, conv_weight, *vectors, pos_embed)
-    training = _choice.wants_gradients(*given)
-    kind, autocast = x.device.type, _checks.under_autocast(x)
-    x, conv_weight = _checks.dense_rows(_checks.autocast(x)), _checks.autocast(conv_weight)
-    vectors = tuple(None if t is None else t.float().contiguous() for t in vectors)  # type: ignore[assignment]
+def _run(impl: str, given: Given, sizes: tuple[Size2, Size2] | None, eps: float, same: bool) -> Tensor:
+    x, conv_weight, *vectors, pos_embed = given
+    training = _modes.wants_gradients(given)
+    kind, autocast = x.device.type, _modes.under_autocast(x)
+    x, conv_weight = _layout.dense_rows(_modes.autocast(x)), _modes.autocast(conv_weight)
+    vectors = [None if t is None else t.float().contiguous() for t in vectors]
     # An image is one block, whose output is one block of half its size.
     H, W = x.shape[1:3]
     image_shape = None if sizes else (H // 2, W // 2)
@@ -210,7 +227,7 @@ def _run(
     fused_pos = pos_embed
     if pos_embed is not None:
         # Under autocast the sum may be in another dtype than the rest.
-        fused_pos = _checks.dense_rows(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
+        fused_pos = _layout.dense_rows(pos_embed.flatten(1, 2).unsqueeze(1) if image_shape else pos_embed)
         fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
     if impl != "two_step":
         x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
@@ -218,9 +235,9 @@ def _run(
     else:
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
-        y = _checks.dense_rows(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
-        norm_pool = _NORM_POOL["triton"] if _cpp_why_not(given) else _NORM_POOL["cpp"]
-        out = norm_pool(y, *vectors, fused_pos, out_block, eps, same, training)[0]
+        y = _layout.dense_rows(F.conv2d(image.permute(0, 3, 1, 2), conv_weight, padding=1).permute(0, 2, 3, 1))
+        norm_pool = "cpp" if BACKENDS["cpp"].can(given) else "triton"
+        out = _NORM_POOL[norm_pool](y, *vectors, fused_pos, out_block, eps, same, training)[0]
     out = out.unflatten(2, image_shape).squeeze(1) if image_shape else out
     if autocast and kind == "cuda":
         out = out.float()  # as layer_norm gives it there
@@ -256,7 +273,7 @@ def _norm_pool_gradients(part):
     def gradients(kept, dout):
         _checks.training(kept.training)
         saved = kept.y, kept.conv_bias, kept.norm_weight, kept.mean, kept.rstd, kept.argmax
-        dy, dparams = _NORM_POOL_BWD[part](_checks.dense_rows(dout), *saved, kept.out_block_size, kept.same)
+        dy, dparams = _NORM_POOL_BWD[part](_layout.dense_rows(dout), *saved, kept.out_block_size, kept.same)
         dnorm_weight, dnorm_bias, dconv_bias = dparams.unbind(0)
         return {
             "y": dy,

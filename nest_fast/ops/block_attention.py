@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension, _triton
+from nest_fast.ops import _backends, _checks, _layout, _modes
 from nest_fast.ops import _flops as flops
+from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import nothing_like, operation
 
 __all__ = ["block_attention"]
@@ -58,17 +61,17 @@ def block_attention(
     """
     _check(q, k, v, bias, mask, scale, dropout_p, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    given = (q, k, v, bias, mask)
+    given = Given(q, k, v, bias, mask, dropout_p)
     if impl == "auto":
-        impl = choose(given, dropout_p)
-    elif impl in WHY_NOT:
-        _choice.require("block_attention", impl, WHY_NOT[impl](given, dropout_p))
+        impl = choose(given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("block_attention", given)
     if impl == "reference":
         out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
         return out.contiguous()
     if impl == "sdpa":
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
-    q, k, v = (_checks.dense_rows(_checks.autocast(x)) for x in (q, k, v))
+    q, k, v = (_layout.dense_rows(_modes.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
         return _CPP(q, k, v, scale)[0]
     bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
@@ -91,8 +94,8 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         _checks.tensor(name, x, "(B, T, N, heads, head_dim)")
         if x.shape[:3] != q.shape[:3] or x.shape[4] != head_dim or x.shape[3] not in (1, heads):
-            wanted = f"({B}, {T}, {N}, {heads} or 1, {head_dim})"
-            raise ValueError(f"{name}: wanted shape {wanted} as q has, got {tuple(x.shape)}")
+            expected = f"({B}, {T}, {N}, {heads} or 1, {head_dim})"
+            raise ValueError(f"{name}: expected shape {expected} as q has, got {tuple(x.shape)}")
         _checks.alike(name, x, "q", q)
     _checks.shape("v", v, tuple(k.shape), "as k has")
     if bias is not None:
@@ -105,62 +108,62 @@ def _check(
         if mask.dtype != torch.bool:
             _checks.floating("mask", mask)
         if groups == 0 or T % groups:
-            raise ValueError(f"mask: wanted a number of groups that divides T = {T}, got {groups}")
+            raise ValueError(f"mask: expected a number of groups that divides T = {T}, got {groups}")
         _checks.device("mask", mask, "q", q)
     _checks.number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: wanted a probability between 0 and 1, got {dropout_p}")
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- choice -----------------------------------------------------------------------------------------------------------
 
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, bias, mask
+class Given(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    dropout_p: float
 
 
-def _cpp_why_not(given: Given, dropout_p: float) -> list[str]:
-    q, *_, bias, mask = given
-    reasons = _extension.cpp_why_not("q", q) + _choice.dtype_why_not(q.dtype) + _choice.plain_why(*given)
-    if bias is not None or mask is not None:
-        reasons.append("it takes no bias or mask")
-    if dropout_p:
-        reasons.append("it has no dropout")
-    return reasons
+BACKENDS = {
+    "cpp": Backend(
+        "cpp",
+        (
+            *_backends.CPP,
+            ("it takes no bias or mask", lambda given: given.bias is not None or given.mask is not None),
+            ("it has no dropout", lambda given: given.dropout_p),
+        ),
+    ),
+    "triton": Backend(
+        "triton",
+        (
+            *_backends.TRITON,
+            ("N = {given.q.shape[2]} tokens are over 256", lambda given: given.q.shape[2] > 256),
+            ("head_dim {given.q.shape[4]} is over 128", lambda given: given.q.shape[4] > 128),
+            ("it has no dropout", lambda given: given.dropout_p),
+            ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,))),
+        ),
+    ),
+}
 
 
-def _triton_why_not(given: Given, dropout_p: float) -> list[str]:
-    q, *_, mask = given
-    reasons = _triton.why_not(q) + _choice.dtype_why_not(q.dtype) + _choice.plain_why(*given)
-    if q.shape[2] > 256:
-        reasons.append(f"N = {q.shape[2]} tokens are over 256")
-    if q.shape[-1] > 128:
-        reasons.append(f"head_dim {q.shape[-1]} is over 128")
-    if dropout_p:
-        reasons.append("it has no dropout")
-    if _choice.wants_gradients(mask):
-        reasons.append("it has no gradient of a mask")
-    return reasons
-
-
-WHY_NOT = {"cpp": _cpp_why_not, "triton": _triton_why_not}
-
-
-def choose(given: Given, dropout_p: float) -> str:
-    q = given[0]
-    if _checks.in_functorch() or _choice.plain_only(*given):
+def choose(given: Given) -> str:
+    if _modes.needs_plain(given):
         return "reference"
-    if q.device.type == "cpu":
-        if not _cpp_why_not(given, dropout_p):
+    kind = given.q.device.type
+    if kind == "cpu":
+        if BACKENDS["cpp"].can(given):
             return "cpp"
-        # PyTorch's fused attention for CPUs has no second derivative, which compiled code has not either; and its
-        # gradient is wrong where a row's largest score is so large that its logarithm of the sum is rounded away.
-        plain = _choice.wants_gradients(*given) and not (torch.compiler.is_compiling() and given[3:] == (None, None))
-        return "reference" if plain else "sdpa"
-    if q.device.type == "cuda":
-        reasons = _triton_why_not(given, dropout_p)
-        if not reasons:
+        # PyTorch's fused attention for CPUs has no second derivative (nor has compiled code), and its gradient is
+        # wrong where a row's largest score is so large that the logarithm of the sum is rounded away.
+        compiled = torch.compiler.is_compiling() and given.bias is None and given.mask is None
+        return "reference" if _modes.wants_gradients(given) and not compiled else "sdpa"
+    if kind == "cuda":
+        if BACKENDS["triton"].can(given):
             return "triton"
-        _choice.say_once(f"block_attention runs scaled_dot_product_attention, since for triton {'; '.join(reasons)}")
+        _backends.say_once("block_attention", "scaled_dot_product_attention", BACKENDS["triton"], given)
     return "sdpa"
 
 
@@ -180,7 +183,7 @@ def _sdpa(
 def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """``bias`` and ``mask`` as one ``attn_mask`` that broadcasts to (blocks, heads, N, N)."""
     added = [x.dtype for x in (bias, mask) if x is not None and x.dtype != torch.bool]
-    # Beside halves float32 is taken as well, which has room for -1e9; by the kernels of GPUs it is not.
+    # Beside float16 and bfloat16 a CPU takes a float32 mask, too, which has room for -1e9; the GPU's kernels do not.
     dtype = torch.float32 if q.dtype in _checks.HALVES and q.is_cpu and any(x != q.dtype for x in added) else q.dtype
     if mask is None:
         return None if bias is None else _in_range(bias, dtype).to(dtype).unsqueeze(0)
@@ -192,7 +195,7 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
 
 
 def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would take keys away."""
+    """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would mask keys."""
     largest = torch.finfo(dtype).max
     if torch.finfo(x.dtype).max <= largest:
         return x
@@ -221,7 +224,7 @@ def _flops_bwd(dout, q, *_, out_shape=None):
 
 
 def _cpp_gradients(kept, dout):
-    dout = _checks.dense_rows(dout)
+    dout = _layout.dense_rows(dout)
     dq, dk, dv = _CPP_BWD(dout, kept.q, kept.k, kept.v, kept.out, kept.lse, kept.scale)
     return {"q": dq, "k": dk, "v": dv}
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops import _backends, _checks, _extension
+from nest_fast.ops._backends import Backend
+from nest_fast.ops._modes import ORDINARY
 from nest_fast.ops._register import operation
 from nest_fast.ops._vmap import fold, unfold
 
 __all__ = ["blockify", "patchify", "unblockify"]
 
 IMPLS = ("auto", "reference", "cpp", "cuda")
-# What the compiled kernels add; they move every dtype of 1 to 16 bytes.
+# The dtypes that the compiled kernels add; they move every dtype of 1 to 16 bytes.
 _ADDED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_KNOWN = _choice.TENSORS | {tuple}  # a size
-# On a CPU PyTorch is as fast or faster (measured) where a gradient of fewer bytes is recorded, which is done in Python;
+# PyTorch is as fast or faster (measured) on a CPU below so many bytes where a gradient is recorded in Python;
 _SMALL = 2**20
-# where runs are only copied and a gradient recorded or a graph compiled, or there are more bytes than a cache has.
+# and for plain copies where a gradient is recorded or a graph compiled, or above a cache's size.
 _LARGE = 2**24
 
 
@@ -136,7 +139,7 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     _checks.tensor("pos_embed", pos_embed, "(1, T, N, C)")
     _checks.shape("pos_embed", pos_embed, wanted, "(1, T, N, C)")
     if x.dtype not in _ADDED:
-        raise TypeError(f"x: wanted float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
+        raise TypeError(f"x: expected float64, float32, float16 or bfloat16 to add pos_embed to, got {x.dtype}")
     _checks.promotes("pos_embed", pos_embed, "x", x)
     if x.dtype != pos_embed.dtype:
         dtype = torch.promote_types(x.dtype, pos_embed.dtype)
@@ -144,11 +147,38 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
     return x, pos_embed.contiguous()
 
 
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def _kernels(name: str, kind: str, error: Callable[[], str | None]) -> Backend:
+    """The compiled kernels for a ``kind`` of device; ``error`` says why their part did not load, None if it did."""
+    return Backend(
+        name,
+        (
+            *_backends.PLAIN,
+            ("x is on {given[0].device}", lambda given: given[0].device.type != kind),
+            (lambda given: str(error()), lambda given: given[0].device.type == kind and error() is not None),
+        ),
+    )
+
+
+BACKENDS = {
+    "cpp": _kernels("cpp", "cpu", lambda: _extension.cpu_error),
+    "cuda": _kernels("cuda", "cuda", lambda: _extension.cuda_error),
+}
+
+
+def _has_kernel(x: Tensor) -> bool:
+    if x.is_cpu:
+        return _extension.cpu_error is None
+    return x.is_cuda and _extension.cuda_error is None
+
+
 def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: object) -> Tensor | None:
     """``op(x, *args)``, or None where plain PyTorch is to compute it; an ``impl`` that cannot run is an error.
 
-    ``moves``: whether anything does; else there is a view. Written to touch little code: the kernel evicts it from the
-    cache, and the next call waits some µs for every Python function that it brings back (measured).
+    ``moves``: whether any pixel changes place; else the result is a view. Written out in one function: the kernel
+    evicts Python's code from the cache, and each function that the next call needs costs some µs (measured).
     """
     if impl == "reference":
         return None
@@ -156,13 +186,13 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if functorch or _why_not(x) is not None or (not eager and torch.onnx.is_in_onnx_export()):
+        if functorch or not _has_kernel(x) or (not eager and torch.onnx.is_in_onnx_export()):
             return None
-        # _choice.plain_only, written out
+        # _modes.needs_plain, written out
         if eager and (
             forward_ad._current_level >= 0
             or torch._C._get_tracing_state() is not None
-            or not _KNOWN.issuperset(map(type, (x, *args)))
+            or not ORDINARY.issuperset(map(type, (x, *args)))
         ):
             return None
         if x.is_cpu:
@@ -171,37 +201,21 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
             if (plain and (recorded or not eager or nbytes >= _LARGE)) or (recorded and nbytes < _SMALL):
                 return None
     else:
-        _require(op, impl, x, args[-1])
+        _checks.choice("impl", impl, IMPLS)
+        BACKENDS[impl].require(op.overloadpacket.__name__, (x, *args))
     if not moves:
         return None
     if not eager or functorch or recorded:
         return op(x, *args)
-    with torch._C._AutoDispatchBelowAutograd():  # past the Python that records gradients, half of a call's time
+    with torch._C._AutoDispatchBelowAutograd():  # skips the Python that records gradients, half of a call's time
         return op(x, *args)
-
-
-def _why_not(x: Tensor) -> str | None:
-    """Why there is no compiled kernel for ``x``."""
-    if x.is_cpu:
-        return _extension.cpu_error
-    return _extension.cuda_error if x.is_cuda else f"there is no kernel for {x.device.type}"
-
-
-def _require(op: torch._ops.OpOverload, impl: str, x: Tensor, pos_embed: object) -> None:
-    _checks.choice("impl", impl, IMPLS)
-    reasons = _choice.plain_why(x, pos_embed if isinstance(pos_embed, Tensor) else None)
-    if x.device.type != {"cpp": "cpu", "cuda": "cuda"}[impl]:
-        reasons.append(f"x is on {x.device}")
-    elif error := _why_not(x):
-        reasons.append(error)
-    _choice.require(op.overloadpacket.__name__, impl, reasons)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
 def pos_embed_gradient(dout: Tensor) -> Tensor:
-    """That of a ``(1, T, N, C)`` added to every image, from ``dout`` ``(B, T, N, C)``; a single image's as it is."""
+    """The gradient of a ``(1, T, N, C)`` added to every image, from ``dout`` ``(B, T, N, C)``."""
     return dout.sum_to_size(1, *dout.shape[1:])
 
 

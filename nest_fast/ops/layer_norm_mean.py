@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _layer_norm
+from nest_fast.ops import _checks, _layer_norm
+from nest_fast.ops._backends import choose_pass
+from nest_fast.ops._layer_norm import BACKENDS, IMPLS
 from nest_fast.ops._register import operation
 
 __all__ = ["layer_norm_mean"]
@@ -30,12 +32,21 @@ def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 
     Source: the authors' ``models/nest_net.py`` (the norm and the mean before the head).
     """
-    _checks.choice("impl", impl, _choice.IMPLS)
-    _layer_norm.rows(x, 3, "(B, ..., C) with tokens")
-    _layer_norm.check_norm(x, weight, bias, x.dtype)
-    if not _choice.use_triton("layer_norm_mean", impl, (x, weight, bias), _layer_norm.too_wide(x)):
+    given = (x, weight, bias)
+    _check(*given, impl)
+    if impl == "auto":
+        impl = choose_pass("layer_norm_mean", BACKENDS["triton"], given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("layer_norm_mean", given)
+    if impl == "reference":
         return reference.layer_norm_mean(x, weight, bias, eps=eps)
     return _TRITON(x, weight, bias, eps, _layer_norm.normed_dtype(x, x.dtype))[0]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, impl: str) -> None:
+    _checks.choice("impl", impl, IMPLS)
+    _layer_norm.rows(x, 3, "(B, ..., C) with tokens")
+    _layer_norm.check_norm(x, weight, bias, x.dtype)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _extension
+from nest_fast.ops import _backends, _checks, _layout, _modes
+from nest_fast.ops._backends import Backend
 
 __all__ = ["linear"]
 
@@ -36,8 +39,9 @@ def linear(
         activation: "none", "gelu" (exact) or "gelu_tanh".
         residual: ``(…, out)``, added last, of any floating-point dtype, or None; not together with an activation.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
-            fusing to the compiler. "reference" is plain PyTorch, with a pass over memory each for the bias (on a CPU),
-            the activation and the sum. "onednn" has all in the matmul's epilogue, on a CPU and without gradients.
+            fusing to the compiler. "reference" is plain PyTorch, with one pass over memory each for the bias (on a
+            CPU), the activation and the sum. "onednn" does all of them in the matmul's epilogue, on a CPU and without
+            gradients.
 
     Returns:
         ``(…, out)``.
@@ -47,12 +51,14 @@ def linear(
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
     """
     _check(x, weight, bias, activation, residual, impl)
-    plain = impl == "reference" or torch.compiler.is_compiling() or _checks.in_trace()
-    if impl == "onednn":
-        _choice.require("linear", impl, _onednn_why_not(x, weight, bias, residual))
-    elif plain or _onednn_why_not(x, weight, bias, residual):
+    given = Given(x, weight, bias, residual)
+    if impl == "auto":
+        impl = choose(given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("linear", given)
+    if impl == "reference":
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
-    bias = _checks.dense(bias)  # oneDNN reads its memory, whatever the strides
+    bias = _layout.dense(bias)  # oneDNN reads its memory, whatever the strides
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
     name, algorithm = _ONEDNN[activation]
@@ -65,7 +71,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     _checks.floating("x", _checks.is_tensor("x", x, "(…, in)"))
     out_features, in_features = _checks.tensor("weight", weight, "(out, in)").shape
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x: wanted shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected shape (…, {in_features}) as weight says, got {tuple(x.shape)}")
     _checks.alike("weight", weight, "x", x)
     if bias is not None:
         _checks.is_tensor("bias", bias, "(out,)")
@@ -73,27 +79,39 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         _checks.alike("bias", bias, "x", x)
     if residual is not None:
         if activation != "none":
-            raise ValueError(f"activation: wanted 'none' with a residual, got {activation!r}")
+            raise ValueError(f"activation: expected 'none' with a residual, got {activation!r}")
         _checks.is_tensor("residual", residual, "(…, out)")
         _checks.shape("residual", residual, (*x.shape[:-1], out_features), "(…, out)")
         _checks.promotes("residual", residual, "x", x)
 
 
-def _onednn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> list[str]:
-    reasons = []
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}, not on a CPU")
-    elif not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        reasons.append("this torch has no oneDNN, or it is switched off")
-    if x.dtype not in _extension.onednn_dtypes:
-        reasons.append(f"oneDNN has no {x.dtype} on this processor")
-    if residual is not None and residual.dtype != x.dtype:
-        reasons.append(f"residual is {residual.dtype}")
-    reasons += _choice.mode_why_not(x, weight, bias, residual)
-    if isinstance(x, FakeTensor):
-        reasons.append("PyTorch has no fake of it")
-    if x.numel() == 0:
-        reasons.append("x is empty")
-    if _choice.wants_gradients(x, weight, bias, residual):
-        reasons.append("gradients are wanted")
-    return reasons
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+BACKENDS = {
+    "onednn": Backend(
+        "onednn",
+        (
+            *_backends.ONEDNN,
+            (
+                "residual is {given.residual.dtype}",
+                lambda given: given.residual is not None and given.residual.dtype != given.x.dtype,
+            ),
+            ("PyTorch has no fake of it", lambda given: isinstance(given.x, FakeTensor)),
+            ("x is empty", lambda given: given.x.numel() == 0),
+            ("gradients are wanted", _modes.wants_gradients),
+        ),
+    )
+}
+
+
+def choose(given: Given) -> str:
+    plain = torch.compiler.is_compiling() or _modes.in_trace()
+    return "onednn" if not plain and BACKENDS["onednn"].can(given) else "reference"

@@ -1,4 +1,4 @@
-"""The MLP half of a pre-norm transformer layer: LayerNorm, linear, GELU, linear, residual sum."""
+"""The MLP sub-layer of a pre-norm transformer layer: LayerNorm, linear, GELU, linear, residual sum."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _choice, _flops
-from nest_fast.ops._layer import fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layout, _modes
+from nest_fast.ops._layer import BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
 __all__ = ["mlp_layer"]
 
-IMPLS = ("auto", "reference", "cpp")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
@@ -42,8 +41,8 @@ def mlp_layer(
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
-            computes some rows at a time, so that what is hidden never leaves the cache. Where gradients are wanted it
-            keeps fc1's output; the LayerNorm's and the GELU's are computed again.
+            computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
+            wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again.
 
     Returns:
         ``(…, C)``.
@@ -54,11 +53,53 @@ def mlp_layer(
 
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
     """
+    given = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    C = _check(*given, activation, branch_scale, impl)
+    if impl == "auto":
+        impl = choose(given)
+    elif impl in BACKENDS:
+        BACKENDS[impl].require("mlp_layer", given)
+    if impl == "reference":
+        return reference.mlp_layer(*given, activation=activation, branch_scale=branch_scale, eps=eps)
+    if impl == "cpp":
+        out, _ = _CPP(
+            _layout.dense_rows(x.reshape(-1, C)),
+            norm_weight.float().contiguous(),
+            norm_bias.float().contiguous(),
+            eps,
+            _layout.dense_rows(fc1_weight),
+            _layout.dense(fc1_bias),
+            activation,
+            _layout.dense_rows(fc2_weight),
+            _layout.dense(fc2_bias),
+            branch_scale,
+            _modes.wants_gradients(given),
+        )
+        return out.view(x.shape)
+    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation=activation)
+    if branch_scale == 1.0:
+        return linear(y, fc2_weight, fc2_bias, residual=x)
+    return x + branch_scale * linear(y, fc2_weight, fc2_bias)
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    branch_scale: float,
+    impl: str,
+) -> int:
+    """The channels."""
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("activation", activation, ACTIVATIONS)
     hidden, C = _checks.tensor("fc1_weight", fc1_weight, "(hidden, C)").shape
     if _checks.is_tensor("x", x, "(…, C)").dim() == 0 or x.shape[-1] != C:
-        raise ValueError(f"x: wanted shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
+        raise ValueError(f"x: expected shape (…, {C}) as fc1_weight says, got {tuple(x.shape)}")
     weights = {
         "norm_weight": (norm_weight, (C,)),
         "norm_bias": (norm_bias, (C,)),
@@ -69,33 +110,7 @@ def mlp_layer(
     }
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
     _checks.number("branch_scale", branch_scale)
-    given = [weight for weight, _ in weights.values()]
-    if impl == "reference":
-        return reference.mlp_layer(
-            *(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-            activation=activation,
-            branch_scale=branch_scale,
-            eps=eps,
-        )
-    if _choice.use_layer("mlp_layer", impl, x, given):
-        out, _ = _CPP(
-            _checks.dense_rows(x.reshape(-1, C)),
-            norm_weight.float().contiguous(),
-            norm_bias.float().contiguous(),
-            eps,
-            _checks.dense_rows(fc1_weight),
-            _checks.dense(fc1_bias),
-            activation,
-            _checks.dense_rows(fc2_weight),
-            _checks.dense(fc2_bias),
-            branch_scale,
-            _choice.wants_gradients(x, *given),
-        )
-        return out.view(x.shape)
-    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation=activation)
-    if branch_scale == 1.0:
-        return linear(y, fc2_weight, fc2_bias, residual=x)
-    return x + branch_scale * linear(y, fc2_weight, fc2_bias)
+    return C
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

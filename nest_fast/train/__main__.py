@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(arguments)
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
-            raise UsageError(f"wanted the packages of nest_fast[train], got none of {', '.join(missing)}: "
+            raise UsageError(f"expected the packages of nest_fast[train], got none of {', '.join(missing)}: "
                              "pip install 'nest_fast[train]'")  # fmt: skip
         from nest_fast.train.distributed import World
 
@@ -56,7 +56,7 @@ def _run(given: dict, world) -> int:
             print(f"nest_fast.train: no {path} yet, a new run", file=sys.stderr)
     options = complete(given, saved and saved["options"])
     if options.fsdp and not world.started:
-        raise UsageError("fsdp: wanted processes that torchrun started, got a single one")
+        raise UsageError("fsdp: expected processes that torchrun started, got a single one")
     if options.workers is None:
         options.workers = min(8, os.cpu_count() or 1)
     error = None
@@ -77,7 +77,7 @@ def _prepare(out: Path, new: bool) -> None:
     from nest_fast.train.options import UsageError
 
     if new and (out / "last.pt").exists():
-        raise UsageError(f"out: wanted a folder without a run, or --resume, got {out} with a last.pt")
+        raise UsageError(f"out: expected a folder without a run, or --resume, got {out} with a last.pt")
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(out)

@@ -43,7 +43,7 @@ def load_states(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"resume: wanted a checkpoint of this model, got one with other parameters ({reason})"
+            f"resume: expected a checkpoint of this model, got one with other parameters ({reason})"
         ) from error
     if optimizer is not None and optimizer_state is not None:
         dcp.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
@@ -132,12 +132,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UsageError(f"resume: wanted a checkpoint, got {path}: {error.strerror or error}") from error
+        raise UsageError(f"resume: expected a checkpoint, got {path}: {error.strerror or error}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"resume: wanted a checkpoint of nest_fast.train, got {path}, which is none or damaged"
+            f"resume: expected a checkpoint of nest_fast.train, got {path}, which is none or damaged"
         ) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         kind = found.get("format", "a file without a format") if isinstance(found, dict) else type(found).__name__
-        raise UsageError(f"resume: wanted a checkpoint of nest_fast.train ({FORMAT!r}), got {path}: {kind}")
+        raise UsageError(f"resume: expected a checkpoint of nest_fast.train ({FORMAT!r}), got {path}: {kind}")
     return found

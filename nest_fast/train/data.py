@@ -82,12 +82,12 @@ def _folder(root: Path) -> tuple[Source, Source]:
         found = _classes(part)
         for missing, where in ((set(classes) - set(found), part), (set(found) - set(classes), train)):
             if missing:
-                raise UsageError(f"data: wanted the same classes in {train} and {val}, got none in {where} for "
+                raise UsageError(f"data: expected the same classes in {train} and {val}, got none in {where} for "
                                  f"{_few(sorted(missing))}")  # fmt: skip
         files = [(path, i) for i, name in enumerate(classes) for path in _images(part / name)]
         empty = sorted(set(classes) - {classes[i] for _, i in files})
         if empty:
-            raise UsageError(f"data: wanted images in every class, got none in {part} for {_few(empty)}")
+            raise UsageError(f"data: expected images in every class, got none in {part} for {_few(empty)}")
         loader = _Files([path for path, _ in files])
         sources.append(Source(classes, [label for _, label in files], loader, loader.name))
     return sources[0], sources[1]
@@ -95,11 +95,11 @@ def _folder(root: Path) -> tuple[Source, Source]:
 
 def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UsageError(f"data: wanted digits, cifar10, cifar100 or a folder with train/CLASS/IMAGE and "
+        raise UsageError(f"data: expected digits, cifar10, cifar100 or a folder with train/CLASS/IMAGE and "
                          f"val/CLASS/IMAGE, got no folder {folder}")  # fmt: skip
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
-        raise UsageError(f"data: wanted a folder a class in {folder}, got none")
+        raise UsageError(f"data: expected a folder a class in {folder}, got none")
     return classes
 
 
@@ -118,7 +118,7 @@ def _digits() -> tuple[Source, Source]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UsageError("data: wanted scikit-learn for digits, got none: pip install scikit-learn") from error
+        raise UsageError("data: expected scikit-learn for digits, got none: pip install scikit-learn") from error
     found = load_digits()
     images = (found.images * (255 / 16)).round().astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
@@ -134,13 +134,13 @@ def _cifar(name: str, root: str, download: bool) -> tuple[Source, Source]:
     try:
         import torchvision.datasets
     except ImportError as error:
-        raise UsageError(f"data: wanted torchvision for {name}, got none: pip install torchvision") from error
+        raise UsageError(f"data: expected torchvision for {name}, got none: pip install torchvision") from error
     kind = getattr(torchvision.datasets, name.upper())
     try:
         parts = [kind(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"data: wanted {name} in {root} or a network to download it, got {reason}") from error
+        raise UsageError(f"data: expected {name} in {root} or a network to download it, got {reason}") from error
     sources = []
     for part in parts:
         arrays = _Arrays(part.data)
@@ -191,7 +191,7 @@ def _augmentation(options: Options, prepare: dict[str, Any]) -> Callable[[Image.
         )
     except (AssertionError, ValueError, KeyError) as error:  # that is how timm tells it
         policy = options.auto_augment
-        raise UsageError(f"auto_augment: wanted one of timm's policies, got {policy!r} ({error})") from error
+        raise UsageError(f"auto_augment: expected one of timm's policies, got {policy!r} ({error})") from error
 
 
 class _Seeded:
@@ -270,12 +270,12 @@ class Steps(Sampler):
         self.batch, self.accumulate = options.batch_size, options.accumulate
         parts = size * options.accumulate
         if self.batch > n:
-            raise UsageError(f"batch_size: wanted at most the {n} training images, got {self.batch}")
+            raise UsageError(f"batch_size: expected at most the {n} training images, got {self.batch}")
         if self.batch % parts:
-            raise UsageError(f"batch_size: wanted a multiple of processes x accumulate = {parts}, got {self.batch}")
+            raise UsageError(f"batch_size: expected a multiple of processes x accumulate = {parts}, got {self.batch}")
         self.share = self.batch // parts
         if self.share % 2 and (options.mixup or options.cutmix):
-            raise UsageError(f"batch_size: wanted an even number a part for mixup, got {self.share} "
+            raise UsageError(f"batch_size: expected an even number a part for mixup, got {self.share} "
                              f"({self.batch} / {parts})")  # fmt: skip
         self.per_epoch = n // self.batch
 

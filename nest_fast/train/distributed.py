@@ -99,7 +99,7 @@ def _device(name: str | None, local_rank: int | None) -> torch.device:
             device = torch.device("cuda", local_rank or 0)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: wanted one of this machine's, got {name!r} ({_first_line(error)})") from error
+        raise UsageError(f"device: expected one of this machine's, got {name!r} ({_first_line(error)})") from error
     return device
 
 

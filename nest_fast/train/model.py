@@ -31,7 +31,7 @@ def build(
         num_classes: outputs of the head.
         kwargs: arguments of the model.
         drop_path: rate of stochastic depth; None for the model's.
-        impl: who computes nest_fast's layers.
+        impl: the implementation of nest_fast's layers.
         accelerate: give timm's model nest_fast's layers.
 
     Raises:
@@ -43,21 +43,21 @@ def build(
     of_timm = name.removeprefix("timm/")
     if of_timm == name:
         if name not in NAMES:
-            raise UsageError(f"model: wanted one of {', '.join(NAMES)}, or timm/NAME, got {name!r}")
+            raise UsageError(f"model: expected one of {', '.join(NAMES)}, or timm/NAME, got {name!r}")
         if accelerate:
             raise UsageError(
-                f"accelerate: wanted one of timm's models (timm/NAME), got {name!r}, which is fast already"
+                f"accelerate: expected one of timm's models (timm/NAME), got {name!r}, which is fast already"
             )
         known = {*inspect.signature(nest_fast.NesT).parameters} - {"impl", "device", "dtype"}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise UsageError(f"model_kwargs: wanted arguments of {name}, got {', '.join(unknown)}")
+            raise UsageError(f"model_kwargs: expected arguments of {name}, got {', '.join(unknown)}")
         return _made(name, lambda: getattr(nest_fast, name)(**kwargs, impl=impl))
     timm = import_timm()
     if not timm.is_model(of_timm):
-        raise UsageError(f"model: wanted one of timm's models after timm/, got {of_timm!r}")
+        raise UsageError(f"model: expected one of timm's models after timm/, got {of_timm!r}")
     if impl != "auto":
-        raise UsageError(f"impl: wanted auto, since {name} is timm's, got {impl!r}")
+        raise UsageError(f"impl: expected auto, since {name} is timm's, got {impl!r}")
     model = _made(name, lambda: timm.create_model(of_timm, **kwargs))
     if accelerate:
         nest_fast.accelerate(model)

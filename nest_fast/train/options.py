@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     flag(model, "model", "nest_tiny, nest_small, nest_base, nest_tiny_s16_32, ..., or timm/NAME for one of timm's")
     flag(model, "model-kwargs", "arguments of the model", nargs="+", metavar="NAME=VALUE", action=_KeyValue)
-    flag(model, "impl", "who computes nest_fast's layers: auto, reference, ...")
+    flag(model, "impl", "implementation of nest_fast's layers: auto or reference")
     flag(model, "accelerate", "nest_fast.accelerate(model), for timm's", action="store_true")
     flag(model, "compile", "torch.compile the model", action="store_true")
     flag(model, "drop-path", "rate of stochastic depth (default: the model's)", type=number)
@@ -169,7 +169,7 @@ class _KeyValue(argparse.Action):
         for pair in values:
             name, equals, value = pair.partition("=")
             if not equals:
-                raise UsageError(f"model_kwargs: wanted NAME=VALUE, got {pair!r}")
+                raise UsageError(f"model_kwargs: expected NAME=VALUE, got {pair!r}")
             try:
                 result[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
@@ -181,7 +181,7 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
     """What the command line says, and nothing else."""
     given = vars(_parser().parse_args(arguments))
     if "data" not in given and "resume" not in given:
-        raise UsageError("data: wanted digits, cifar10, cifar100 or a folder, got nothing")
+        raise UsageError("data: expected digits, cifar10, cifar100 or a folder, got nothing")
     return given
 
 
@@ -199,7 +199,7 @@ def complete(given: dict[str, Any], saved: dict[str, Any] | None = None) -> Opti
         values["warmup_epochs"] *= min(1.0, values["epochs"] / recipe["epochs"])
     for name in _SAME:
         if name in saved and values[name] != saved[name]:
-            raise UsageError(f"resume: wanted a checkpoint of {name} {values[name]!r}, got one of {saved[name]!r}")
+            raise UsageError(f"resume: expected a checkpoint of {name} {values[name]!r}, got one of {saved[name]!r}")
     _check(values)
     values["out"] = Path(values.get("out") or Path("runs") / f"{Path(data).name}-{values['model'].replace('/', '-')}")
     return Options(**values)
@@ -223,22 +223,24 @@ def _check(values: dict[str, Any]) -> None:
     def positive(*names: str) -> None:
         for name in names:
             if values[name] is not None and not values[name] > 0:
-                raise UsageError(f"{name}: wanted more than 0, got {values[name]}")
+                raise UsageError(f"{name}: expected more than 0, got {values[name]}")
 
     def at_least_0(*names: str) -> None:
         for name in names:
             if values[name] is not None and not values[name] >= 0:
-                raise UsageError(f"{name}: wanted at least 0, got {values[name]}")
+                raise UsageError(f"{name}: expected at least 0, got {values[name]}")
 
     def share(*names: str) -> None:
         for name in names:
             if values[name] is not None and not 0 <= values[name] <= 1:
-                raise UsageError(f"{name}: wanted 0 to 1, got {values[name]}")
+                raise UsageError(f"{name}: expected 0 to 1, got {values[name]}")
 
     positive("epochs", "batch_size", "accumulate", "lr", "checkpoint_minutes", "log_every", "min_crop")
     at_least_0("min_lr", "weight_decay", "warmup_epochs", "clip_grad", "mixup", "cutmix", "workers", "seed")
     share("drop_path", "min_crop", "hflip", "random_erasing", "smoothing", "ema")
     if values["warmup_epochs"] >= values["epochs"]:
-        raise UsageError(f"warmup_epochs: wanted fewer than epochs = {values['epochs']}, got {values['warmup_epochs']}")
+        raise UsageError(
+            f"warmup_epochs: expected fewer than epochs = {values['epochs']}, got {values['warmup_epochs']}"
+        )
     if values["amp"] not in AMP:
-        raise UsageError(f"amp: wanted one of {', '.join(AMP)}, got {values['amp']!r}")
+        raise UsageError(f"amp: expected one of {', '.join(AMP)}, got {values['amp']!r}")

@@ -52,7 +52,7 @@ class Trainer:
         self.train, self.val = self._sources()
         self.classes = self.train.classes
         if saved and saved["classes"] != self.classes:
-            raise UsageError(f"resume: wanted a checkpoint of the classes {self.classes[:3]}..., got one of "
+            raise UsageError(f"resume: expected a checkpoint of the classes {self.classes[:3]}..., got one of "
                              f"{saved['classes'][:3]}...")  # fmt: skip
         torch.manual_seed(options.seed)
         np.random.seed(options.seed)
@@ -292,7 +292,7 @@ class Trainer:
         batch = next(batches)
         self._note_broken(batch.broken)
         if not batch.valid.all():
-            raise UsageError(f"data: wanted images, got nothing but broken ones, the last {batch.broken[-1]}")
+            raise UsageError(f"data: expected images, got nothing but broken ones, the last {batch.broken[-1]}")
         device = self.world.device
         images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
         if self.mixup:
@@ -326,7 +326,7 @@ class Trainer:
     def _log_step(self, norm: Tensor | None) -> None:
         loss = self.window.take()
         if not math.isfinite(loss):
-            raise UsageError(f"loss: wanted a finite one, got {loss} in the steps to {self.step}; a lower --lr or "
+            raise UsageError(f"loss: expected a finite one, got {loss} in the steps to {self.step}; a lower --lr or "
                              f"--clip-grad 1 may help, {self.path} is from before")  # fmt: skip
         if norm is not None and hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
@@ -355,7 +355,7 @@ class Trainer:
         assert plain is not None
         images = plain[3]
         if not images:
-            raise UsageError("data: wanted images to validate with, got nothing but broken ones")
+            raise UsageError("data: expected images to validate with, got nothing but broken ones")
         self.broken = set[str]().union(*self.world.gather(self.broken))
         row = {
             "step": self.step,

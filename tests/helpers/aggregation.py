@@ -6,9 +6,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from nest_fast.kernels import _configs
 from torch import Tensor
 
+from nest_fast.kernels import _configs
 from nest_fast.testing import max_error, relative_error
 
 PADDINGS = ("symmetric", "same")

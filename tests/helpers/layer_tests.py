@@ -231,7 +231,7 @@ def test_refuses_gradients_of_gradients(layer):
     function, tensors, options = layer
     leaves = [t.clone().requires_grad_() for t in tensors]
     (dx,) = torch.autograd.grad(function(*leaves, **options, impl="cpp").sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=f"impl: wanted 'reference' for a derivative of {function.__name__}'s"):
+    with pytest.raises(RuntimeError, match=f"impl: expected 'reference' for a derivative of {function.__name__}'s"):
         dx.square().sum().backward()
 
 

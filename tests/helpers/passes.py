@@ -25,8 +25,8 @@ def assert_accurate(names, ours, plain, golden, outputs, slack=0.0):
     ``slack`` more of the golden norm is for tensors so small that plain PyTorch's error is a matter of luck.
     """
     for n, (name, x, y, g) in enumerate(zip(names, ours, plain, golden, strict=True)):
-        assert x.dtype == y.dtype, f"{name}: dtype {x.dtype}, wanted {y.dtype}"
-        assert x.shape == y.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(y.shape)}"
+        assert x.dtype == y.dtype, f"{name}: dtype {x.dtype}, expected {y.dtype}"
+        assert x.shape == y.shape, f"{name}: shape {tuple(x.shape)}, expected {tuple(y.shape)}"
         error, theirs = (x.double() - g).norm().item(), (y.double() - g).norm().item()
         band = 0.0 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps * g.abs().max().item()
         bound = (1.25 if n < outputs else 2) * theirs + band + slack * g.norm().item()
