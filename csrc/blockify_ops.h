@@ -1,5 +1,6 @@
 // What the CPU and the CUDA registration of blockify and its kin share: from tensors to an index map.
 // The including file defines `fill`, the one function that differs.
+
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,21 +10,13 @@
 #include <optional>
 
 #include "blockify.h"
+#include "checks.h"
 
 namespace nest_fast {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::Tensor;
-
 // out = in gathered by `map`, + pos if there is one. `out` is contiguous and not empty.
-void fill(const IndexMap& map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out);
-
-// Height and width; only a grid may be empty.
-Size2 size2(const char* name, IntHeaderOnlyArrayRef size, int64_t least = 1) {
-  STD_TORCH_CHECK(size.size() == 2 && size[0] >= least && size[1] >= least, name, ": wanted two positive sizes");
-  return {size[0], size[1]};
-}
+void fill(IndexMap map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out);
 
 void check_pos(const std::optional<Tensor>& pos, const Tensor& x, int64_t T, int64_t N, int64_t C) {
   if (!pos) return;

@@ -87,8 +87,7 @@ void fill_with(const IndexMap& map, const Tensor& in, const std::optional<Tensor
                                   static_cast<T*>(out.mutable_data_ptr()), static_cast<cudaStream_t>(stream));
 }
 
-void fill(const IndexMap& map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out) {
-  using torch::headeronly::ScalarType;
+void fill(IndexMap map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out) {
   if (pos) {
     switch (in.scalar_type()) {
       case ScalarType::Float: return fill_with<float, true>(map, in, pos, out);
