@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(Tensor x, Tensor 
   if (out.numel() == 0) return {out, qkv_out, attended, lse};
   const PackedLinear qkv("qkv_weight", isa.packing, qkv_weight, qkv_bias, dtype, features);
   const PackedLinear proj("proj_weight", isa.packing, proj_weight, proj_bias, dtype, features);
-  STD_TORCH_CHECK(qkv.linear.out == packed_features, "qkv_weight: wanted ", packed_features, " output features, got ",
+  STD_TORCH_CHECK(qkv.linear.out == packed_features, "qkv_weight: expected ", packed_features, " output features, got ",
                   qkv.linear.out);
-  STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: wanted ", features, " output features, got ",
+  STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: expected ", features, " output features, got ",
                   proj.linear.out);
   p.qkv = qkv.linear, p.proj = proj.linear;
   const int64_t blocks = rows / tokens, threads = torch::stable::get_num_threads();

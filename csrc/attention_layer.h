@@ -19,10 +19,10 @@ struct Heads {
 
   Heads(int64_t rows, int64_t features, int64_t tokens, int64_t heads, int64_t kv_heads)
       : tokens(tokens), heads(heads), kv_heads(kv_heads) {
-    STD_TORCH_CHECK(tokens > 0 && rows % tokens == 0, "tokens: wanted a divisor of ", rows, " rows, got ", tokens);
-    STD_TORCH_CHECK(heads > 0 && features % heads == 0, "heads: wanted a divisor of ", features, " features, got ",
+    STD_TORCH_CHECK(tokens > 0 && rows % tokens == 0, "tokens: expected a divisor of ", rows, " rows, got ", tokens);
+    STD_TORCH_CHECK(heads > 0 && features % heads == 0, "heads: expected a divisor of ", features, " features, got ",
                     heads);
-    STD_TORCH_CHECK(kv_heads == heads || kv_heads == 1, "kv_heads: wanted ", heads, " or 1, got ", kv_heads);
+    STD_TORCH_CHECK(kv_heads == heads || kv_heads == 1, "kv_heads: expected ", heads, " or 1, got ", kv_heads);
     dim = features / heads;
   }
 

@@ -30,21 +30,21 @@ constexpr ByDtype<BlockAggregateKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAg
 // A contiguous (C',) of floats.
 const float* vector(const char* name, const Tensor& x, int64_t channels) {
   check_dtype(name, x, ScalarType::Float);
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == channels && x.is_contiguous(), name, ": wanted ", channels,
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == channels && x.is_contiguous(), name, ": expected ", channels,
                   " contiguous floats");
   return static_cast<const float*>(x.const_data_ptr());
 }
 
 void check_dense(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, name,
-                  ": wanted stride 1 of the last dimension, got ", x.stride(3));
+                  ": expected stride 1 of the last dimension, got ", x.stride(3));
 }
 
 // Blocks (B, T, N, C) on a grid, whose data may be written or not.
 template <class Void>
 Image<Void> blocks(const char* name, Void* data, const Tensor& x, Size2 grid, Size2 block) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == grid.h * grid.w && x.size(2) == block.h * block.w, name,
-                  ": wanted (B, T, N, C) with T = ", grid.h * grid.w, " and N = ", block.h * block.w);
+                  ": expected (B, T, N, C) with T = ", grid.h * grid.w, " and N = ", block.h * block.w);
   check_dense(name, x);
   Image<Void> image{data, x.stride(0)};
   for (int64_t h = 0; h < grid.h * block.h; ++h)
@@ -57,7 +57,7 @@ Image<Void> blocks(const char* name, Void* data, const Tensor& x, Size2 grid, Si
 // An image (B, H, W, C).
 template <class Void>
 Image<Void> image(const char* name, Void* data, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, name, ": wanted 4 dimensions (B, H, W, C), got ", x.dim());
+  STD_TORCH_CHECK(x.dim() == 4, name, ": expected 4 dimensions (B, H, W, C), got ", x.dim());
   check_dense(name, x);
   Image<Void> image{data, x.stride(0)};
   for (int64_t h = 0; h < x.size(1); ++h) image.rows.push_back(h * x.stride(1));
@@ -68,7 +68,7 @@ Image<Void> image(const char* name, Void* data, const Tensor& x) {
 // The grid of blocks that half of height x width is cut into.
 Size2 half_grid(int64_t height, int64_t width, Size2 block) {
   STD_TORCH_CHECK(height % 2 == 0 && width % 2 == 0 && height / 2 % block.h == 0 && width / 2 % block.w == 0,
-                  "out_block_size: wanted (", block.h, ", ", block.w, ") to divide half of the image (", height, ", ",
+                  "out_block_size: expected (", block.h, ", ", block.w, ") to divide half of the image (", height, ", ",
                   width, ")");
   return {height / 2 / block.h, width / 2 / block.w};
 }
@@ -111,7 +111,7 @@ Outputs prepare(Aggregate& p, const Tensor& like, const Parameters& given) {
     const Tensor& pos_embed = *given.pos_embed;
     check_dtype("pos_embed", pos_embed, like.scalar_type());
     STD_TORCH_CHECK(pos_embed.dim() == 4 && pos_embed.size(0) == 1 && pos_embed.size(3) == channels,
-                    "pos_embed: wanted (1, T/4, N, C')");
+                    "pos_embed: expected (1, T/4, N, C')");
     p.pos = blocks("pos_embed", pos_embed.const_data_ptr(), pos_embed, grid, out_block);
   }
   using torch::stable::new_empty;
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
   check_dtype("conv_weight", conv_weight, x.scalar_type());
   STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(1) == p.channels && conv_weight.size(2) == 3 &&
                       conv_weight.size(3) == 3,
-                  "conv_weight: wanted (C', ", p.channels, ", 3, 3)");
+                  "conv_weight: expected (C', ", p.channels, ", 3, 3)");
   const int64_t B = x.size(0);
   const auto [out, mean, rstd, argmax] = prepare(
       p, x,
@@ -216,10 +216,10 @@ std::tuple<Tensor, Tensor> norm_pool_cpp_bwd(Tensor dout, Tensor y, std::optiona
   check_dtype("argmax", argmax, ScalarType::Byte);
   STD_TORCH_CHECK(mean.numel() == B * p.height * p.width && rstd.numel() == mean.numel() && mean.is_contiguous() &&
                       rstd.is_contiguous(),
-                  "mean, rstd: wanted contiguous (B, H, W)");
+                  "mean, rstd: expected contiguous (B, H, W)");
   STD_TORCH_CHECK(
       dout.size(0) == B && dout.size(3) == p.out_channels && argmax.size(0) == B && argmax.size(3) == p.out_channels,
-      "dout, argmax: wanted the batch and channels of y");
+      "dout, argmax: expected the batch and channels of y");
   p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.rstd = static_cast<const float*>(rstd.const_data_ptr());
 
@@ -247,11 +247,11 @@ Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayR
   p.x = image("dy", dy.const_data_ptr(), dy);
   p.height = dy.size(1), p.width = dy.size(2), p.channels = dy.size(3);
   STD_TORCH_CHECK(p.height == grid.h * block.h && p.width == grid.w * block.w && p.height % 2 == 0 && p.width % 2 == 0,
-                  "dy: wanted an even height and width as grid_size and block_size say");
+                  "dy: expected an even height and width as grid_size and block_size say");
   check_dtype("conv_weight", conv_weight, dy.scalar_type());
   STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(0) == p.channels && conv_weight.size(2) == 3 &&
                       conv_weight.size(3) == 3,
-                  "conv_weight: wanted (", p.channels, ", C, 3, 3)");
+                  "conv_weight: expected (", p.channels, ", C, 3, 3)");
   p.out_channels = conv_weight.size(1);
   Tensor dx = torch::stable::new_empty(dy, {dy.size(0), grid.h * grid.w, block.h * block.w, p.out_channels});
   p.out = blocks("dx", dx.mutable_data_ptr(), dx, grid, block);

@@ -22,15 +22,15 @@ namespace {
 constexpr ByDtype<BlockAttentionKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAttention)};
 
 void check_operand(const char* name, const Tensor& x, const Tensor& q) {
-  STD_TORCH_CHECK(x.dim() == 5, name, ": wanted 5 dimensions (B, T, N, heads, head_dim), got ", x.dim());
-  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": wanted dtype ", toString(q.scalar_type()),
+  STD_TORCH_CHECK(x.dim() == 5, name, ": expected 5 dimensions (B, T, N, heads, head_dim), got ", x.dim());
+  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected dtype ", toString(q.scalar_type()),
                   " as q has, got ", toString(x.scalar_type()));
   for (int i : {0, 1, 2, 4})
-    STD_TORCH_CHECK(x.size(i) == q.size(i), name, ": wanted size ", q.size(i), " of dimension ", i, " as q has, got ",
+    STD_TORCH_CHECK(x.size(i) == q.size(i), name, ": expected size ", q.size(i), " of dimension ", i, " as q has, got ",
                     x.size(i));
-  STD_TORCH_CHECK(x.size(3) == q.size(3) || x.size(3) == 1, name, ": wanted ", q.size(3), " heads or 1, got ",
+  STD_TORCH_CHECK(x.size(3) == q.size(3) || x.size(3) == 1, name, ": expected ", q.size(3), " heads or 1, got ",
                   x.size(3));
-  STD_TORCH_CHECK(x.stride(4) == 1 || x.size(4) == 1, name, ": wanted stride 1 of the last dimension, got ",
+  STD_TORCH_CHECK(x.stride(4) == 1 || x.size(4) == 1, name, ": expected stride 1 of the last dimension, got ",
                   x.stride(4));
 }
 
@@ -48,7 +48,7 @@ Input input(const char* name, const Tensor& x, const Tensor& q) {
 // The same of a tensor that has as many heads as q.
 Input whole_input(const char* name, const Tensor& x, const Tensor& q) {
   const Input result = input(name, x, q);
-  STD_TORCH_CHECK(x.size(3) == q.size(3), name, ": wanted ", q.size(3), " heads as q has, got ", x.size(3));
+  STD_TORCH_CHECK(x.size(3) == q.size(3), name, ": expected ", q.size(3), " heads as q has, got ", x.size(3));
   return result;
 }
 
@@ -58,7 +58,7 @@ Tensor new_like(const Tensor& x) {
   return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
 }
 
-void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: wanted a head_dim of at least 1, got 0"); }
+void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: expected a head_dim of at least 1, got 0"); }
 
 // q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. Returns out like q, contiguous,
 // and lse (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), fp32.

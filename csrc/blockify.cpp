@@ -44,7 +44,7 @@ BlockifyKernels::Fill kernel_for(ScalarType dtype, int64_t bytes, bool adds) {
       case ScalarType::Double: return isa.add_fp64;
       case ScalarType::Half: return isa.add_fp16;
       case ScalarType::BFloat16: return isa.add_bf16;
-      default: STD_TORCH_CHECK(false, "pos_embed: wanted float64, float32, float16 or bfloat16");
+      default: STD_TORCH_CHECK(false, "pos_embed: expected float64, float32, float16 or bfloat16");
     }
   switch (bytes) {
     case 1: return isa.copy_1;
@@ -52,7 +52,7 @@ BlockifyKernels::Fill kernel_for(ScalarType dtype, int64_t bytes, bool adds) {
     case 4: return isa.copy_4;
     case 8: return isa.copy_8;
     case 16: return isa.copy_16;
-    default: STD_TORCH_CHECK(false, "x: wanted elements of 1, 2, 4, 8 or 16 bytes");
+    default: STD_TORCH_CHECK(false, "x: expected elements of 1, 2, 4, 8 or 16 bytes");
   }
 }
 

@@ -34,7 +34,7 @@ void cpp_set_isa(std::string name) {
   if (name == "baseline") return current_isa().store(kNone);
   for (int isa = best_isa(); isa > kNone; --isa)
     if (name == kNames[isa]) return current_isa().store(static_cast<Isa>(isa));
-  STD_TORCH_CHECK(false, "isa: wanted one that this processor has, got \"", name, "\"");
+  STD_TORCH_CHECK(false, "isa: expected one that this processor has, got \"", name, "\"");
 }
 
 }  // namespace

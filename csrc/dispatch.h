@@ -34,13 +34,13 @@ const Kernels& kernels_for(const ByDtype<Kernels>* by_isa, const char* name, tor
   using torch::headeronly::ScalarType;
   const Isa isa = current_isa();
   STD_TORCH_CHECK(isa != kNone, name,
-                  ": wanted a processor with AVX2 or AVX-512 and a build by GCC 11 or later, got ", "another");
+                  ": expected a processor with AVX2 or AVX-512 and a build by GCC 11 or later, got ", "another");
   switch (dtype) {
     case ScalarType::Float: return by_isa[isa].fp32;
     case ScalarType::Half: return by_isa[isa].fp16;
     case ScalarType::BFloat16: return by_isa[isa].bf16;
     default:
-      STD_TORCH_CHECK(false, name, ": wanted dtype Float, Half or BFloat16, got ",
+      STD_TORCH_CHECK(false, name, ": expected dtype Float, Half or BFloat16, got ",
                       torch::headeronly::toString(dtype));
   }
 }

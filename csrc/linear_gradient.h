@@ -32,7 +32,7 @@ struct BranchMask {
   LinearMask first, second;
 
   explicit BranchMask(const std::vector<bool>& mask) {
-    STD_TORCH_CHECK(mask.size() == 5, "output_mask: wanted 5 bools, got ", mask.size());
+    STD_TORCH_CHECK(mask.size() == 5, "output_mask: expected 5 bools, got ", mask.size());
     dx = mask[0], first = {mask[1], mask[2]}, second = {mask[3], mask[4]};
   }
 };
@@ -111,14 +111,14 @@ void backward_by_chunks(const LinearKernels& isa, void (*backward)(const P&, con
 }
 
 inline void check_rows(const Tensor& x, int64_t rows) {
-  STD_TORCH_CHECK(x.size(0) == rows, "x: wanted ", rows, " rows as dout has, got ", x.size(0));
+  STD_TORCH_CHECK(x.size(0) == rows, "x: expected ", rows, " rows as dout has, got ", x.size(0));
 }
 
 // What the forward kept: as many rows as dout has, without gaps.
 inline const void* kept_rows_of(const char* name, const Tensor& x, const Tensor& dout, int64_t features) {
   int64_t stride;
   const void* data = rows_of(name, x, dout.scalar_type(), features, stride);
-  STD_TORCH_CHECK(x.size(0) == dout.size(0) && x.is_contiguous(), name, ": wanted ", dout.size(0),
+  STD_TORCH_CHECK(x.size(0) == dout.size(0) && x.is_contiguous(), name, ": expected ", dout.size(0),
                   " contiguous rows as dout has, got ", x.size(0), x.is_contiguous() ? "" : " with gaps");
   return data;
 }

@@ -29,7 +29,7 @@ constexpr ByDtype<MlpLayerKernels> kKernels[] = {NEST_FAST_BY_ISA(kMlpLayer)};
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return kGelu;
-  STD_TORCH_CHECK(name == "gelu_tanh", "activation: wanted \"gelu\" or \"gelu_tanh\", got \"", name, "\"");
+  STD_TORCH_CHECK(name == "gelu_tanh", "activation: expected \"gelu\" or \"gelu_tanh\", got \"", name, "\"");
   return kGeluTanh;
 }
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor no
   if (out.numel() == 0) return {out, hidden};
   const PackedLinear fc1("fc1_weight", isa.packing, fc1_weight, fc1_bias, dtype, features);
   const PackedLinear fc2("fc2_weight", isa.packing, fc2_weight, fc2_bias, dtype, fc1.linear.out);
-  STD_TORCH_CHECK(fc2.linear.out == features, "fc2_weight: wanted ", features, " output features, got ",
+  STD_TORCH_CHECK(fc2.linear.out == features, "fc2_weight: expected ", features, " output features, got ",
                   fc2.linear.out);
   p.fc1 = fc1.linear, p.fc2 = fc2.linear;
   parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.mlp_layer(p, begin, end); });

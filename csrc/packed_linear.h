@@ -34,7 +34,7 @@ struct PackedLinear {
   static PackedLinear transposed(const char* name, const LinearKernels& isa, const Tensor& weight, ScalarType dtype,
                                  int64_t in, int64_t out) {
     check_rank(name, weight);
-    STD_TORCH_CHECK(weight.size(0) == in, name, ": wanted ", in, " rows, got ", weight.size(0));
+    STD_TORCH_CHECK(weight.size(0) == in, name, ": expected ", in, " rows, got ", weight.size(0));
     PackedLinear p;
     p.linear.in = in, p.linear.out = out;
     p.linear.weight = rows_of(name, weight, dtype, out, p.linear.weight_stride);
@@ -46,7 +46,7 @@ struct PackedLinear {
   PackedLinear() = default;
 
   static void check_rank(const char* name, const Tensor& weight) {
-    STD_TORCH_CHECK(weight.dim() == 2, name, ": wanted 2 dimensions (out, in), got ", weight.dim());
+    STD_TORCH_CHECK(weight.dim() == 2, name, ": expected 2 dimensions (out, in), got ", weight.dim());
   }
 
   void pack(const LinearKernels& isa, void (*pack_groups)(const Linear&, int64_t begin, int64_t end),

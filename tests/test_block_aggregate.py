@@ -534,21 +534,21 @@ def test_the_operations_refuse_what_would_be_read_out_of_bounds():
 
     _, y, mean, rstd, argmax = call()
     for message, wrong in {
-        "x: wanted .* T = 8 and N = 6": lambda: call(x=x[:, :4]),
-        "x: wanted stride 1": lambda: call(x=x.transpose(2, 3).contiguous().transpose(2, 3)),
-        "x: wanted dtype Float, Half or BFloat16, got Double": lambda: call(x=x.double()),
-        "conv_weight: wanted dtype Float, got Half": lambda: call(conv_weight=conv_weight.half()),
-        "conv_weight: wanted .C', 12, 3, 3.": lambda: call(conv_weight=conv_weight[:, :5]),
-        "norm_weight: wanted 20 contiguous floats": lambda: call(vectors=[vectors[0], vectors[1][:5], vectors[2]]),
-        "pos_embed: wanted": lambda: call(pos_embed=pos_embed[:, :1]),
-        "out_block_size: wanted .3, 3. to divide": lambda: call(sizes=(*sizes[:2], (3, 3))),
-        "mean, rstd: wanted contiguous": lambda: OPS.norm_pool_cpp_bwd(
+        "x: expected .* T = 8 and N = 6": lambda: call(x=x[:, :4]),
+        "x: expected stride 1": lambda: call(x=x.transpose(2, 3).contiguous().transpose(2, 3)),
+        "x: expected dtype Float, Half or BFloat16, got Double": lambda: call(x=x.double()),
+        "conv_weight: expected dtype Float, got Half": lambda: call(conv_weight=conv_weight.half()),
+        "conv_weight: expected .C', 12, 3, 3.": lambda: call(conv_weight=conv_weight[:, :5]),
+        "norm_weight: expected 20 contiguous floats": lambda: call(vectors=[vectors[0], vectors[1][:5], vectors[2]]),
+        "pos_embed: expected": lambda: call(pos_embed=pos_embed[:, :1]),
+        "out_block_size: expected .3, 3. to divide": lambda: call(sizes=(*sizes[:2], (3, 3))),
+        "mean, rstd: expected contiguous": lambda: OPS.norm_pool_cpp_bwd(
             torch.zeros(2, 2, 6, 20), y, *vectors[:2], mean[:1], rstd, argmax, (2, 3), False
         ),
-        "dout, argmax: wanted the batch": lambda: OPS.norm_pool_cpp_bwd(
+        "dout, argmax: expected the batch": lambda: OPS.norm_pool_cpp_bwd(
             torch.zeros(1, 2, 6, 20), y, *vectors[:2], mean, rstd, argmax, (2, 3), False
         ),
-        "dy: wanted an even height and width": lambda: OPS.block_aggregate_cpp_dx(y, conv_weight, (2, 4), (2, 2)),
+        "dy: expected an even height and width": lambda: OPS.block_aggregate_cpp_dx(y, conv_weight, (2, 4), (2, 2)),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

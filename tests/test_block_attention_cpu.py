@@ -257,13 +257,13 @@ GOOD = (1, 2, 5, 3, 8)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(5, 3, 8)}, r"q: wanted 5 dimensions \(B, T, N, heads, head_dim\), got 3"),
-        ({"k": torch.zeros(GOOD).bfloat16()}, "k: wanted dtype Float as q has, got BFloat16"),
-        ({"v": torch.zeros(1, 2, 6, 3, 8)}, "v: wanted size 5 of dimension 2 as q has, got 6"),
-        ({"k": torch.zeros(1, 2, 5, 2, 8)}, "k: wanted 3 heads or 1, got 2"),
-        ({"q": torch.zeros(1, 2, 5, 8, 3).mT}, "q: wanted stride 1 of the last dimension, got 3"),
-        ({x: torch.zeros(GOOD).double() for x in "qkv"}, "q: wanted dtype Float, Half or BFloat16, got Double"),
-        ({x: torch.zeros(GOOD)[..., :0] for x in "qkv"}, "q: wanted a head_dim of at least 1, got 0"),
+        ({"q": torch.zeros(5, 3, 8)}, r"q: expected 5 dimensions \(B, T, N, heads, head_dim\), got 3"),
+        ({"k": torch.zeros(GOOD).bfloat16()}, "k: expected dtype Float as q has, got BFloat16"),
+        ({"v": torch.zeros(1, 2, 6, 3, 8)}, "v: expected size 5 of dimension 2 as q has, got 6"),
+        ({"k": torch.zeros(1, 2, 5, 2, 8)}, "k: expected 3 heads or 1, got 2"),
+        ({"q": torch.zeros(1, 2, 5, 8, 3).mT}, "q: expected stride 1 of the last dimension, got 3"),
+        ({x: torch.zeros(GOOD).double() for x in "qkv"}, "q: expected dtype Float, Half or BFloat16, got Double"),
+        ({x: torch.zeros(GOOD)[..., :0] for x in "qkv"}, "q: expected a head_dim of at least 1, got 0"),
     ],
 )
 def test_bad_input(change, message):
@@ -275,13 +275,13 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dout": torch.zeros(GOOD).bfloat16()}, "dout: wanted dtype Float as q has, got BFloat16"),
-        ({"dout": torch.zeros(1, 2, 5, 8, 3).mT}, "dout: wanted stride 1 of the last dimension, got 3"),
-        ({"dout": torch.zeros(1, 2, 5, 1, 8)}, "dout: wanted 3 heads as q has, got 1"),
-        ({"out": torch.zeros(1, 2, 6, 3, 8)}, "out: wanted size 5 of dimension 2 as q has, got 6"),
-        ({"lse": torch.zeros(1, 2, 3, 5).double()}, "lse: wanted dtype Float, got Double"),
-        ({"lse": torch.zeros(1, 2, 3, 4)}, r"lse: wanted 30 contiguous elements \(B, T, heads, N\), got 24"),
-        ({"lse": torch.zeros(1, 2, 5, 3).mT}, "lse: wanted 30 contiguous elements .*, got 30 with gaps"),
+        ({"dout": torch.zeros(GOOD).bfloat16()}, "dout: expected dtype Float as q has, got BFloat16"),
+        ({"dout": torch.zeros(1, 2, 5, 8, 3).mT}, "dout: expected stride 1 of the last dimension, got 3"),
+        ({"dout": torch.zeros(1, 2, 5, 1, 8)}, "dout: expected 3 heads as q has, got 1"),
+        ({"out": torch.zeros(1, 2, 6, 3, 8)}, "out: expected size 5 of dimension 2 as q has, got 6"),
+        ({"lse": torch.zeros(1, 2, 3, 5).double()}, "lse: expected dtype Float, got Double"),
+        ({"lse": torch.zeros(1, 2, 3, 4)}, r"lse: expected 30 contiguous elements \(B, T, heads, N\), got 24"),
+        ({"lse": torch.zeros(1, 2, 5, 3).mT}, "lse: expected 30 contiguous elements .*, got 30 with gaps"),
     ],
 )
 def test_bad_input_of_the_backward(change, message):

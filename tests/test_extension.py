@@ -89,7 +89,7 @@ print(tuple(torch.ops.nest_fast.patchify(torch.zeros(1, 3, 8, 8), (2, 2), (2, 2)
 
 @pytest.mark.skipif(not CPP_ISA, reason="there are no C++ kernels")
 def test_instructions_that_the_processor_has_not_are_refused():
-    with pytest.raises(RuntimeError, match='isa: wanted one that this processor has, got "mmx"'):
+    with pytest.raises(RuntimeError, match='isa: expected one that this processor has, got "mmx"'):
         OPS.cpp_set_isa("mmx")
     assert OPS.cpp_isa() == CPP_ISA
 
