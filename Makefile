@@ -26,7 +26,7 @@ build = set -o pipefail; $(PY) -m pip install -v --disable-pip-version-check --n
     > build.log 2>&1 || { cat build.log; exit 1; }; grep '^ *nest_fast:' build.log || true; rm build.log
 
 say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
 .PHONY: bench test lint cuda-check tests docs gpu-check install clean help
 .DEFAULT_GOAL := bench

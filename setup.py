@@ -1,6 +1,6 @@
 """Package layout and the compiled parts; pyproject.toml has the metadata.
 
-``csrc/*_cpu.cpp`` become ``nest_fast/_C_cpu.abi3.so`` and, where there is an nvcc, ``csrc/*_cuda.cu`` become
+``csrc/*.cpp`` become ``nest_fast/_C_cpu.abi3.so`` and, where there is an nvcc, ``csrc/*.cu`` become
 ``nest_fast/_C_cuda.abi3.so``. Both use only libtorch's stable ABI, so one build serves every Python and torch that
 pyproject.toml admits, and the CUDA part is built without a GPU, even against a CPU-only torch. What cannot be built is
 left out, with a line that says why: the package works without it.
@@ -129,7 +129,7 @@ class BuildParts(build_ext):
 def part(name: str, pattern: str) -> list[Extension]:
     """The extension made of the sources that match ``pattern``; none without such a source."""
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
     if not sources:
         return []
     return [Extension(f"nest_fast.{name}", sources, depends=headers, py_limited_api=True, optional=True)]
@@ -139,7 +139,7 @@ if __name__ == "__main__":
     setup(
         packages=["nest_fast", "nest_fast.ops", "nest_fast.integrations", "nest_fast.train", "nest_fast.kernels"],
         package_dir={"nest_fast": "nest_fast", "nest_fast.kernels": "kernels"},
-        ext_modules=part("_C_cpu", "*_cpu.cpp") + part("_C_cuda", "*_cuda.cu"),
+        ext_modules=part("_C_cpu", "*.cpp") + part("_C_cuda", "*.cu"),
         cmdclass={"build_ext": BuildParts},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -3,9 +3,12 @@
 // All four are one operation: a contiguous output is filled in order from an input that is read by its strides,
 //     out[i0, i1, ...] = in[i0 * in_stride0 + i1 * in_stride1 + ...] (+ pos[...]),
 // and differ only in their list of dimensions. Offsets are in elements and 64 bits wide.
+
 #pragma once
 
 #include <cstdint>
+
+#include "sizes.h"
 
 #if defined(__CUDACC__)
 #define NEST_FAST_HD __host__ __device__
@@ -149,11 +152,6 @@ class IndexMap {
   Divisor divisors_[kMaxRank];
 };
 
-struct Size2 {
-  int64_t h;
-  int64_t w;
-};
-
 // (B, H, W, C) with strides `s` -> (B, T, N, C)
 inline IndexMap blockify_map(int64_t B, int64_t C, Size2 grid, Size2 block, const int64_t* s, bool has_pos) {
   const int64_t pos = has_pos ? C : 0;
@@ -213,5 +211,21 @@ inline IndexMap unpatchify_map(int64_t B, int64_t C, Size2 grid, Size2 block, Si
   map.finish();
   return map;
 }
+
+// What the CPU kernels fill: planes of the two innermost dimensions, `row.size` runs of `run.size` elements each, which
+// are contiguous in the output.
+struct Planes {
+  const IndexMap& map;
+  const void *in, *pos;  // pos is null without a position embedding
+  void* out;
+  Dim row, run;
+};
+
+// By the size of an element, and by dtype with a position embedding: planes [begin, end).
+struct BlockifyKernels {
+  using Fill = void (*)(const Planes&, int64_t begin, int64_t end);
+  Fill copy_1, copy_2, copy_4, copy_8, copy_16;
+  Fill add_fp64, add_fp32, add_fp16, add_bf16;
+};
 
 }  // namespace nest_fast

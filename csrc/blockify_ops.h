@@ -1,5 +1,6 @@
 // What the CPU and the CUDA registration of blockify and its kin share: from tensors to an index map.
 // The including file defines `fill`, the one function that differs.
+
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,34 +10,26 @@
 #include <optional>
 
 #include "blockify.h"
+#include "checks.h"
 
 namespace nest_fast {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::stable::Tensor;
-
 // out = in gathered by `map`, + pos if there is one. `out` is contiguous and not empty.
-void fill(const IndexMap& map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out);
-
-// Height and width; only a grid may be empty.
-Size2 size2(const char* name, IntHeaderOnlyArrayRef size, int64_t least = 1) {
-  STD_TORCH_CHECK(size.size() == 2 && size[0] >= least && size[1] >= least, name, ": wanted two positive sizes");
-  return {size[0], size[1]};
-}
+void fill(IndexMap map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out);
 
 void check_pos(const std::optional<Tensor>& pos, const Tensor& x, int64_t T, int64_t N, int64_t C) {
   if (!pos) return;
   STD_TORCH_CHECK(
       pos->dim() == 4 && pos->size(0) == 1 && pos->size(1) == T && pos->size(2) == N && pos->size(3) == C &&
           pos->scalar_type() == x.scalar_type() && pos->device() == x.device() && pos->is_contiguous(),
-      "pos_embed: wanted a contiguous (1, T, N, C) tensor of x's dtype and device");
+      "pos_embed: expected a contiguous (1, T, N, C) tensor of x's dtype and device");
 }
 
 Tensor blockify(const Tensor& x, IntHeaderOnlyArrayRef block_size, const std::optional<Tensor>& pos) {
   const Size2 block = size2("block_size", block_size);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % block.h == 0 && x.size(2) % block.w == 0,
-                  "x: wanted (B, H, W, C) that block_size divides");
+                  "x: expected (B, H, W, C) that block_size divides");
   const Size2 grid = {x.size(1) / block.h, x.size(2) / block.w};
   const int64_t B = x.size(0), T = grid.h * grid.w, N = block.h * block.w, C = x.size(3);
   check_pos(pos, x, T, N, C);
@@ -49,7 +42,7 @@ Tensor unblockify(const Tensor& x, IntHeaderOnlyArrayRef grid_size, IntHeaderOnl
                   const std::optional<Tensor>& pos) {
   const Size2 grid = size2("grid_size", grid_size, 0), block = size2("block_size", block_size);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == grid.h * grid.w && x.size(2) == block.h * block.w,
-                  "x: wanted (B, T, N, C) with T and N as grid_size and block_size say");
+                  "x: expected (B, T, N, C) with T and N as grid_size and block_size say");
   const int64_t B = x.size(0), C = x.size(3);
   check_pos(pos, x, x.size(1), x.size(2), C);
   Tensor out = torch::stable::new_empty(x, {B, grid.h * block.h, grid.w * block.w, C});
@@ -60,7 +53,7 @@ Tensor unblockify(const Tensor& x, IntHeaderOnlyArrayRef grid_size, IntHeaderOnl
 Tensor patchify(const Tensor& x, IntHeaderOnlyArrayRef patch_size, IntHeaderOnlyArrayRef block_size) {
   const Size2 patch = size2("patch_size", patch_size), block = size2("block_size", block_size);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(2) % (block.h * patch.h) == 0 && x.size(3) % (block.w * patch.w) == 0,
-                  "x: wanted (B, C, H, W) that patch_size * block_size divides");
+                  "x: expected (B, C, H, W) that patch_size * block_size divides");
   const Size2 grid = {x.size(2) / (block.h * patch.h), x.size(3) / (block.w * patch.w)};
   const int64_t B = x.size(0), C = x.size(1);
   Tensor out = torch::stable::new_empty(x, {B, grid.h * grid.w, block.h * block.w, C * patch.h * patch.w});
@@ -74,7 +67,7 @@ Tensor unpatchify(const Tensor& x, IntHeaderOnlyArrayRef patch_size, IntHeaderOn
   const Size2 grid = size2("grid_size", grid_size, 0), block = size2("block_size", block_size);
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == grid.h * grid.w && x.size(2) == block.h * block.w &&
                       x.size(3) % (patch.h * patch.w) == 0,
-                  "x: wanted (B, T, N, C * ph * pw) with T and N as grid_size and block_size say");
+                  "x: expected (B, T, N, C * ph * pw) with T and N as grid_size and block_size say");
   const int64_t B = x.size(0), C = x.size(3) / (patch.h * patch.w);
   Tensor out = torch::stable::new_empty(x, {B, C, grid.h * block.h * patch.h, grid.w * block.w * patch.w});
   if (out.numel() > 0) fill(unpatchify_map(B, C, grid, block, patch, x.strides().data()), x, std::nullopt, out);

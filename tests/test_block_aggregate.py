@@ -560,7 +560,7 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds():
         "conv_weight: expected dtype Float, got Half": lambda: call(conv_weight=conv_weight.half()),
         "conv_weight: expected .C', 12, 3, 3.": lambda: call(conv_weight=conv_weight[:, :5]),
         "norm_weight: expected 20 contiguous floats": lambda: call(vectors=[vectors[0], vectors[1][:5], vectors[2]]),
-        "pos_embed: wanted": lambda: call(pos_embed=pos_embed[:, :1]),
+        "pos_embed: expected": lambda: call(pos_embed=pos_embed[:, :1]),
         "out_block_size: expected .3, 3. to divide": lambda: call(sizes=(*sizes[:2], (3, 3))),
         "mean, rstd: expected contiguous": lambda: OPS.norm_pool_cpp_bwd(
             torch.zeros(2, 2, 6, 20), y, *vectors[:2], mean[:1], rstd, argmax, (2, 3), False

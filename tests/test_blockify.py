@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from helpers.common import run_python
+from helpers.common import ISAS, instructions, run_python
 from nest_fast import reference
 from nest_fast.ops import _extension, blockify, patchify, unblockify
 
@@ -40,15 +40,19 @@ SHAPES = [
     (2, (2, 2), (4, 4), 0),
     (2, (2, 1), (8, 16), 64),
 ]
-IMPLS = ["cpp", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The C++ kernels with every set of instructions that this processor has, and with what every processor has.
+CPP_ISAS = (*ISAS, "baseline")
+IMPLS = [*(f"cpp {isa}" for isa in CPP_ISAS), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=IMPLS)
 def impl(request):
-    error = {"cpp": _extension.cpu_error, "cuda": _extension.cuda_error}[request.param]
+    impl, _, isa = request.param.partition(" ")
+    error = {"cpp": _extension.cpu_error, "cuda": _extension.cuda_error}[impl]
     if error is not None:
         pytest.skip(error)
-    return request.param
+    with instructions(isa):
+        yield impl
 
 
 def device_of(impl):
@@ -133,13 +137,18 @@ def test_blockify_adds_infinities_nans_and_subnormals(dtype, impl):
     torch.testing.assert_close(out, reference.blockify(image, 2) + pos, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", CPP_ISAS)
 @settings(max_examples=300)
 @given(data=st.data())
-def test_of_any_shape_and_strides(data):
+def test_of_any_shape_and_strides(isa, data):
     """Random sizes, permuted and offset memory, all three operations and the inverse of the third."""
     if _extension.cpu_error is not None:
         pytest.skip(_extension.cpu_error)
-    draw = data.draw
+    with instructions(isa):
+        compare_any(data.draw)
+
+
+def compare_any(draw):
     B, C = draw(st.integers(0, 3)), draw(st.integers(1, 40))
     gh, gw, bh, bw = (draw(st.integers(1, 6)) for _ in range(4))
     ph, pw = draw(st.integers(1, 4)), draw(st.integers(1, 5))

@@ -17,7 +17,7 @@ import nest_fast
 from helpers.aggregation import for_the_interpreter
 from helpers.common import CPP_ISA
 from helpers.strides import restrided
-from nest_fast.ops import _extension
+from nest_fast.ops import _backends, _extension, _modes
 from nest_fast.testing import relative_error
 
 # Every operation in each way, at small sizes: name → (function, sizes of its tensors, more implementations).

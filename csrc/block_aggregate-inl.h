@@ -1,31 +1,51 @@
 // max_pool(layer_norm(conv3x3(x) + bias)) + pos_embed, row by row: every row of the convolution's output is normalised
 // once, while it is in cache, and serves the two or three rows of windows that it lies in.
-// No include guard: included once per target, after its vector primitives, inside that target's namespace.
 //
 // The convolution is Winograd's F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR
 // 2016, arXiv 1509.09308): 16 products of matrices (tiles x C) @ (C x C') where the direct form needs 36, and its
 // shorter sums are more accurate in float32. A value that is not finite reaches no pixel that it would not reach there.
 //
-// Tiles are packed as A of cpu_matrix.h; filters are (pairs of vectors of C', 16, units, kPair).
+// Tiles are packed as A of matrix-inl.h; filters as B, (groups of NR of C', 16, K steps, NR).
 
-constexpr int64_t kChain = 16 * kLanes;
+#if defined(NEST_FAST_BLOCK_AGGREGATE_INL_H_) == defined(NEST_FAST_TOGGLE)
+#ifdef NEST_FAST_BLOCK_AGGREGATE_INL_H_
+#undef NEST_FAST_BLOCK_AGGREGATE_INL_H_
+#else
+#define NEST_FAST_BLOCK_AGGREGATE_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "block_aggregate.h"
+#include "isa/vector-inl.h"
+#include "math-inl.h"
+#include "matrix-inl.h"
+#include "scratch.h"
+#include "sizes.h"
+
+NEST_FAST_BEGIN_ISA
+
+constexpr int64_t kConvolutionKC = 16 * kLanes;
 
 // --- the convolution -------------------------------------------------------------------------------------------------
 
-// G g G^T of the filters g, for pairs [begin, end) of vectors of output channels.
+// G g G^T of the filters g, for groups [begin, end) of NR output channels.
 template <class Op>
 void transform_filters(const Filters& p, int64_t begin, int64_t end) {
   using T = typename Op::Element;
-  const int64_t units = round_up(ceil_div(p.channels, Op::kPerUnit), kLanes);
+  const int64_t k_steps = round_up(ceil_div(p.channels, Op::kVnni), kLanes);
   const T* weight = static_cast<const T*>(p.weight);
   for (int64_t part = 2 * begin; part < 2 * end; ++part) {
     const int64_t outputs = std::clamp<int64_t>(p.out_channels - part * kLanes, 0, kLanes);
-    float* to = p.transformed + part / 2 * 16 * units * kPair + part % 2 * kLanes;
-    for (int64_t unit = 0; unit < units; ++unit, to += kPair) {
-      Vec transformed[16][Op::kPerUnit];
-      for (int j = 0; j < Op::kPerUnit; ++j) {
+    float* to = p.transformed + part / 2 * 16 * k_steps * kNR + part % 2 * kLanes;
+    for (int64_t k = 0; k < k_steps; ++k, to += kNR) {
+      Vec transformed[16][Op::kVnni];
+      for (int j = 0; j < Op::kVnni; ++j) {
         T gathered[9][kLanes] = {};
-        const int64_t channel = unit * Op::kPerUnit + j;
+        const int64_t channel = k * Op::kVnni + j;
         const T* from = weight + part * kLanes * p.stride[0] + channel * p.stride[1];
         if (channel < p.channels)
           for (int64_t o = 0; o < outputs; ++o, from += p.stride[0])
@@ -50,7 +70,7 @@ void transform_filters(const Filters& p, int64_t begin, int64_t end) {
           transformed[4 * i + 3][j] = columns[i][2];
         }
       }
-      for (int xi = 0; xi < 16; ++xi) store(to + xi * units * kPair, Op::interleave(transformed[xi]));
+      for (int xi = 0; xi < 16; ++xi) store(to + xi * k_steps * kNR, Op::interleave(transformed[xi]));
     }
   }
 }
@@ -58,10 +78,10 @@ void transform_filters(const Filters& p, int64_t begin, int64_t end) {
 // B^T d B of one tile d of 4 x 4 pixels; number xi of the 16 results goes to v + xi * step.
 template <class Op>
 inline void transform_tile(const typename Op::Element* const (&d)[4][4], int64_t channels, float* v, int64_t step) {
-  for (int64_t c = 0; c < channels; v += kPanel) {
-    Vec transformed[16][Op::kPerUnit];
+  for (int64_t c = 0; c < channels; v += kPanelA) {
+    Vec transformed[16][Op::kVnni];
 #pragma GCC unroll 2
-    for (int j = 0; j < Op::kPerUnit; ++j, c += kLanes) {
+    for (int j = 0; j < Op::kVnni; ++j, c += kLanes) {
       Vec rows[4][4];  // B^T d
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -113,16 +133,12 @@ class Winograd {
   explicit Winograd(const Aggregate& p)
       : p_(p),
         tile_columns_(p.width / 2),
-        // As many rows at a time as fill two panels, over which the filters then pass once.
-        tile_rows_(std::min(p.height / 2, ceil_div(2 * kRows, tile_columns_))),
-        units_(round_up(ceil_div(p.channels, Op::kPerUnit), kLanes)),
-        stride_(round_up(p.out_channels, kPair)),
-        scratch_(16 * units_ * round_up(tiles(), kRows) + 16 * kPair * tiles() + 4 * tiles() * stride_),
-        zeros_(new T[p.channels]()) {
-    v_ = scratch_.take(16 * units_ * round_up(tiles(), kRows));
-    m_ = scratch_.take(16 * kPair * tiles());
-    y_ = scratch_.take(4 * tiles() * stride_);
-  }
+        // As many rows at a time as fill two tiles of MR, over which the filters then pass once.
+        tile_rows_(std::min(p.height / 2, ceil_div(2 * kMR, tile_columns_))),
+        k_steps_(round_up(ceil_div(p.channels, Op::kVnni), kLanes)),
+        stride_(round_up(p.out_channels, kNR)),
+        memory_{{&v_, 16 * k_steps_ * round_up(tiles(), kMR)}, {&m_, 16 * kNR * tiles()}, {&y_, 4 * tiles() * stride_}},
+        zeros_(new T[p.channels]()) {}
 
   int64_t stride() const { return stride_; }  // of pixels in a row, in floats
 
@@ -140,8 +156,8 @@ class Winograd {
   int64_t tiles() const { return tile_rows_ * tile_columns_; }
 
   void compute() {
-    const int64_t tiles = (end_ - first_) * tile_columns_, panels = ceil_div(tiles, kRows);
-    const int64_t rows = ceil_div(tiles, panels), panel = units_ * kRows;
+    const int64_t tiles = (end_ - first_) * tile_columns_, groups = ceil_div(tiles, kMR);
+    const int64_t rows = ceil_div(tiles, groups), group = k_steps_ * kMR;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const T* d[4][4];
       const int64_t h = 2 * (first_ + tile / tile_columns_) - 1, w = 2 * (tile % tile_columns_) - 1;
@@ -150,29 +166,28 @@ class Winograd {
           const bool inside = h + i >= 0 && h + i < p_.height && w + j >= 0 && w + j < p_.width;
           d[i][j] = inside ? p_.x.template at<const T>(image_, h + i, w + j) : zeros_.get();
         }
-      transform_tile<Op>(d, p_.channels, v_ + tile / rows * panel + tile % rows * kLanes, panels * panel);
+      transform_tile<Op>(d, p_.channels, v_ + tile / rows * group + tile % rows * kLanes, groups * group);
     }
     const float* filters = p_.filters;
-    for (int64_t c = 0; c < stride_; c += kPair) {
-      for (int xi = 0; xi < 16; ++xi, filters += units_ * kPair)
-        for (int64_t i = 0; i < panels; ++i)
-          multiply<Op>(std::min(rows, tiles - i * rows), v_ + (xi * panels + i) * panel, filters, kPair, units_, kChain,
-                       {m_ + (xi * tiles + i * rows) * kPair, kPair, kLanes});
+    for (int64_t c = 0; c < stride_; c += kNR) {
+      for (int xi = 0; xi < 16; ++xi, filters += k_steps_ * kNR)
+        for (int64_t i = 0; i < groups; ++i)
+          multiply<Op>(std::min(rows, tiles - i * rows), v_ + (xi * groups + i) * group, filters, kNR, k_steps_,
+                       kConvolutionKC, {m_ + (xi * tiles + i * rows) * kNR, kNR, kLanes});
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile / tile_columns_, column = tile % tile_columns_;
         float* y = y_ + (2 * row * p_.width + 2 * column) * stride_ + c;
         for (int half = 0; half < 2; ++half)
-          transform_back(m_ + tile * kPair + half * kLanes, tiles * kPair, y + half * kLanes, p_.width * stride_,
-                         stride_);
+          transform_back(m_ + tile * kNR + half * kLanes, tiles * kNR, y + half * kLanes, p_.width * stride_, stride_);
       }
     }
   }
 
   const Aggregate& p_;
-  const int64_t tile_columns_, tile_rows_, units_, stride_;
-  Scratch scratch_;
-  const std::unique_ptr<T[]> zeros_;
+  const int64_t tile_columns_, tile_rows_, k_steps_, stride_;
   float *v_, *m_, *y_;
+  const Scratch memory_;
+  const std::unique_ptr<T[]> zeros_;
   int64_t image_ = -1, first_ = 0, end_ = 0;
 };
 
@@ -183,8 +198,8 @@ class Given {
   static constexpr bool kComputes = false;
 
   explicit Given(const Aggregate& p) : p_(p) {}
-  int64_t stride() const { return p_.y.columns[1]; }
-  const T* row(int64_t b, int64_t h, int64_t) const { return p_.y.at<const T>(b, h, 0); }
+  int64_t stride() const { return p_.given_y.columns[1]; }
+  const T* row(int64_t b, int64_t h, int64_t) const { return p_.given_y.at<const T>(b, h, 0); }
 
  private:
   const Aggregate& p_;
@@ -206,16 +221,16 @@ inline void store_bytes(uint8_t* p, Ints x, int64_t count = kLanes) {
   std::memcpy(p, &bytes, count >= kLanes ? kLanes : count);
 }
 
-// The largest so far and where it was, as max_pool2d has it: the first of equals, and NaN over all.
+// The largest so far and its index in the window, as max_pool2d has it: the first of equals, and NaN over all.
 struct Largest {
   Vec value;
-  Ints place;
+  Ints index;
 
-  template <bool PLACES>
-  void take(Vec x, Ints at) {
+  template <bool WITH_INDEX>
+  void take(Vec x, Ints x_index) {
     const Ints larger = (x > value) | (x != x);
     value = larger ? x : value;
-    if constexpr (PLACES) place = larger ? at : place;
+    if constexpr (WITH_INDEX) index = larger ? x_index : index;
   }
 };
 
@@ -226,19 +241,16 @@ class Pool {
   explicit Pool(const Aggregate& p)
       : p_(p),
         stride_(round_up(p.out_channels, kLanes)),
-        scratch_((p.width + p.width / 2 * 3) * stride_),
-        places_(new uint8_t[TRAINING ? 3 * p.width / 2 * stride_ : 0]) {
-    z_ = scratch_.take(p.width * stride_);
-    maxima_ = scratch_.take(p.width / 2 * 3 * stride_);
-  }
+        memory_{{&z_, p.width * stride_}, {&maxima_, p.width / 2 * 3 * stride_}},
+        argmax_(new uint8_t[TRAINING ? 3 * p.width / 2 * stride_ : 0]) {}
 
-  // Row h of the convolution's output; `own` if what the gradient needs of it is this thread's to write.
+  // Row h of the convolution's output; `is_mine` if what the gradient needs of it is this thread's to write.
   template <class Source>
-  void add_row(Source& source, int64_t b, int64_t h, int64_t last, bool own) {
+  void add_row(Source& source, int64_t b, int64_t h, int64_t last, bool is_mine) {
     const auto* y = source.row(b, h, last);
-    for (int64_t w = 0; w < p_.width; ++w) normalise<Source::kComputes>(y + w * source.stride(), b, h, w, own);
+    for (int64_t w = 0; w < p_.width; ++w) normalise<Source::kComputes>(y + w * source.stride(), b, h, w, is_mine);
     float* maxima = maxima_ + h % 3 * p_.width / 2 * stride_;
-    uint8_t* places = places_.get() + h % 3 * p_.width / 2 * stride_;
+    uint8_t* argmax = argmax_.get() + h % 3 * p_.width / 2 * stride_;
     const int64_t before = p_.before;
     for (int64_t j = 0; j < p_.width / 2; ++j) {
       const int64_t start = 2 * j - before, first = std::max<int64_t>(0, start), end = std::min(start + 3, p_.width);
@@ -247,7 +259,7 @@ class Pool {
         for (int64_t w = first + 1; w < end; ++w)
           largest.take<TRAINING>(load(z_ + w * stride_ + c), Ints{} + static_cast<int>(w - start));
         store(maxima + j * stride_ + c, largest.value);
-        if constexpr (TRAINING) store_bytes(places + j * stride_ + c, largest.place);
+        if constexpr (TRAINING) store_bytes(argmax + j * stride_ + c, largest.index);
       }
     }
   }
@@ -262,27 +274,27 @@ class Pool {
         Largest largest = at(first, start, j, c);
         for (int64_t h = first + 1; h < end; ++h) {
           const Largest other = at(h, start, j, c);
-          largest.take<TRAINING>(other.value, other.place);
+          largest.take<TRAINING>(other.value, other.index);
         }
         const int64_t count = p_.out_channels - c;
         store_part(out + c, count, pos ? add(largest.value, load_part(pos + c, count)) : largest.value);
-        if constexpr (TRAINING) store_bytes(p_.argmax.at<uint8_t>(b, i, j) + c, largest.place, count);
+        if constexpr (TRAINING) store_bytes(p_.argmax.at<uint8_t>(b, i, j) + c, largest.index, count);
       }
     }
   }
 
  private:
   template <bool COMPUTED, class S>
-  void normalise(const S* y, int64_t b, int64_t h, int64_t w, bool own) {
+  void normalise(const S* y, int64_t b, int64_t h, int64_t w, bool is_mine) {
     const int64_t channels = p_.out_channels;
     float* z = z_ + w * stride_;
     for (int64_t c = 0; c < stride_; c += kLanes) {
       const Vec given = load_part(y + c, channels - c);
-      if (TRAINING && COMPUTED && own) store_part(p_.y.at<T>(b, h, w) + c, channels - c, given);
+      if (TRAINING && COMPUTED && is_mine) store_part(p_.y.at<T>(b, h, w) + c, channels - c, given);
       store(z + c, add(given, load_part(p_.conv_bias + c, channels - c)));
     }
     const auto [mean, rstd] = layer_norm(z, channels, p_.norm_weight, p_.norm_bias, p_.eps);
-    if (TRAINING && own) {
+    if (TRAINING && is_mine) {
       const int64_t pixel = (b * p_.height + h) * p_.width + w;
       p_.mean[pixel] = mean;
       p_.rstd[pixel] = rstd;
@@ -290,17 +302,17 @@ class Pool {
   }
 
   Largest at(int64_t h, int64_t start, int64_t j, int64_t c) const {
-    const int64_t place = (h % 3 * p_.width / 2 + j) * stride_ + c;
-    Largest largest{load(maxima_ + place), {}};
-    if constexpr (TRAINING) largest.place = load_bytes(places_.get() + place) + static_cast<int>(3 * (h - start));
+    const int64_t offset = (h % 3 * p_.width / 2 + j) * stride_ + c;
+    Largest largest{load(maxima_ + offset), {}};
+    if constexpr (TRAINING) largest.index = load_bytes(argmax_.get() + offset) + static_cast<int>(3 * (h - start));
     return largest;
   }
 
   const Aggregate& p_;
   const int64_t stride_;
-  Scratch scratch_;
   float *z_, *maxima_;
-  const std::unique_ptr<uint8_t[]> places_;
+  const Scratch memory_;
+  const std::unique_ptr<uint8_t[]> argmax_;
 };
 
 template <class T, bool TRAINING, class Source>
@@ -355,21 +367,19 @@ void convolve(const Aggregate& p, int64_t begin, int64_t end) {
 
 // Rows [begin, end) of the convolution's output, counted through all images.
 template <class T>
-void norm_pool_bwd(const NormPoolBwd& p, int64_t begin, int64_t end) {
+void norm_pool_bwd(const NormPoolBackward& p, int64_t begin, int64_t end) {
   const int64_t channels = p.out_channels, stride = round_up(channels, kLanes);
-  Scratch scratch(5 * stride);
-  float* const sums = scratch.take(3 * stride);  // of dnorm_weight, dnorm_bias, dconv_bias
-  float* const dz = scratch.take(stride);        // gradient of the normalised pixel before its scale and shift
-  float* const z = scratch.take(stride);         // that pixel
+  // Of dnorm_weight, dnorm_bias, dconv_bias; gradient of the normalised pixel before its scale and shift; that pixel.
+  const auto [sums, dz, z] = scratch(3 * stride, stride, stride);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.height, h = row % p.height;
     std::fill(sums, sums + 3 * stride, 0.f);
     for (int64_t w = 0; w < p.width; ++w) {
-      // The windows that a pixel lies in, and its place in them: one or two in each direction.
+      // The windows that a pixel lies in, and its index in them: one or two in each direction.
       struct {
         const T* dout;
         const uint8_t* argmax;
-        int place;
+        int index;
       } windows[4];
       int count = 0;
       for (int64_t i = (h + p.before) / 2; i >= 0 && 2 * i - p.before + 3 > h; --i)
@@ -380,12 +390,12 @@ void norm_pool_bwd(const NormPoolBwd& p, int64_t begin, int64_t end) {
       const int64_t pixel = (b * p.height + h) * p.width + w;
       const Vec mean = broadcast(p.mean[pixel]), rstd = broadcast(p.rstd[pixel]);
       const T* y = p.y.at<const T>(b, h, w);
-      Vec total = zero(), along = zero();
+      Vec total = zero(), dot = zero();
       for (int64_t c = 0; c < channels; c += kLanes) {
         const int64_t left = channels - c;
         Vec dpool = zero();
         for (int i = 0; i < count; ++i) {
-          const Ints chosen = load_bytes(windows[i].argmax + c, left) == windows[i].place;
+          const Ints chosen = load_bytes(windows[i].argmax + c, left) == windows[i].index;
           dpool = add(dpool, chosen ? load_part(windows[i].dout + c, left) : zero());
         }
         const Vec shifted = sub(add(load_part(y + c, left), load_part(p.conv_bias + c, left)), mean);
@@ -393,14 +403,14 @@ void norm_pool_bwd(const NormPoolBwd& p, int64_t begin, int64_t end) {
         store(z + c, normalised);
         store(dz + c, scaled);
         total = add(total, scaled);
-        along = mul_add(scaled, normalised, along);
+        dot = mul_add(scaled, normalised, dot);
         store(sums + c, mul_add(dpool, normalised, load(sums + c)));
         store(sums + stride + c, add(dpool, load(sums + stride + c)));
       }
-      const Vec mean_total = broadcast(sum(total) / channels), mean_along = broadcast(sum(along) / channels);
+      const Vec mean_total = broadcast(sum(total) / channels), mean_dot = broadcast(sum(dot) / channels);
       T* dy = p.dy.at<T>(b, h, w);
       for (int64_t c = 0; c < channels; c += kLanes) {
-        const Vec rest = sub(load(dz + c), mul_add(load(z + c), mean_along, mean_total));
+        const Vec rest = sub(load(dz + c), mul_add(load(z + c), mean_dot, mean_total));
         const Vec gradient = mul(rest, rstd);
         store_part(dy + c, channels - c, gradient);
         store(sums + 2 * stride + c, add(gradient, load(sums + 2 * stride + c)));
@@ -409,3 +419,17 @@ void norm_pool_bwd(const NormPoolBwd& p, int64_t begin, int64_t end) {
     for (int i = 0; i < 3; ++i) std::copy_n(sums + i * stride, channels, p.partial_sums + (3 * row + i) * channels);
   }
 }
+
+template <class Op>
+constexpr BlockAggregateKernels kBlockAggregate = {kLanes,
+                                                   kNR,
+                                                   Op::kVnni,
+                                                   transform_filters<Op>,
+                                                   aggregate<Op>,
+                                                   convolve<Op>,
+                                                   norm_pool<typename Op::Element>,
+                                                   norm_pool_bwd<typename Op::Element>};
+
+NEST_FAST_END_ISA
+
+#endif  // per-target include guard

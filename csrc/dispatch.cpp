@@ -1,6 +1,10 @@
 // Which vector instructions the CPU part uses.
 
-#include "cpu_dispatch.h"
+#include "dispatch.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
 
 namespace nest_fast {
 namespace {
@@ -25,10 +29,12 @@ std::string cpp_isa() {
   return isa == kNone ? "" : kNames[isa];
 }
 
+// "baseline" is what every processor has: blockify and its kin alone have kernels for it.
 void cpp_set_isa(std::string name) {
+  if (name == "baseline") return current_isa().store(kNone);
   for (int isa = best_isa(); isa > kNone; --isa)
     if (name == kNames[isa]) return current_isa().store(static_cast<Isa>(isa));
-  STD_TORCH_CHECK(false, "isa: wanted one that this processor has, got \"", name, "\"");
+  STD_TORCH_CHECK(false, "isa: expected one that this processor has, got \"", name, "\"");
 }
 
 }  // namespace

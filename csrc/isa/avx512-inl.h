@@ -1,9 +1,22 @@
 // Vector primitives for AVX-512 (F, BW, DQ, VL).
-// No include guard: included once per target, inside that target's namespace.
+// vector-inl.h includes it, once for each set, and has the include guard.
+
+#ifndef NEST_FAST_ISA
+#define NEST_FAST_ISA avx512
+#endif
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../elements.h"
+#include "target.h"
+
+NEST_FAST_BEGIN_ISA
 
 using Vec = __m512;
 constexpr int kLanes = 16;
-constexpr int kRows = 14;  // 14 rows x 2 vectors of sums, 2 vectors of B and 1 of A: 31 of 32 registers; 14 divides 196
+constexpr int kMR = 14;  // 14 rows x 2 vectors of sums, 2 vectors of B and 1 of A: 31 of 32 registers; 14 divides 196
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
@@ -29,18 +42,32 @@ inline void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline void store(BFloat16* p, Vec x) {
-#ifdef __AVX512BF16__
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-#else
+// To bf16 in the upper half of each lane, to nearest, ties to even, NaN to NaN; what is in the lower half is left over.
+// Not by vcvtneps2bf16, which drops subnormals.
+inline __m512i round_to_bf16(Vec x) {
   const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));  // ties to even
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i whole = _mm512_mask_set1_epi32(even, nan, 0x7fc00000);
-  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16));
-#endif
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+inline void store(BFloat16* p, Vec x) {
+  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(x), 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+}
+
+// Of 2 * kLanes neighbours in memory those with even numbers in one vector, those with odd ones in the other: each is a
+// float once the other of its lane is shifted or masked out.
+inline void load_neighbours(const BFloat16* p, Vec (&x)[2]) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  x[1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline void store_neighbours(BFloat16* p, const Vec (&x)[2]) {
+  const __m512i even = _mm512_srli_epi32(round_to_bf16(x[0]), 16), odd = round_to_bf16(x[1]);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd));
 }
 
 // Rows a and b, S apart, of a matrix being transposed: exchanges a's lanes with bit S set for b's without.
@@ -54,3 +81,5 @@ inline void swap_off_diagonal(Vec& a, Vec& b) {
   b = _mm512_permutex2var_ps(a, lower, b);
   a = top;
 }
+
+NEST_FAST_END_ISA

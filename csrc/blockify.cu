@@ -87,15 +87,14 @@ void fill_with(const IndexMap& map, const Tensor& in, const std::optional<Tensor
                                   static_cast<T*>(out.mutable_data_ptr()), static_cast<cudaStream_t>(stream));
 }
 
-void fill(const IndexMap& map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out) {
-  using torch::headeronly::ScalarType;
+void fill(IndexMap map, const Tensor& in, const std::optional<Tensor>& pos, const Tensor& out) {
   if (pos) {
     switch (in.scalar_type()) {
       case ScalarType::Float: return fill_with<float, true>(map, in, pos, out);
       case ScalarType::Double: return fill_with<double, true>(map, in, pos, out);
       case ScalarType::Half: return fill_with<c10::Half, true>(map, in, pos, out);
       case ScalarType::BFloat16: return fill_with<c10::BFloat16, true>(map, in, pos, out);
-      default: STD_TORCH_CHECK(false, "pos_embed: wanted float64, float32, float16 or bfloat16");
+      default: STD_TORCH_CHECK(false, "pos_embed: expected float64, float32, float16 or bfloat16");
     }
   }
   switch (in.element_size()) {
@@ -104,7 +103,7 @@ void fill(const IndexMap& map, const Tensor& in, const std::optional<Tensor>& po
     case 4: return fill_with<uint32_t, false>(map, in, pos, out);
     case 8: return fill_with<uint64_t, false>(map, in, pos, out);
     case 16: return fill_with<uint4, false>(map, in, pos, out);
-    default: STD_TORCH_CHECK(false, "x: wanted elements of 1, 2, 4, 8 or 16 bytes");
+    default: STD_TORCH_CHECK(false, "x: expected elements of 1, 2, 4, 8 or 16 bytes");
   }
 }
 

@@ -1,0 +1,155 @@
+// The attention half of a transformer layer on the CPU, with the LayerNorm before it and the sum after it, and its
+// backward: registration and checks. attention_layer-inl.h has the computation.
+
+#include "attention_layer.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "linear_gradient.h"
+#include "packed_linear.h"
+#include "sizes.h"
+#include "threads.h"
+
+#define NEST_FAST_KERNELS "attention_layer-inl.h"
+#include "foreach_isa.h"
+
+namespace nest_fast {
+namespace {
+
+constexpr ByDtype<AttentionLayerKernels> kKernels[] = {NEST_FAST_BY_ISA(kAttentionLayer)};
+
+// The same as isa.attention_layer for all blocks, what lies between the matmuls in memory.
+void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionLayer& p, int64_t blocks,
+                              const Tensor& like) {
+  const int64_t tokens = p.heads.tokens, rows = blocks * tokens, features = p.qkv.in, unsaved = p.qkv_out ? 0 : rows;
+  Tensor qkv = torch::stable::new_empty(like, {unsaved, p.qkv.out});
+  Tensor attended = torch::stable::new_empty(like, {unsaved, features});
+  void* const qkv_data = p.qkv_out ? p.qkv_out : qkv.mutable_data_ptr();
+  void* const attended_data = p.qkv_out ? p.attended : attended.mutable_data_ptr();
+  const int64_t bytes = like.element_size();
+  const BlockAttention attention{p.heads.inputs(qkv_data, bytes, p.scale), p.heads.whole(attended_data, bytes), p.lse};
+  const auto linear = [&](const LinearLayer& layer) {
+    parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
+  };
+  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data});
+  parallel_for(blocks * p.heads.heads * isa.attention.row_blocks_per_head(tokens),
+               [&](int64_t begin, int64_t end) { isa.attention.attend(attention, begin, end); });
+  linear({p.proj, {}, {p.x, p.x_stride, p.branch_scale}, rows, features, attended_data, p.out});
+}
+
+// x + branch_scale * proj(attention(qkv(norm(x)))) inside each block, for rows x (blocks * tokens, features). qkv gives
+// q of every head, then k, then v of `heads` or of one. Then for the gradient, empty without `training`: the output of
+// qkv, that of the attention, and lse (blocks, heads, tokens), the logarithms of its sums.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias,
+                                                               double eps, Tensor qkv_weight,
+                                                               std::optional<Tensor> qkv_bias, Tensor proj_weight,
+                                                               std::optional<Tensor> proj_bias, int64_t tokens,
+                                                               int64_t heads, int64_t kv_heads, double scale,
+                                                               double branch_scale, bool training) {
+  const ScalarType dtype = x.scalar_type();
+  const AttentionLayerKernels& isa = kernels_for(kKernels, "x", dtype);
+  const int64_t rows = x.size(0), features = x.size(1);
+  AttentionLayer p{.heads = Heads(rows, features, tokens, heads, kv_heads)};
+  p.x = rows_of("x", x, dtype, features, p.x_stride);
+  p.scale = static_cast<float>(scale), p.branch_scale = static_cast<float>(branch_scale);
+  p.norm = norm_of(norm_weight, norm_bias, eps, features);
+  const int64_t kept = training ? rows : 0, packed_features = p.heads.packed_features();
+  using torch::stable::new_empty;
+  Tensor out = new_empty(x, {rows, features});
+  Tensor qkv_out = new_empty(x, {kept, packed_features}), attended = new_empty(x, {kept, features});
+  Tensor lse = new_empty(x, {kept / tokens, heads, tokens}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  if (training) {
+    p.qkv_out = qkv_out.mutable_data_ptr();
+    p.attended = attended.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  }
+  if (out.numel() == 0) return {out, qkv_out, attended, lse};
+  const PackedLinear qkv("qkv_weight", isa.packing, qkv_weight, qkv_bias, dtype, features);
+  const PackedLinear proj("proj_weight", isa.packing, proj_weight, proj_bias, dtype, features);
+  STD_TORCH_CHECK(qkv.linear.out == packed_features, "qkv_weight: expected ", packed_features, " output features, got ",
+                  qkv.linear.out);
+  STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: expected ", features, " output features, got ",
+                  proj.linear.out);
+  p.qkv = qkv.linear, p.proj = proj.linear;
+  const int64_t blocks = rows / tokens, threads = torch::stable::get_num_threads();
+  // A block is one thread's work. Where that leaves threads idle, the parts are divided one by one.
+  if (4 * blocks >= 3 * ceil_div(blocks, threads) * threads)
+    parallel_for(blocks, [&](int64_t begin, int64_t end) { isa.attention_layer(p, begin, end); });
+  else
+    attention_layer_by_parts(isa, p, blocks, x);
+  return {out, qkv_out, attended, lse};
+}
+
+struct LinearGradients {
+  Tensor dx, weight, bias;
+};
+
+// The gradients, as far as they are wanted, of x @ weight^T + bias for rows dout (rows, outs) and x (rows, ins).
+LinearGradients linear_backward(const AttentionLayerKernels& isa, const char* name, const Tensor& weight,
+                                const Tensor& dout, const Tensor& x, bool want_dx, LinearMask wanted) {
+  const ScalarType dtype = dout.scalar_type();
+  const int64_t rows = dout.size(0), outs = dout.size(1), ins = x.size(1);
+  const PackedLinear linear = PackedLinear::transposed(name, isa.packing, weight, dtype, outs, ins);
+  const int64_t chunk_rows = rows_of_chunk(isa.packing, rows, outs + ins);
+  Gradient gradient(isa.packing, wanted, dout, outs, ins, chunk_rows);
+  LinearBackward p{linear.linear};
+  p.dout = rows_of("dout", dout, dtype, outs, p.dout_stride);
+  p.x = rows_of("x", x, dtype, ins, p.x_stride);
+  check_rows(x, rows);
+  Tensor dx = want_dx ? torch::stable::new_empty(x, {rows, ins}) : nothing(x);
+  if (want_dx) p.dx = dx.mutable_data_ptr();
+  p.weight = gradient.p;
+  backward_by_chunks(isa.packing, isa.linear_backward, p, rows, chunk_rows, {&gradient});
+  return {dx, gradient.weight(dout), gradient.bias(dout)};
+}
+
+// For the gradient dout (rows, features) of proj(attention(qkv)) with qkv (rows, packed features) = qkv_layer(x): those
+// of x, and of the weight and bias of the qkv layer, and of proj. output_mask says which are wanted; the others are
+// empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_layer_cpp_bwd(
+    Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight, Tensor proj_weight,
+    int64_t tokens, int64_t heads, int64_t kv_heads, double scale, std::vector<bool> output_mask) {
+  const BranchMask wanted(output_mask);
+  const AttentionLayerKernels& isa = kernels_for(kKernels, "dout", dout.scalar_type());
+  const int64_t rows = dout.size(0), features = dout.size(1), bytes = dout.element_size();
+  const Heads cut(rows, features, tokens, heads, kv_heads);
+  const void* const qkv_data = kept_rows_of("qkv", qkv, dout, cut.packed_features());
+  const void* const attended_data = kept_rows_of("attended", attended, dout, features);
+  const float* const lse_data = lse_of(lse, rows * heads);
+  const bool want_dqkv = wanted.dx || wanted.first.any();
+  const LinearGradients proj =
+      linear_backward(isa, "proj_weight", proj_weight, dout, attended, want_dqkv, wanted.second);
+  if (!want_dqkv) return {nothing(x), nothing(x), nothing(x), proj.weight, proj.bias};
+  Tensor dqkv = torch::stable::new_empty(qkv, {rows, cut.packed_features()});
+  void* const dqkv_data = dqkv.mutable_data_ptr();
+  const BlockAttentionBackward p{cut.inputs(qkv_data, bytes, static_cast<float>(scale)),
+                                 cut.whole(attended_data, bytes),
+                                 cut.whole(proj.dx.const_data_ptr(), bytes),
+                                 cut.q(dqkv_data, bytes),
+                                 cut.k(dqkv_data, bytes),
+                                 cut.v(dqkv_data, bytes),
+                                 lse_data};
+  const int64_t task_heads = kv_heads < heads ? heads : 1;  // the heads that share a gradient are one task
+  parallel_for(rows / tokens * heads / task_heads, [&](int64_t begin, int64_t end) {
+    isa.attention.attend_backward(p, begin * task_heads, end * task_heads);
+  });
+  const LinearGradients in = linear_backward(isa, "qkv_weight", qkv_weight, dqkv, x, wanted.dx, wanted.first);
+  return {in.dx, in.weight, in.bias, proj.weight, proj.bias};
+}
+
+}  // namespace
+}  // namespace nest_fast
+
+STABLE_TORCH_LIBRARY_IMPL(nest_fast, CPU, m) {
+  m.impl("attention_layer_cpp", TORCH_BOX(&nest_fast::attention_layer_cpp));
+  m.impl("attention_layer_cpp_bwd", TORCH_BOX(&nest_fast::attention_layer_cpp_bwd));
+}

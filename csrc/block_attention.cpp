@@ -1,0 +1,114 @@
+// Block-local attention on the CPU and its backward: registration, checks, and the choice of the vector instructions.
+// block_attention-inl.h has the computation.
+
+#include "block_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "threads.h"
+
+#define NEST_FAST_KERNELS "block_attention-inl.h"
+#include "foreach_isa.h"
+
+namespace nest_fast {
+namespace {
+
+constexpr ByDtype<BlockAttentionKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAttention)};
+
+void check_operand(const char* name, const Tensor& x, const Tensor& q) {
+  STD_TORCH_CHECK(x.dim() == 5, name, ": expected 5 dimensions (B, T, N, heads, head_dim), got ", x.dim());
+  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected dtype ", toString(q.scalar_type()),
+                  " as q has, got ", toString(x.scalar_type()));
+  for (int i : {0, 1, 2, 4})
+    STD_TORCH_CHECK(x.size(i) == q.size(i), name, ": expected size ", q.size(i), " of dimension ", i, " as q has, got ",
+                    x.size(i));
+  STD_TORCH_CHECK(x.size(3) == q.size(3) || x.size(3) == 1, name, ": expected ", q.size(3), " heads or 1, got ",
+                  x.size(3));
+  STD_TORCH_CHECK(x.stride(4) == 1 || x.size(4) == 1, name, ": expected stride 1 of the last dimension, got ",
+                  x.stride(4));
+}
+
+template <class Void>
+Operand<Void> operand(Void* data, const Tensor& x) {
+  const int64_t head_stride = x.size(3) == 1 ? 0 : x.stride(3);
+  return {data, x.stride(0), x.stride(1), x.stride(2), head_stride};
+}
+
+Input input(const char* name, const Tensor& x, const Tensor& q) {
+  check_operand(name, x, q);
+  return operand(x.const_data_ptr(), x);
+}
+
+// The same of a tensor that has as many heads as q.
+Input whole_input(const char* name, const Tensor& x, const Tensor& q) {
+  const Input result = input(name, x, q);
+  STD_TORCH_CHECK(x.size(3) == q.size(3), name, ": expected ", q.size(3), " heads as q has, got ", x.size(3));
+  return result;
+}
+
+Output output(const Tensor& x) { return operand(x.mutable_data_ptr(), x); }
+
+Tensor new_like(const Tensor& x) {
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
+}
+
+void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: expected a head_dim of at least 1, got 0"); }
+
+// q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. Returns out like q, contiguous,
+// and lse (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), fp32.
+std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+  BlockAttention p{};
+  p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q);
+  p.blocks = q.size(1), p.tokens = q.size(2), p.heads = q.size(3), p.dim = q.size(4);
+  p.scale = static_cast<float>(scale);
+
+  const BlockAttentionKernels& isa = kernels_for(kKernels, "q", q.scalar_type());
+  check_head_dim(q);
+
+  Tensor out = new_like(q);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(3), q.size(2)}, ScalarType::Float);
+  p.out = output(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const int64_t heads = q.size(0) * q.size(1) * q.size(3);
+  if (heads > 0 && p.tokens > 0)
+    parallel_for(heads * isa.row_blocks_per_head(p.tokens),
+                 [&](int64_t begin, int64_t end) { isa.attend(p, begin, end); });
+  return {out, lse};
+}
+
+// The gradients dq, dk and dv, contiguous, of block_attention_cpp_fwd's out; dout like it, out and lse from it.
+std::tuple<Tensor, Tensor, Tensor> block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                           Tensor lse, double scale) {
+  BlockAttentionBackward p{};
+  p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q);
+  p.out = whole_input("out", out, q), p.dout = whole_input("dout", dout, q);
+  p.blocks = q.size(1), p.tokens = q.size(2), p.heads = q.size(3), p.dim = q.size(4);
+  p.scale = static_cast<float>(scale);
+  const BlockAttentionKernels& isa = kernels_for(kKernels, "q", q.scalar_type());
+  check_head_dim(q);
+  const int64_t blocks = q.size(0) * q.size(1);
+  p.lse = lse_of(lse, blocks * p.heads * p.tokens);
+
+  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
+  p.dq = output(dq), p.dk = output(dk), p.dv = output(dv);
+  // The heads that share a gradient are one task.
+  const int64_t task_heads = k.size(3) < p.heads || v.size(3) < p.heads ? p.heads : 1;
+  if (blocks * p.heads > 0 && p.tokens > 0)
+    parallel_for(blocks * p.heads / task_heads,
+                 [&](int64_t begin, int64_t end) { isa.attend_backward(p, begin * task_heads, end * task_heads); });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace nest_fast
+
+STABLE_TORCH_LIBRARY_IMPL(nest_fast, CPU, m) {
+  m.impl("block_attention_cpp_fwd", TORCH_BOX(&nest_fast::block_attention_cpp_fwd));
+  m.impl("block_attention_cpp_bwd", TORCH_BOX(&nest_fast::block_attention_cpp_bwd));
+}

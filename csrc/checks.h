@@ -1,0 +1,58 @@
+// What the operations ask of their tensors: they can be called without Python, which has checked before.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#include "sizes.h"
+
+namespace nest_fast {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
+using torch::stable::Tensor;
+
+inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": expected dtype ", toString(dtype), ", got ",
+                  toString(x.scalar_type()));
+}
+
+// Height and width; only a grid may be empty.
+inline Size2 size2(const char* name, IntHeaderOnlyArrayRef size, int64_t least = 1) {
+  STD_TORCH_CHECK(size.size() == 2 && size[0] >= least && size[1] >= least, name, ": expected two positive sizes");
+  return {size[0], size[1]};
+}
+
+// Rows (count, features) that are dense, and how far apart they lie.
+inline const void* rows_of(const char* name, const Tensor& x, ScalarType dtype, int64_t features, int64_t& stride) {
+  check_dtype(name, x, dtype);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == features, name, ": expected 2 dimensions, the last ", features);
+  STD_TORCH_CHECK(features > 0, name, ": expected at least 1 feature, got 0");
+  STD_TORCH_CHECK(x.stride(1) == 1 || features == 1 || x.numel() == 0, name, ": expected dense rows, got stride ",
+                  x.stride(1));
+  stride = x.stride(0);
+  return x.const_data_ptr();
+}
+
+// A contiguous (size,) of T, void for any.
+template <class T>
+const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
+  check_dtype(name, x, dtype);
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size && x.is_contiguous(), name, ": expected ", size,
+                  " contiguous elements");
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// An attention's lse as its backward takes it.
+inline const float* lse_of(const Tensor& lse, int64_t statistics) {
+  check_dtype("lse", lse, ScalarType::Float);
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == statistics, "lse: expected ", statistics,
+                  " contiguous elements (B, T, heads, N), got ", lse.numel(), lse.is_contiguous() ? "" : " with gaps");
+  return static_cast<const float*>(lse.const_data_ptr());
+}
+
+}  // namespace nest_fast

@@ -1,0 +1,65 @@
+// A linear layer's weight, packed for its product.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "linear.h"
+#include "sizes.h"
+#include "threads.h"
+
+namespace nest_fast {
+
+// A Linear and the memory of its packed weight. Packed anew in every call, which costs as much as reading it once: a
+// remembered copy would not see a weight that is changed through its data.
+struct PackedLinear {
+  Linear linear{};
+  Tensor memory;
+
+  // x @ weight^T + bias, for a weight (out, in).
+  PackedLinear(const char* name, const LinearKernels& isa, const Tensor& weight, const std::optional<Tensor>& bias,
+               ScalarType dtype, int64_t in) {
+    check_rank(name, weight);
+    linear.in = in, linear.out = weight.size(0);
+    linear.weight = rows_of(name, weight, dtype, in, linear.weight_stride);
+    linear.bias = bias ? vector_of<void>("bias", *bias, dtype, linear.out) : nullptr;
+    pack(isa, isa.pack_weight, weight);
+  }
+
+  // x @ weight, for a weight (in, out).
+  static PackedLinear transposed(const char* name, const LinearKernels& isa, const Tensor& weight, ScalarType dtype,
+                                 int64_t in, int64_t out) {
+    check_rank(name, weight);
+    STD_TORCH_CHECK(weight.size(0) == in, name, ": expected ", in, " rows, got ", weight.size(0));
+    PackedLinear p;
+    p.linear.in = in, p.linear.out = out;
+    p.linear.weight = rows_of(name, weight, dtype, out, p.linear.weight_stride);
+    p.pack(isa, isa.pack_weight_transposed, weight);
+    return p;
+  }
+
+ private:
+  PackedLinear() = default;
+
+  static void check_rank(const char* name, const Tensor& weight) {
+    STD_TORCH_CHECK(weight.dim() == 2, name, ": expected 2 dimensions (out, in), got ", weight.dim());
+  }
+
+  void pack(const LinearKernels& isa, void (*pack_groups)(const Linear&, int64_t begin, int64_t end),
+            const Tensor& weight) {
+    memory = torch::stable::new_empty(weight, {isa.packed_floats(linear.in, linear.out)}, ScalarType::Float);
+    linear.packed_b = static_cast<float*>(memory.mutable_data_ptr());
+    parallel_for(ceil_div(linear.out, isa.nr), [&](int64_t begin, int64_t end) { pack_groups(linear, begin, end); });
+  }
+};
+
+inline Norm norm_of(const Tensor& weight, const Tensor& bias, double eps, int64_t features) {
+  return {vector_of<float>("norm_weight", weight, ScalarType::Float, features),
+          vector_of<float>("norm_bias", bias, ScalarType::Float, features), static_cast<float>(eps)};
+}
+
+}  // namespace nest_fast

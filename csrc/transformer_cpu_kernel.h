@@ -1,5 +1,0 @@
-// What transformer_cpu.cpp computes with. No include guard: included once per target, after cpu_matrix.h.
-
-#include "block_attention_cpu_kernel.h"
-#include "linear_cpu_kernel.h"
-#include "attention_layer_cpu_kernel.h"
