@@ -42,9 +42,9 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
     """
     _check_module(model)
     if example is not None and not isinstance(example, (Tensor, tuple)):
-        raise TypeError(f"example: wanted a tensor or a tuple of inputs, got {type(example).__name__}")
+        raise TypeError(f"example: expected a tensor or a tuple of inputs, got {type(example).__name__}")
     if tolerance is not None and example is None:
-        raise ValueError(f"tolerance: wanted an example to hold it to, got {tolerance!r} and none")
+        raise ValueError(f"tolerance: expected an example to hold it to, got {tolerance!r} and none")
     if importlib.util.find_spec("timm") is None:
         raise ValueError(
             f"model: expected one with timm's NesT layers, got {type(model).__name__} and no timm installed"

@@ -274,7 +274,7 @@ def _tried(model: nn.Module, changes: list[tuple[Any, type]], example: Any, tole
         _give(before)
     if not trial.error <= trial.allowed:
         raise RuntimeError(
-            f"example: wanted outputs within {trial.allowed:.1e} of float64, where the model's own error is"
+            f"example: expected outputs within {trial.allowed:.1e} of float64, where the model's own error is"
             f" {trial.own_error:.1e}, got {trial.error:.1e}; the model is as it was"
         )
     return trial
