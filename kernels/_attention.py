@@ -107,13 +107,12 @@ def store_keys(x, index, n, value, SPEC: tl.constexpr):
 
 @triton.jit
 def _bounded(x):
-    """What is added to scores: infinities and, within a bound that is finite over any folded scale, numbers.
+    """What is added to scores; numbers not below a bound that is finite over any folded scale.
 
     -inf takes a key away, the most negative number does not: a row of nothing else has the mean of its keys.
     """
     LARGE: tl.constexpr = 1e30
-    x = tl.where((x < -LARGE) & (x > float("-inf")), -LARGE, x)
-    return tl.where((x > LARGE) & (x < float("inf")), LARGE, x)
+    return tl.where(x == float("-inf"), x, tl.maximum(x, -LARGE, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -146,11 +146,11 @@ def _max_along_width(y, b, h, j, is_mine, norm, statistics, image, SPEC: tl.cons
         w = 2 * j - SPEC.PAD + k
         exists = (w >= 0) & (w < image.width)
         rows = y.ptr + b * y.b + h.to(tl.int64) * y.h + w.to(tl.int64) * y.w
-        pixels = _load_pixels(rows, both(exists, (h >= 0) & (h < image.height)), SPEC)
+        pixels = _load_pixels(rows, both(both(exists, h >= 0), h < image.height), SPEC)
         x, mean, rstd = layer_norm(pixels, norm, SPEC)
         if SPEC.TRAINING:
             pixel = (b * image.height + h) * image.width + w
-            mask = both(exists & (w // 2 == j), is_mine)
+            mask = both(exists, is_mine) & (w // 2 == j)
             tl.store(mean_ptr + pixel, mean, mask=mask)
             tl.store(rstd_ptr + pixel, rstd, mask=mask)
         if k == 0:

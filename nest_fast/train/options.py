@@ -60,7 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "nest_tiny_s16_32",
         "model_kwargs": {"embed_dims": 64, "num_heads": 2, "depths": 1},
-        "epochs": 12,
+        "epochs": 9,
         "batch_size": 32,
         "lr": 1.6e-2,
         "warmup_epochs": 1.0,
