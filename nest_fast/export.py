@@ -117,7 +117,15 @@ def _block_attention_triton(
     if mask is not None:
         groups = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)
         scores = scores.masked_fill(~groups, float("-inf")) if mask.dtype == torch.bool else scores + groups
-    return out.to(q.dtype).contiguous(), scores.logsumexp(-1)
+    out = out.to(q.dtype).contiguous()
+    if bias is None and mask is None:
+        return out, scores.logsumexp(-1)
+    # A row's maximum, in the unit of the kernel that leaves the scale to the exponent, and the logarithm of its sum.
+    row_max = scores.amax(-1)
+    empty = row_max == float("-inf")
+    log_sum = (scores - row_max.masked_fill(empty, 0.0).unsqueeze(-1)).exp().sum(-1).log().masked_fill(empty, 0.0)
+    row_max = row_max.masked_fill(empty, float("inf")) / (scale if scale > 1e-6 else 1.0)
+    return out, torch.stack((row_max, log_sum), -1)
 
 
 def _attention_layer(
