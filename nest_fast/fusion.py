@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as nn_module
 
 from nest_fast.ops import (
@@ -33,6 +32,7 @@ from nest_fast.ops import (
     mlp_layer,
     patchify,
 )
+from nest_fast.ops._modes import TENSORS
 from nest_fast.weights import head_minor_to_major
 
 # --- what is known of a class of modules ------------------------------------------------------------------------------
@@ -97,14 +97,12 @@ def _written(cls: type, name: str) -> object:
 
 # --- the rules --------------------------------------------------------------------------------------------------------
 
-# Tensors that the operations take: ordinary ones, and those of tracers, which the registrations provide for.
-_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _CALLS = nn.Module.__call__, nn.Module._call_impl
 _FUNCTIONS = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention, torch._C._nn.gelu, torch.conv2d
 
 # Where one of these holds for the input, every module is called; the second table is for eager mode only.
 _EVERYWHERE: Rules = (
-    ("its input is no ordinary tensor", lambda x: type(x) not in _PLAIN),
+    ("its input is no ordinary tensor", lambda x: type(x) not in TENSORS),
     (
         "somebody listens to all modules",
         lambda x: (
@@ -279,7 +277,7 @@ def _is_strange(module: Any) -> bool:
     if "weight" not in own or "bias" not in own:
         return True
     bias = own["bias"]
-    return type(own["weight"]) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN)
+    return type(own["weight"]) not in TENSORS or (bias is not None and type(bias) not in TENSORS)
 
 
 # --- a sub-layer ------------------------------------------------------------------------------------------------------
@@ -448,7 +446,7 @@ def cut(image: Tensor, edge: int, pos_embed: Tensor) -> Tensor:
 
 def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
     """Whether ``pos_embed`` is an ordinary tensor ``(1, *shape)``, so that it broadcasts over the batch only."""
-    return type(pos_embed) in _PLAIN and tuple(pos_embed.shape) == (1, *shape)
+    return type(pos_embed) in TENSORS and tuple(pos_embed.shape) == (1, *shape)
 
 
 # --- layers in a chain ------------------------------------------------------------------------------------------------

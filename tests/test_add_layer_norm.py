@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, saved_bytes
+from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers, in_double, saved_bytes
 from helpers.passes import assert_accurate, differentiate, strided
 from nest_fast import add_layer_norm, reference
 from nest_fast.kernels import _configs
@@ -130,9 +130,7 @@ def test_stays_inside_its_buffers(C, dtype):
         grads = add_layer_norm_bwd(*map(copy, douts), *backward)
         return [total, normed, mean, rstd, *grads]
 
-    wanted = everything(lambda t: t)
-    for n, (a, b) in enumerate(zip(in_guarded_memory(everything), wanted, strict=True)):
-        assert torch.equal(a, b), n
+    assert_stays_inside_its_buffers(everything)
 
 
 @settings(max_examples=15)

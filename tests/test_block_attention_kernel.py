@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.attention import golden_softmax, sums_of_terms
-from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, run_python
+from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers, in_double, run_python
 from nest_fast import block_attention, reference
 from nest_fast.kernels import _configs
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, MAX_SEQ, block_attention_bwd, block_attention_fwd
@@ -53,14 +53,20 @@ def launch(dout, q, k, v, bias, mask, scale):
     return results, lse
 
 
+def check_results(*inputs):
+    """Errors at most some times plain PyTorch's; returns lse."""
+    ours, lse = launch(*inputs)
+    plain = differentiate(sdpa, *inputs)
+    *tensors, scale = inputs
+    golden = differentiate(reference.block_attention, *in_double(tensors), scale)
+    for name, x, y, g in zip(NAMES[: len(golden)], ours, plain, golden, strict=True):
+        assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if x.dtype == torch.float32 else 2, name)
+    return lse
+
+
 def check(dout, q, k, v, bias, mask, scale):
-    """Errors at most some times plain PyTorch's, that of lse within float32's rounding."""
-    inputs = (dout, q, k, v, bias, mask)
-    ours, lse = launch(*inputs, scale)
-    plain = differentiate(sdpa, *inputs, scale)
-    golden = differentiate(reference.block_attention, *in_double(inputs), scale)
-    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
-        assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if q.dtype == torch.float32 else 2, name)
+    """The same, and the error of lse within float32's rounding."""
+    lse = check_results(dout, q, k, v, bias, mask, scale)
     torch.testing.assert_close(lse.double(), golden_softmax(q, k, bias, mask, scale)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -194,10 +200,12 @@ def test_block_attention_takes_masks_by_group():
 @pytest.mark.parametrize(("N", "dtype"), [(1, torch.float32), (17, torch.float32), (52, torch.float16)])
 def test_block_attention_stays_inside_its_buffers(N, dtype, kv_heads):
     inputs = draw(1, 2, N, 3, 24, dtype, kv_heads=kv_heads, bias=True, mask="additive")
-    wanted, lse = launch(*inputs, 0.25)
-    got, got_lse = in_guarded_memory(lambda copy: launch(*map(copy, inputs), 0.25))
-    for x, y in zip([*got, got_lse], [*wanted, lse], strict=True):
-        assert torch.equal(x, y)
+
+    def everything(copy):
+        results, lse = launch(*map(copy, inputs), 0.25)
+        return [*results, lse]
+
+    assert_stays_inside_its_buffers(everything)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum of a row of NaN
@@ -261,12 +269,7 @@ def test_block_attention_of_a_row_of_huge_numbers(dtype, scale):
     mask[:, 0] = torch.finfo(dtype).min
     bias[:, 5] = -1e30
     bias[:, 16, 3:], mask[:, 16, :3] = 1e30, -1e20
-    inputs = (dout, q, k, v, bias, mask)
-    ours, _ = launch(*inputs, scale)
-    plain = differentiate(sdpa, *inputs, scale)
-    golden = differentiate(reference.block_attention, *in_double(inputs), scale)
-    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=True):
-        assert_as_accurate(x, y, g, 1.5 if name == "out" else 3 if dtype == torch.float32 else 2, name)
+    check_results(dout, q, k, v, bias, mask, scale)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 32), (2, 0, 16, 2, 32)], ids=shape_id)
@@ -329,11 +332,7 @@ def test_limits_are_what_the_kernels_take():
 @pytest.mark.parametrize("blocks", [65_535, 65_536, 70_000])
 def test_block_attention_of_many_blocks(blocks):
     dout, q, k, v, _, _ = draw(1, blocks, 16, 3, 64, torch.bfloat16, kv_heads=1)
-    ours, _ = launch(dout, q, k, v, None, None, 0.125)
-    plain = differentiate(sdpa, dout, q, k, v, None, None, 0.125)
-    golden = differentiate(reference.block_attention, *in_double((dout, q, k, v)), None, None, 0.125)
-    for name, x, y, g in zip(NAMES, ours, plain, golden, strict=False):
-        assert_as_accurate(x, y, g, 1.5 if name == "out" else 2, name)
+    check_results(dout, q, k, v, None, None, 0.125)
 
 
 @pytest.mark.gpu

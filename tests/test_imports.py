@@ -28,6 +28,7 @@ ALLOWED = {
 # A name with an underscore is for its own layer. These are for others, too, but not what is private inside; and how a
 # kernel cuts its work has tests of its own.
 SHARED = {
+    "fusion": {"ops._modes"},
     "modules": {"ops._checks"},
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},

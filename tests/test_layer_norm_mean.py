@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.common import DEVICE, DTYPES, in_double, in_guarded_memory, saved_bytes
+from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers, in_double, saved_bytes
 from helpers.passes import assert_accurate, differentiate, strided
 from nest_fast import layer_norm_mean, reference
 from nest_fast.kernels import _configs
@@ -85,9 +85,7 @@ def test_stays_inside_its_buffers(C, dtype):
         pooled = layer_norm_mean_fwd(x, weight, bias, 1e-6, dtype)
         return [*pooled, *layer_norm_mean_bwd(copy(dout), x, *pooled[1:], weight)]
 
-    wanted = everything(lambda t: t)
-    for n, (a, b) in enumerate(zip(in_guarded_memory(everything), wanted, strict=True)):
-        assert torch.equal(a, b), n
+    assert_stays_inside_its_buffers(everything)
 
 
 @settings(max_examples=15)

@@ -50,7 +50,7 @@ def try_out(
     after: Callable[[], None],
     tolerance: float | None = None,
 ) -> Trial:
-    """Run ``model`` on ``example`` in eval mode as ``before()`` and as ``after()`` leave it; the latter stays.
+    """Run ``model`` on ``example`` in eval mode as ``before()`` and as ``after()`` leave it; either may come last.
 
     The random state and the modules' modes are what they were. The model in float64 is a copy.
 

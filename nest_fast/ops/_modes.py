@@ -14,8 +14,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-# What a kernel may be given; of another subclass of torch.Tensor only its owner knows how it computes.
-ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None), float, int, tuple))
+# Tensors that kernels take: ordinary ones, and those of tracers, which the registrations provide for. How another
+# subclass of torch.Tensor computes, only its owner knows.
+TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+ORDINARY = TENSORS | {type(None), float, int, tuple}
 # The device types that autocast knows; it raises where it is asked about another, such as "meta".
 _AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
