@@ -28,6 +28,7 @@ from nest_fast.ops import (
     mlp_layer,
     patchify,
     unblockify,
+    windows,
 )
 
 __version__ = "0.1.0"
@@ -62,4 +63,5 @@ __all__ = [
     "restore",
     "unblockify",
     "weights",
+    "windows",
 ]

@@ -10,23 +10,30 @@ Source: Zhang et al., "Nested Hierarchical Transformer", AAAI 2022 (arXiv 2105.1
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Windows",
     "add_layer_norm",
     "attention_layer",
     "bias_gelu",
     "block_aggregate",
     "block_attention",
     "blockify",
+    "from_windows",
+    "into_windows",
     "layer_norm_mean",
     "linear",
     "mlp_layer",
     "patchify",
     "unblockify",
+    "window_mask",
+    "window_rows",
+    "window_tokens",
 ]
 
 
@@ -62,6 +69,85 @@ def patchify(x: Tensor, patch_size: int | tuple[int, int], block_size: int | tup
     gh, gw = H // (bh * ph), W // (bw * pw)
     x = x.reshape(B, C, gh, bh, ph, gw, bw, pw).permute(0, 2, 5, 3, 6, 1, 4, 7)
     return x.reshape(B, gh * gw, bh * bw, C * ph * pw)
+
+
+class Windows(NamedTuple):
+    """How an image of tokens is cut into windows; :func:`nest_fast.windows` makes and explains it."""
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    pad_first: bool = False
+    grid: bool = False
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Windows one below the other, and one beside the other."""
+        (H, W), (h, w) = self.size, self.window
+        return (H + h - 1) // h, (W + w - 1) // w
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window, padding included."""
+        return self.window[0] * self.window[1]
+
+
+def window_rows(windows: Windows, device: torch.device | str = "cpu") -> Tensor:
+    """Which row of an image ``(B, H * W, C)`` each token of each window is: ``(T, N)``, -1 for padding."""
+    y, x = (_tokens_of_axis(windows, axis, device) for axis in (0, 1))
+    rows = y[:, None, :, None] * windows.size[1] + x[None, :, None, :]
+    rows = rows.masked_fill((y < 0)[:, None, :, None] | (x < 0)[None, :, None, :], -1)
+    return rows.flatten(2).flatten(0, 1)
+
+
+def _tokens_of_axis(windows: Windows, axis: int, device: torch.device | str) -> Tensor:
+    """Along one axis, the place in the image of each token of each window: (count, window)."""
+    size, window, shift, count = (x[axis] for x in (windows.size, windows.window, windows.shift, windows.counts))
+    at = torch.arange(count * window, device=device)
+    if windows.pad_first:
+        place = (at + shift) % (count * window)
+        place = place.masked_fill(place >= size, -1)
+    else:
+        place = ((at + shift) % size).masked_fill(at >= size, -1)
+    return place.view(window, count).T if windows.grid else place.view(count, window)
+
+
+def window_tokens(windows: Windows, device: torch.device | str = "cpu") -> Tensor:
+    """The inverse: which token, counted through all windows, each row of the image is, ``(H * W,)``."""
+    (y, token_y), (x, token_x) = (_windows_of_axis(windows, axis, device) for axis in (0, 1))
+    window, token = y[:, None] * windows.counts[1] + x, token_y[:, None] * windows.window[1] + token_x
+    return (window * windows.tokens + token).flatten()
+
+
+def _windows_of_axis(windows: Windows, axis: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Along one axis, the window of each place of the image, and the token in it."""
+    size, window, shift, count = (x[axis] for x in (windows.size, windows.window, windows.shift, windows.counts))
+    at = (torch.arange(size, device=device) - shift) % (count * window if windows.pad_first else size)
+    return (at % count, at // count) if windows.grid else (at // window, at % window)
+
+
+def into_windows(x: Tensor, windows: Windows) -> Tensor:
+    """The tokens of an image in windows: ``(B, H * W, C)`` → ``(B, T, N, C)``; padding is zeros."""
+    return F.pad(x, (0, 0, 0, 1))[:, window_rows(windows, x.device)]
+
+
+def from_windows(x: Tensor, windows: Windows) -> Tensor:
+    """The inverse: ``(B, T, N, C)`` → ``(B, H * W, C)``, without what became of the padding."""
+    return x.flatten(1, 2)[:, window_tokens(windows, x.device)]
+
+
+def window_mask(windows: Windows, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    """Swin's mask ``(T, N, N)``: -100 where one token is from beyond the edge of the image that the other is at."""
+    regions = []
+    for axis in (0, 1):
+        window, shift, count = (x[axis] for x in (windows.window, windows.shift, windows.counts))
+        last = torch.arange(count, device=device)[:, None] == count - 1
+        regions.append(last & (torch.arange(window, device=device) >= window - shift) if shift else last[:, :1] & False)
+    y, x = regions
+    region = 2 * y[:, None, :, None] + 1 * x[None, :, None, :]
+    region = region.expand(*windows.counts, *windows.window).flatten(2).flatten(0, 1)
+    apart = region[:, :, None] != region[:, None, :]
+    return torch.zeros(apart.shape, device=device, dtype=dtype).masked_fill(apart, -100.0)
 
 
 def block_attention(
@@ -166,19 +252,37 @@ def attention_layer(
     *,
     num_heads: int,
     multi_query: bool = False,
-    scale: float | None = None,
+    windows: Windows | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    cosine: bool = False,
+    post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
     """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block: ``(B, T, N, C)`` → the same.
 
     ``qkv`` gives q of every head, then k, then v, of every head or, with ``multi_query``, of one; ``proj`` takes
-    (heads, head_dim).
+    (heads, head_dim). ``bias`` ``(heads, N, N)`` and ``mask`` ``(groups, N, N)`` are those of :func:`block_attention`.
+    With ``windows``, ``x`` is ``(B, H * W, C)`` and its blocks are these windows: they are cut after the LayerNorm, so
+    that padding is zeros there, attended with the bias of qkv; and where they are shifted and there is no ``mask``, it
+    is :func:`window_mask`. With ``cosine`` q and k have length 1 and ``scale`` is ``(heads,)``. ``post_norm`` is
+    ``x + branch_scale * layer_norm(proj(attention(qkv(x))))``.
     """
     kv_heads = 1 if multi_query else num_heads
-    packed = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    y = x if post_norm else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = y if windows is None else into_windows(y, windows)
+    packed = F.linear(y, qkv_weight, qkv_bias)
     q, k, v = packed.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    return x + branch_scale * F.linear(block_attention(q, k, v, scale=scale).flatten(-2), proj_weight, proj_bias)
+    if cosine:
+        q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0  # type: ignore
+    if windows is not None and any(windows.shift) and mask is None:
+        mask = window_mask(windows, q.device, q.dtype)
+    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask).flatten(-2)  # type: ignore[arg-type]
+    y = F.linear(y, proj_weight, proj_bias)
+    y = y if windows is None else from_windows(y, windows)
+    return x + branch_scale * (F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y)
 
 
 def mlp_layer(
@@ -191,13 +295,19 @@ def mlp_layer(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh"."""
-    hidden = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+    """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh".
+
+    With ``post_norm`` ``x + branch_scale * layer_norm(fc2(gelu(fc1(x))))``.
+    """
+    y = x if post_norm else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    hidden = F.linear(y, fc1_weight, fc1_bias)
     hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return x + branch_scale * F.linear(hidden, fc2_weight, fc2_bias)
+    y = F.linear(hidden, fc2_weight, fc2_bias)
+    return x + branch_scale * (F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y)
 
 
 def add_layer_norm(

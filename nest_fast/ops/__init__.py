@@ -4,6 +4,7 @@ Their Triton kernels are imported as ``nest_fast.kernels``, which is the folder 
 """
 
 from nest_fast.ops import _flops
+from nest_fast.ops._windows import windows
 from nest_fast.ops.add_layer_norm import add_layer_norm
 from nest_fast.ops.attention_layer import attention_layer
 from nest_fast.ops.bias_gelu import bias_gelu
@@ -26,6 +27,7 @@ __all__ = [
     "mlp_layer",
     "patchify",
     "unblockify",
+    "windows",
 ]
 
 _flops.register()

@@ -14,9 +14,9 @@ from nest_fast.ops import _modes
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def pair(name: str, size: object) -> tuple[int, int]:
-    """Height and width from an int or a pair of ints, both positive."""
-    if type(size) is int and size > 0:
+def pair(name: str, size: object, least: int = 1) -> tuple[int, int]:
+    """Height and width from an int or a pair of ints, both ``least``, 1 or 0, or more."""
+    if type(size) is int and size >= least:
         return size, size
     if _modes.in_trace():
         size = _traced(size)
@@ -26,8 +26,8 @@ def pair(name: str, size: object) -> tuple[int, int]:
     for value in (height, width):
         if isinstance(value, bool) or not isinstance(value, ints):
             raise TypeError(f"{name}: expected an int or a pair of ints, got {size!r}")
-    if height < 1 or width < 1:
-        raise ValueError(f"{name}: expected positive sizes, got {size!r}")
+    if height < least or width < least:
+        raise ValueError(f"{name}: expected {'positive' if least else 'no negative'} sizes, got {size!r}")
     return height, width
 
 
@@ -151,6 +151,25 @@ def grid(x: Tensor, grid_size: object, block_size: object) -> tuple[tuple[int, i
 def device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} as {other_name} has, got {x.device}")
+
+
+def added_to_scores(
+    bias: Tensor | None, mask: Tensor | None, sizes: tuple[int, int, int], other_name: str, other: Tensor
+) -> None:
+    """An attention's ``bias`` and ``mask`` for (blocks T, heads, tokens N), on the device of ``other``."""
+    T, heads, N = sizes
+    if bias is not None:
+        tensor("bias", bias, "(heads, N, N)")
+        shape("bias", bias, (heads, N, N), "(heads, N, N)")
+        promotes("bias", bias, other_name, other)
+    if mask is not None:
+        groups = tensor("mask", mask, "(groups, N, N)").shape[0]
+        shape("mask", mask, (groups, N, N), "(groups, N, N)")
+        if mask.dtype != torch.bool:
+            floating("mask", mask)
+        if groups == 0 or T % groups:
+            raise ValueError(f"mask: expected a number of groups that divides T = {T}, got {groups}")
+        device("mask", mask, other_name, other)
 
 
 def training(given: bool) -> None:

@@ -16,13 +16,13 @@ IMPLS = ("auto", "reference", "cpp")
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
-# "auto" keeps these rules as well.
+# "auto" keeps these rules, or is "parts", one operation after the other, each with a choice of its own.
 AUTO = Backend(
     "cpp",
     (
         *_backends.CPP_LAYER,
         ("torch.jit is tracing", lambda given: _modes.in_trace()),
-        ("there is nothing to compute", lambda given: any(x is not None and x.numel() == 0 for x in given)),
+        ("there is nothing to compute", lambda given: any(isinstance(x, Tensor) and x.numel() == 0 for x in given)),
         (
             "PyTorch's matmuls use the matrix unit, which the C++ kernels do not know",
             lambda given: given[0].dtype == torch.bfloat16 and _extension.has_amx,
@@ -33,11 +33,6 @@ AUTO = Backend(
         ),
     ),
 )
-
-
-def choose(given: Sequence[Tensor | None]) -> str:
-    """What "auto" is: "cpp", or "parts", one operation after the other, each with a choice of its own."""
-    return "cpp" if AUTO.can(given) else "parts"
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

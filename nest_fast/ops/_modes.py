@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 # Tensors that kernels take: ordinary ones, and those of tracers, which the registrations provide for. How another
 # subclass of torch.Tensor computes, only its owner knows.
 TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
-ORDINARY = TENSORS | {type(None), float, int, tuple}
+ORDINARY = TENSORS | {type(None), float, int, bool, tuple}
 # The device types that autocast knows; it raises where it is asked about another, such as "meta".
 _AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
@@ -51,6 +51,16 @@ def in_trace() -> bool:
     if is_compiling():
         return torch.onnx.is_in_onnx_export()
     return torch._C._get_tracing_state() is not None
+
+
+def is_eager() -> bool:
+    """Whether what is computed now can be kept for later: nothing compiles, traces, transforms or fakes it."""
+    return not (
+        is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def subclass(given: Iterable[object]) -> type | None:

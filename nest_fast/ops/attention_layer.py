@@ -1,16 +1,22 @@
-"""The attention sub-layer of a pre-norm transformer layer: LayerNorm, attention inside blocks, residual sum."""
+"""The attention sub-layer of a transformer layer: LayerNorm, attention inside blocks or windows, residual sum."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layout, _modes
-from nest_fast.ops._layer import BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layer, _layout, _modes
+from nest_fast.ops._backends import Backend, Rules
+from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
+from nest_fast.ops._windows import from_windows, into_windows, window_mask
 from nest_fast.ops.block_attention import block_attention
 from nest_fast.ops.linear import linear
+from nest_fast.reference import Windows
 
 __all__ = ["attention_layer"]
 
@@ -26,22 +32,37 @@ def attention_layer(
     *,
     num_heads: int,
     multi_query: bool = False,
-    scale: float | None = None,
+    windows: Windows | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    cosine: bool = False,
+    post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block.
+    """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block, or each window of an image.
 
     Args:
-        x: ``(B, T, N, C)``, any floating-point dtype and strides.
+        x: ``(B, T, N, C)``, or with ``windows`` ``(B, H * W, C)``, any floating-point dtype and strides.
         norm_weight, norm_bias: ``(C,)``, of x's dtype, or both float32 beside float16 and bfloat16.
         qkv_weight, qkv_bias: ``(C + 2 * kv, C)`` and its first dimension or None; q of every head, then k, then v. kv
             is C, or one head's C / num_heads with ``multi_query``.
         proj_weight, proj_bias: ``(C, C)``, its input ordered (heads, head_dim), and ``(C,)`` or None.
         num_heads: heads; divides C.
         multi_query: one key and value head for all query heads.
-        scale: factor of the scores; None is head_dim ** -0.5.
+        windows: :func:`nest_fast.windows` of ``(H, W)``: T windows of N tokens, which stay where they are in the image.
+            Where a window reaches beyond it, its tokens are zeros after the LayerNorm, as in Swin; they are attended.
+            Where windows are shifted and there is no ``mask``, it is Swin's: -100 between tokens from beyond an edge of
+            the image and those at it.
+        bias: ``(heads, N, N)``, any floating-point dtype, added to the scores of every block (a relative position
+            bias).
+        mask: ``(groups, N, N)`` with ``groups`` dividing T: block ``t`` takes ``mask[t % groups]``, added where it is
+            floating point, kept where true if bool.
+        scale: factor of the scores; None is head_dim ** -0.5. With ``cosine`` a tensor ``(heads,)``.
+        cosine: q and k of every head have length 1 before they are multiplied (Swin v2).
+        post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
@@ -49,28 +70,35 @@ def attention_layer(
             it keeps qkv and the attention's output and computes the LayerNorm's again.
 
     Returns:
-        ``(B, T, N, C)``.
+        As ``x``.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
 
-    Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
+    Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock); Liu et al., "Swin Transformer", ICCV 2021 (arXiv
+    2103.14030) and "Swin Transformer V2", CVPR 2022 (arXiv 2111.09883), and their code.
     """
-    given = (x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     kv_heads = 1 if multi_query else num_heads
-    C = _check(*given, num_heads, kv_heads, scale, branch_scale, impl)
+    C = _check(x, *weights, num_heads, kv_heads, windows, bias, mask, scale, cosine, branch_scale, impl)
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
+    given = Given(x, *weights, bias, mask, windows, cosine, post_norm)
     if impl == "auto":
-        impl = choose(given)
+        impl = "cpp" if AUTO.can(given) else "parts"
     elif impl in BACKENDS:
         BACKENDS[impl].require("attention_layer", given)
     if impl == "reference":
         return reference.attention_layer(
-            *given,
+            *(x, *weights),
             num_heads=num_heads,
             multi_query=multi_query,
+            windows=windows,
+            bias=bias,
+            mask=mask,
             scale=scale,
+            cosine=cosine,
+            post_norm=post_norm,
             branch_scale=branch_scale,
             eps=eps,
         )
@@ -88,12 +116,20 @@ def attention_layer(
             _modes.wants_gradients(given),
         )
         return out.view(x.shape)
-    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
+    y = linear(y if windows is None else into_windows(y, windows), qkv_weight, qkv_bias)
     q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    y = block_attention(q, k, v, scale=scale).flatten(-2)
-    if branch_scale == 1.0:
+    if isinstance(scale, Tensor):
+        q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0
+    if windows is not None and any(windows.shift) and mask is None:
+        mask = window_mask(windows, q)
+    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask).flatten(-2)
+    if windows is None and not post_norm and branch_scale == 1.0:
         return linear(y, proj_weight, proj_bias, residual=x)
-    return x + branch_scale * linear(y, proj_weight, proj_bias)
+    y = linear(y, proj_weight, proj_bias)
+    y = y if windows is None else from_windows(y, windows)
+    y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
+    return x + (y if branch_scale == 1.0 else branch_scale * y)
 
 
 def _check(
@@ -106,13 +142,26 @@ def _check(
     proj_bias: Tensor | None,
     num_heads: int,
     kv_heads: int,
-    scale: float | None,
+    windows: Windows | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float | Tensor | None,
+    cosine: bool,
     branch_scale: float,
     impl: str,
 ) -> int:
     """The channels."""
     _checks.choice("impl", impl, IMPLS)
-    C = _checks.tensor("x", x, "(B, T, N, C)").shape[3]
+    if windows is None:
+        _, T, N, C = _checks.tensor("x", x, "(B, T, N, C)").shape
+    else:
+        if not isinstance(windows, Windows):
+            raise TypeError(f"windows: expected what nest_fast.windows returns, got {type(windows).__name__}")
+        _, rows, C = _checks.tensor("x", x, "(B, H * W, C)").shape
+        H, W = windows.size
+        if rows != H * W:
+            raise ValueError(f"windows: expected those of an image of {rows} tokens as x has, got size ({H}, {W})")
+        T, N = windows.counts[0] * windows.counts[1], windows.tokens
     if num_heads < 1 or C % num_heads:
         raise ValueError(f"num_heads: expected a divisor of C = {C}, got {num_heads}")
     packed = C + 2 * kv_heads * (C // num_heads)
@@ -125,9 +174,43 @@ def _check(
         "proj_bias": (proj_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
-    _checks.number("scale", scale)
+    _checks.added_to_scores(bias, mask, (T, num_heads, N), "x", x)
+    if cosine:
+        factors = _checks.is_tensor("scale", scale, "(heads,)")
+        _checks.shape("scale", factors, (num_heads,), "(heads,)")
+        _checks.alike("scale", factors, "x", x)
+    else:
+        _checks.number("scale", scale)
     _checks.number("branch_scale", branch_scale)
     return C
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    windows: Windows | None
+    cosine: bool
+    post_norm: bool
+
+
+_CPP_RULES: Rules = (
+    ("it has no windows", lambda given: given.windows is not None),
+    ("it takes no bias or mask", lambda given: given.bias is not None or given.mask is not None),
+    ("it has no cosine attention", lambda given: given.cosine),
+    ("it has the LayerNorm first", lambda given: given.post_norm),
+)
+BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
+AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -98,18 +98,7 @@ def _check(
             raise ValueError(f"{name}: expected shape {expected} as q has, got {tuple(x.shape)}")
         _checks.alike(name, x, "q", q)
     _checks.shape("v", v, tuple(k.shape), "as k has")
-    if bias is not None:
-        _checks.tensor("bias", bias, "(heads, N, N)")
-        _checks.shape("bias", bias, (heads, N, N), "(heads, N, N)")
-        _checks.promotes("bias", bias, "q", q)
-    if mask is not None:
-        groups = _checks.tensor("mask", mask, "(groups, N, N)").shape[0]
-        _checks.shape("mask", mask, (groups, N, N), "(groups, N, N)")
-        if mask.dtype != torch.bool:
-            _checks.floating("mask", mask)
-        if groups == 0 or T % groups:
-            raise ValueError(f"mask: expected a number of groups that divides T = {T}, got {groups}")
-        _checks.device("mask", mask, "q", q)
+    _checks.added_to_scores(bias, mask, (T, heads, N), "q", q)
     _checks.number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")

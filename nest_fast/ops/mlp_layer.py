@@ -1,13 +1,16 @@
-"""The MLP sub-layer of a pre-norm transformer layer: LayerNorm, linear, GELU, linear, residual sum."""
+"""The MLP sub-layer of a transformer layer: LayerNorm, linear, GELU, linear, residual sum."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layout, _modes
-from nest_fast.ops._layer import BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layer, _layout, _modes
+from nest_fast.ops._backends import Backend, Rules
+from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
@@ -26,6 +29,7 @@ def mlp_layer(
     fc2_bias: Tensor | None,
     *,
     activation: str = "gelu",
+    post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
     impl: str = "auto",
@@ -38,6 +42,7 @@ def mlp_layer(
         fc1_weight, fc1_bias: ``(hidden, C)`` and ``(hidden,)`` or None.
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None.
         activation: "gelu" (exact) or "gelu_tanh".
+        post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
@@ -55,12 +60,15 @@ def mlp_layer(
     """
     given = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*given, activation, branch_scale, impl)
+    asked = Given(*given, post_norm)
     if impl == "auto":
-        impl = choose(given)
+        impl = "cpp" if AUTO.can(asked) else "parts"
     elif impl in BACKENDS:
-        BACKENDS[impl].require("mlp_layer", given)
+        BACKENDS[impl].require("mlp_layer", asked)
     if impl == "reference":
-        return reference.mlp_layer(*given, activation=activation, branch_scale=branch_scale, eps=eps)
+        return reference.mlp_layer(
+            *given, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
+        )
     if impl == "cpp":
         out, _ = _CPP(
             _layout.dense_rows(x.reshape(-1, C)),
@@ -76,10 +84,12 @@ def mlp_layer(
             _modes.wants_gradients(given),
         )
         return out.view(x.shape)
-    y = linear(torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation=activation)
-    if branch_scale == 1.0:
+    y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
+    y = linear(y, fc1_weight, fc1_bias, activation=activation)
+    if branch_scale == 1.0 and not post_norm:
         return linear(y, fc2_weight, fc2_bias, residual=x)
-    return x + branch_scale * linear(y, fc2_weight, fc2_bias)
+    y = linear(y, fc2_weight, fc2_bias)
+    return x + branch_scale * (torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y)
 
 
 def _check(
@@ -111,6 +121,25 @@ def _check(
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
     _checks.number("branch_scale", branch_scale)
     return C
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    post_norm: bool
+
+
+_CPP_RULES: Rules = (("it has the LayerNorm first", lambda given: given.post_norm),)
+BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
+AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

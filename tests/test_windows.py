@@ -1,0 +1,269 @@
+"""windows, and attention_layer inside them: against Swin as its authors wrote it, and timm's blocks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nest_fast import attention_layer, blockify, mlp_layer, reference, windows
+from nest_fast.testing import gradients, import_timm
+
+import_timm()
+from timm.models import swin_transformer, swin_transformer_v2  # noqa: E402
+
+NAMES = ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias")
+# Image, window, shift: divisible, padded below, on the right and on both sides, rectangles, a window over all of it.
+SIZES = [
+    ((14, 14), (7, 7), (3, 3)),
+    ((10, 21), (7, 7), (3, 3)),
+    ((9, 10), (4, 4), (0, 0)),
+    ((9, 13), (4, 6), (1, 5)),
+    ((8, 5), (4, 5), (2, 0)),
+    ((5, 6), (7, 7), (3, 3)),
+]
+
+
+def swin_half(x, tensors, heads, bias, size, window, shift, pad_first):
+    """Attention half of Swin's block for an image (B, H, W, C), after github.com/microsoft/Swin-Transformer.
+
+    ``pad_first``: after torchvision's, which pads before it shifts.
+    """
+    norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = tensors
+    (H, W), (h, w), (down, right) = size, window, shift
+    y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6)
+    room = (0, 0, 0, -W % w, 0, -H % h)
+    y = F.pad(y, room) if pad_first else y
+    y = torch.roll(y, (-down, -right), (1, 2))
+    y = y if pad_first else F.pad(y, room)
+    B, height, width, C = y.shape
+
+    def partition(y):
+        y = y.view(-1, height // h, h, width // w, w, y.shape[-1])
+        return y.permute(0, 1, 3, 2, 4, 5).reshape(-1, h * w, y.shape[-1])
+
+    qkv = F.linear(partition(y), qkv_weight, qkv_bias).view(-1, h * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+    scores = (C // heads) ** -0.5 * qkv[0] @ qkv[1].mT + bias
+    regions, number = torch.zeros(1, height, width, 1), 0
+    for rows in (slice(0, -h), slice(-h, -down), slice(-down, None)):
+        for columns in (slice(0, -w), slice(-w, -right), slice(-right, None)):
+            regions[:, rows, columns] = number
+            number += 1
+    regions = partition(regions).squeeze(-1)
+    mask = torch.where(regions[:, None] == regions[:, :, None], 0.0, -100.0)
+    scores = (scores.view(B, -1, heads, h * w, h * w) + mask[:, None]).view(scores.shape)
+    y = F.linear((scores.softmax(-1) @ qkv[2]).transpose(1, 2).reshape(-1, h * w, C), proj_weight, proj_bias)
+    y = y.view(B, height // h, width // w, h, w, C).permute(0, 1, 3, 2, 4, 5).reshape(B, height, width, C)
+    y = y if pad_first else y[:, :H, :W]
+    return x + torch.roll(y, (down, right), (1, 2))[:, :H, :W]
+
+
+def inputs(size, window, C=12, heads=3, B=2, dtype=torch.float32):
+    """x (B, H * W, C), the weights, and a bias (heads, N, N)."""
+    N = math.prod(window)
+    vectors = 1 + torch.randn(C) / 3, torch.randn(C) / 3
+    weights = torch.randn(3 * C, C) * C**-0.5, torch.randn(3 * C), torch.randn(C, C) * C**-0.5, torch.randn(C)
+    tensors = torch.randn(B, math.prod(size), C), *vectors, *weights, torch.randn(heads, N, N)
+    return [t.to(dtype) for t in tensors], heads
+
+
+def halves(tensors, heads, given, impl, **options):
+    *tensors, bias = tensors
+    return attention_layer(*tensors, num_heads=heads, windows=given, bias=bias, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("pad_first", [False, True], ids=["pad last", "pad first"])
+@pytest.mark.parametrize(("size", "window", "shift"), SIZES, ids=str)
+def test_attention_inside_windows_is_swins(size, window, shift, pad_first, impl):
+    """Values and every gradient, in float64: padding on either side of the shift, the mask, the bias."""
+    tensors, heads = inputs(size, window, dtype=torch.float64)
+    given = windows(size, window, shift=shift, pad_first=pad_first)
+    dout = torch.randn_like(tensors[0])
+
+    def swin(x, *rest):
+        *weights, bias = rest
+        return swin_half(x.unflatten(1, size), weights, heads, bias, size, window, shift, pad_first).flatten(1, 2)
+
+    wanted = gradients(swin, tensors, dout)
+    got = gradients(lambda *t: halves(t, heads, given, impl), tensors, dout)
+    for name, a, b in zip(("out", *NAMES), got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize(("size", "shift"), [((14, 14), 3), ((10, 17), 3), ((7, 20), 0)], ids=str)
+def test_a_whole_layer_is_timms_swin_block(size, shift, impl):
+    block = swin_transformer.SwinTransformerBlock(32, size, 2, window_size=7, shift_size=shift).eval()
+    a, x = block.attn, torch.randn(2, *size, 32)
+    given = windows(size, block.window_size, shift=block.shift_size)
+    wanted = block(x).flatten(1, 2)
+    weights = a.qkv.weight, a.qkv.bias, a.proj.weight, a.proj.bias
+    y = attention_layer(
+        *(x.flatten(1, 2), block.norm1.weight, block.norm1.bias, *weights),
+        num_heads=2,
+        windows=given,
+        bias=a._get_rel_pos_bias()[0],
+        eps=block.norm1.eps,
+        impl=impl,
+    )
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    y = mlp_layer(
+        *(y, block.norm2.weight, block.norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+        eps=block.norm2.eps,
+        impl=impl,
+    )
+    torch.testing.assert_close(y, wanted)
+    if any(block.shift_size):
+        assert torch.equal(reference.window_mask(given), block.get_attn_mask())
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize(("size", "shift"), [((16, 16), 4), ((8, 24), 0)], ids=str)
+def test_a_whole_layer_is_timms_second_swin_block(size, shift, impl):
+    """Cosine attention with a factor for each head, and the LayerNorm last."""
+    block = swin_transformer_v2.SwinTransformerV2Block(32, size, 2, window_size=8, shift_size=shift).eval()
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    a, x = block.attn, torch.randn(2, *size, 32)
+    table = a.cpb_mlp(a.relative_coords_table).view(-1, a.num_heads)
+    N = a.window_size[0] * a.window_size[1]
+    bias = 16 * table[a.relative_position_index.flatten()].view(N, N, -1).permute(2, 0, 1).sigmoid()
+    qkv_bias = torch.cat((a.q_bias, a.k_bias, a.v_bias))
+    y = attention_layer(
+        *(x.flatten(1, 2), block.norm1.weight, block.norm1.bias, a.qkv.weight, qkv_bias, a.proj.weight, a.proj.bias),
+        num_heads=2,
+        windows=windows(size, block.window_size, shift=block.shift_size),
+        bias=bias,
+        scale=a.logit_scale.clamp(max=math.log(100.0)).exp().flatten(),
+        cosine=True,
+        post_norm=True,
+        eps=block.norm1.eps,
+        impl=impl,
+    )
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    y = mlp_layer(
+        *(y, block.norm2.weight, block.norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+        eps=block.norm2.eps,
+        post_norm=True,
+        impl=impl,
+    )
+    torch.testing.assert_close(y, block(x).flatten(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_and_grids_are_windows():
+    """blockify's blocks; MaxViT's grid, which timm cuts by (B, h, H / h, w, W / w, C); Hiera's tokens, T apart."""
+    x = torch.randn(2, 6, 8, 3)
+    rows = x.flatten(1, 2)
+    given = windows((6, 8), (3, 4))
+    assert torch.equal(reference.into_windows(rows, given), blockify(x, (3, 4)))
+    grid = x.view(2, 3, 2, 4, 2, 3).permute(0, 2, 4, 1, 3, 5).reshape(2, 4, 12, 3)
+    assert torch.equal(reference.into_windows(rows, windows((6, 8), (3, 4), grid=True)), grid)
+    apart = rows.view(2, 12, 4, 3).transpose(1, 2)
+    assert torch.equal(reference.into_windows(rows, windows((1, 48), (1, 12), grid=True)), apart)
+    tensors, heads = inputs((6, 8), (3, 4))
+    tensors[0] = x.flatten(1, 2).repeat(1, 1, 4)
+    blocks = attention_layer(blockify(tensors[0].unflatten(1, (6, 8)), (3, 4)), *tensors[1:7], num_heads=heads)
+    inside = attention_layer(*tensors[:7], num_heads=heads, windows=given)
+    torch.testing.assert_close(reference.into_windows(inside, given), blocks)
+
+
+@pytest.mark.parametrize(("size", "window", "shift"), SIZES, ids=str)
+def test_every_row_has_one_place(size, window, shift):
+    for pad_first in (False, True):
+        given = windows(size, window, shift=shift, pad_first=pad_first)
+        rows, tokens = reference.window_rows(given), reference.window_tokens(given)
+        assert torch.equal(rows.flatten()[tokens], torch.arange(math.prod(size)))
+        assert (rows < 0).sum() == rows.numel() - math.prod(size)
+
+
+def test_a_mask_takes_the_place_of_swins():
+    """Alone, added or of truths, with groups; on both the image's windows and plain blocks."""
+    tensors, heads = inputs((4, 8), (4, 4))
+    given = windows((4, 8), 4, shift=2)
+    swins = reference.window_mask(given)
+    wanted = halves(tensors, heads, given, "reference")
+    for impl in ("reference", "auto"):
+        for mask in (swins, swins.double(), swins == 0):
+            torch.testing.assert_close(halves(tensors, heads, given, impl, mask=mask), wanted)
+        open_ = halves(tensors, heads, given, impl, mask=torch.zeros(1, 16, 16))
+        assert not torch.allclose(open_, wanted, atol=1e-2)
+        x = reference.into_windows(tensors[0], given)
+        blocks = halves([x, *tensors[1:]], heads, None, impl, mask=swins)
+        torch.testing.assert_close(reference.from_windows(blocks, given), wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: windows(0, 7), "size: expected positive sizes, got 0"),
+        (lambda: windows(14, (7, 7.0)), r"window: expected an int or a pair of ints, got \(7, 7.0\)"),
+        (lambda: windows(14, 7, shift=7), r"shift: expected less than the window \(7, 7\), got \(7, 7\)"),
+        (lambda: windows(14, 7, shift=(0, -1)), r"shift: expected no negative sizes, got \(0, -1\)"),
+        (lambda: windows((14, 15), 7, grid=True), r"window: expected \(7, 7\) to divide the image \(14, 15\), got a"),
+        (lambda: windows(14, 7, shift=3, grid=True), r"shift: expected 0 with grid=True, got \(3, 3\)"),
+    ],
+)
+def test_windows_refuses_bad_arguments(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": (8, 4)}, "windows: expected what nest_fast.windows returns, got tuple"),
+        ({"windows": windows(8, 4)}, r"windows: expected those of an image of 32 tokens as x has, got size \(8, 8\)"),
+        ({"windows": windows((4, 8), 2)}, r"bias: expected shape \(3, 4, 4\) \(heads, N, N\), got \(3, 16, 16\)"),
+        ({"mask": torch.zeros(3, 16, 16)}, "mask: expected a number of groups that divides T = 2, got 3"),
+        ({"mask": torch.zeros(2, 9, 9)}, r"mask: expected shape \(2, 16, 16\) \(groups, N, N\), got \(2, 9, 9\)"),
+        ({"scale": torch.ones(3)}, r"scale: expected a number, which has no gradient, got a tensor \(3,\)"),
+        ({"cosine": True}, r"scale: expected a tensor \(heads,\), got NoneType"),
+        ({"cosine": True, "scale": torch.ones(2)}, r"scale: expected shape \(3,\) \(heads,\), got \(2,\)"),
+    ],
+)
+def test_attention_inside_windows_refuses_bad_arguments(change, message):
+    (*tensors, bias), heads = inputs((4, 8), (4, 4))
+    given = {"windows": windows((4, 8), 4), "bias": bias} | change
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        attention_layer(*tensors, num_heads=heads, **given)
+    assert "\n" not in str(error.value)
+
+
+class Half(torch.nn.Module):
+    """A Swin layer's attention half whose windows are those of any image."""
+
+    def __init__(self, tensors, heads):
+        super().__init__()
+        self.heads = heads
+        for n, t in enumerate(tensors):
+            self.register_buffer(f"p{n}", t)
+
+    def forward(self, x):
+        _, H, W, _ = x.shape
+        *weights, bias = self.buffers()
+        given = windows((H, W), 4, shift=2)
+        y = attention_layer(x.flatten(1, 2), *weights, num_heads=self.heads, windows=given, bias=bias)
+        return y.unflatten(1, (H, W))
+
+
+def test_exports_with_any_image_size():
+    (_, *tensors), heads = inputs((8, 8), (4, 4))
+    half, dim = Half(tensors, heads), torch.export.Dim
+    sizes = {1: dim("H", min=5, max=64), 2: dim("W", min=5, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(half, (torch.randn(2, 9, 14, 12),), dynamic_shapes=(sizes,)).module()
+        for size in ((9, 14), (12, 12), (30, 7)):
+            x = torch.randn(2, *size, 12)
+            torch.testing.assert_close(program(x), half(x))
+
+
+def test_compiles_in_one_graph():
+    (_, *tensors), heads = inputs((8, 8), (4, 4))
+    half = Half(tensors, heads)
+    torch._dynamo.reset()
+    compiled = torch.compile(half, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 9, 14, 12)
+    torch.testing.assert_close(gradients(compiled, (x,), x), gradients(half, (x,), x))
