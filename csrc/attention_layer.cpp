@@ -7,16 +7,19 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "added_scores.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "linear_gradient.h"
 #include "packed_linear.h"
 #include "sizes.h"
 #include "threads.h"
+#include "windows.h"
 
 #define NEST_FAST_KERNELS "attention_layer-inl.h"
 #include "foreach_isa.h"
@@ -25,6 +28,19 @@ namespace nest_fast {
 namespace {
 
 constexpr ByDtype<AttentionLayerKernels> kKernels[] = {NEST_FAST_BY_ISA(kAttentionLayer)};
+
+// Rows that are computed together where blocks are small, so that the weights are read less often.
+constexpr int64_t kRowsAtOnce = 196;
+
+// How many images so many rows are, whose windows have so many tokens; 0 without windows.
+int64_t images_of(const Windows& windows, int64_t rows, int64_t tokens) {
+  if (!windows.any()) return 0;
+  const int64_t image_rows = windows.image.h * windows.image.w;
+  STD_TORCH_CHECK(rows % image_rows == 0, "windows: expected a divisor of ", rows, " rows, got an image of ",
+                  image_rows);
+  STD_TORCH_CHECK(tokens == windows.tokens(), "tokens: expected ", windows.tokens(), " as windows has, got ", tokens);
+  return rows / image_rows;
+}
 
 // The same as isa.attention_layer for all blocks, what lies between the matmuls in memory.
 void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionLayer& p, int64_t blocks,
@@ -35,37 +51,46 @@ void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionL
   void* const qkv_data = p.qkv_out ? p.qkv_out : qkv.mutable_data_ptr();
   void* const attended_data = p.qkv_out ? p.attended : attended.mutable_data_ptr();
   const int64_t bytes = like.element_size();
-  const BlockAttention attention{p.heads.inputs(qkv_data, bytes, p.scale), p.heads.whole(attended_data, bytes), p.lse};
+  const BlockAttention attention{p.heads.inputs(qkv_data, bytes, p.scale), p.heads.whole(attended_data, bytes), p.lse,
+                                 p.added};
   const auto linear = [&](const LinearLayer& layer) {
     parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
   };
-  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data});
+  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data, p.index});
   parallel_for(blocks * p.heads.heads * isa.attention.row_blocks_per_head(tokens),
                [&](int64_t begin, int64_t end) { isa.attention.attend(attention, begin, end); });
-  linear({p.proj, {}, {p.x, p.x_stride, p.branch_scale}, rows, features, attended_data, p.out});
+  linear({p.proj, {}, {p.x, p.x_stride, p.branch_scale}, rows, features, attended_data, p.out, nullptr, p.index});
 }
 
-// x + branch_scale * proj(attention(qkv(norm(x)))) inside each block, for rows x (blocks * tokens, features). qkv gives
-// q of every head, then k, then v of `heads` or of one. Then for the gradient, empty without `training`: the output of
-// qkv, that of the attention, and lse (blocks, heads, tokens), the logarithms of its sums.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias,
-                                                               double eps, Tensor qkv_weight,
-                                                               std::optional<Tensor> qkv_bias, Tensor proj_weight,
-                                                               std::optional<Tensor> proj_bias, int64_t tokens,
-                                                               int64_t heads, int64_t kv_heads, double scale,
-                                                               double branch_scale, bool training) {
+// x + branch_scale * proj(attention(qkv(norm(x)))) inside each block, for rows x (blocks * tokens, features), or inside
+// each window, for rows x (images * H * W, features). qkv gives q of every head, then k, then v of `heads` or one.
+// bias (heads, tokens, tokens) and mask (groups, tokens, tokens) are added to the scores. Then for the gradient, empty
+// without `training`, in the order of blocks: the output of qkv, that of the attention, and lse, (blocks, heads, tokens),
+// the logarithms of its sums, or with something added to the scores (blocks, heads, tokens, 2), as AddedScores has it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
+    Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight, std::optional<Tensor> qkv_bias,
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> bias, std::optional<Tensor> mask,
+    IntHeaderOnlyArrayRef windows, int64_t tokens, int64_t heads, int64_t kv_heads, double scale, double branch_scale,
+    bool training) {
   const ScalarType dtype = x.scalar_type();
   const AttentionLayerKernels& isa = kernels_for(kKernels, "x", dtype);
-  const int64_t rows = x.size(0), features = x.size(1);
+  const int64_t features = x.size(1);
+  const Windows cut(windows);
+  const int64_t images = images_of(cut, x.size(0), tokens);
+  const int64_t rows = cut.any() ? images * cut.count() * tokens : x.size(0);
   AttentionLayer p{.heads = Heads(rows, features, tokens, heads, kv_heads)};
   p.x = rows_of("x", x, dtype, features, p.x_stride);
   p.scale = static_cast<float>(scale), p.branch_scale = static_cast<float>(branch_scale);
   p.norm = norm_of(norm_weight, norm_bias, eps, features);
-  const int64_t kept = training ? rows : 0, packed_features = p.heads.packed_features();
+  const int64_t blocks = rows / tokens, kept = training ? rows : 0, packed_features = p.heads.packed_features();
+  const ScoreTables tables(bias, mask, cut, blocks, heads, tokens, false);
+  p.added = tables.added;
   using torch::stable::new_empty;
-  Tensor out = new_empty(x, {rows, features});
+  Tensor out = new_empty(x, {x.size(0), features});
   Tensor qkv_out = new_empty(x, {kept, packed_features}), attended = new_empty(x, {kept, features});
-  Tensor lse = new_empty(x, {kept / tokens, heads, tokens}, ScalarType::Float);
+  std::vector<int64_t> lse_size{kept / tokens, heads, tokens};
+  if (p.added.any()) lse_size.push_back(2);
+  Tensor lse = new_empty(x, lse_size, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   if (training) {
     p.qkv_out = qkv_out.mutable_data_ptr();
@@ -80,7 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(Tensor x, Tensor 
   STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: expected ", features, " output features, got ",
                   proj.linear.out);
   p.qkv = qkv.linear, p.proj = proj.linear;
-  const int64_t blocks = rows / tokens, threads = torch::stable::get_num_threads();
+  const std::vector<int64_t> index = cut.rows(images);
+  p.index = cut.any() ? index.data() : nullptr;
+  p.blocks_at_once = std::max<int64_t>(kRowsAtOnce / tokens, 1);
+  const int64_t threads = torch::stable::get_num_threads();
   // A block is one thread's work. Where that leaves threads idle, the parts are divided one by one.
   if (4 * blocks >= 3 * ceil_div(blocks, threads) * threads)
     parallel_for(blocks, [&](int64_t begin, int64_t end) { isa.attention_layer(p, begin, end); });
@@ -113,37 +141,45 @@ LinearGradients linear_backward(const AttentionLayerKernels& isa, const char* na
 }
 
 // For the gradient dout (rows, features) of proj(attention(qkv)) with qkv (rows, packed features) = qkv_layer(x): those
-// of x, and of the weight and bias of the qkv layer, and of proj. output_mask says which are wanted; the others are
-// empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_layer_cpp_bwd(
+// of x, and of the weight and bias of the qkv layer, and of proj; and of the bias that is added to the scores. Rows are
+// those of blocks, also of windows. output_mask says which are wanted; the others are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_layer_cpp_bwd(
     Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight, Tensor proj_weight,
-    int64_t tokens, int64_t heads, int64_t kv_heads, double scale, std::vector<bool> output_mask) {
+    std::optional<Tensor> bias, std::optional<Tensor> mask, IntHeaderOnlyArrayRef windows, int64_t tokens,
+    int64_t heads, int64_t kv_heads, double scale, std::vector<bool> output_mask) {
+  STD_TORCH_CHECK(output_mask.size() == 6, "output_mask: expected 6 bools, got ", output_mask.size());
+  const bool want_dbias = output_mask.back();
+  STD_TORCH_CHECK(bias || !want_dbias, "output_mask: expected no gradient of a bias that is not there");
+  output_mask.pop_back();
   const BranchMask wanted(output_mask);
   const AttentionLayerKernels& isa = kernels_for(kKernels, "dout", dout.scalar_type());
   const int64_t rows = dout.size(0), features = dout.size(1), bytes = dout.element_size();
   const Heads cut(rows, features, tokens, heads, kv_heads);
+  const ScoreTables tables(bias, mask, Windows(windows), rows / tokens, heads, tokens, true);
   const void* const qkv_data = kept_rows_of("qkv", qkv, dout, cut.packed_features());
   const void* const attended_data = kept_rows_of("attended", attended, dout, features);
-  const float* const lse_data = lse_of(lse, rows * heads);
-  const bool want_dqkv = wanted.dx || wanted.first.any();
+  const float* const lse_data = lse_of(lse, rows * heads * (tables.added.any() ? 2 : 1));
+  const bool want_dqkv = wanted.dx || wanted.first.any() || want_dbias;
   const LinearGradients proj =
       linear_backward(isa, "proj_weight", proj_weight, dout, attended, want_dqkv, wanted.second);
-  if (!want_dqkv) return {nothing(x), nothing(x), nothing(x), proj.weight, proj.bias};
+  if (!want_dqkv) return {nothing(x), nothing(x), nothing(x), proj.weight, proj.bias,
+                           torch::stable::new_empty(x, {0}, ScalarType::Float)};
   Tensor dqkv = torch::stable::new_empty(qkv, {rows, cut.packed_features()});
   void* const dqkv_data = dqkv.mutable_data_ptr();
-  const BlockAttentionBackward p{cut.inputs(qkv_data, bytes, static_cast<float>(scale)),
-                                 cut.whole(attended_data, bytes),
-                                 cut.whole(proj.dx.const_data_ptr(), bytes),
-                                 cut.q(dqkv_data, bytes),
-                                 cut.k(dqkv_data, bytes),
-                                 cut.v(dqkv_data, bytes),
-                                 lse_data};
-  const int64_t task_heads = kv_heads < heads ? heads : 1;  // the heads that share a gradient are one task
-  parallel_for(rows / tokens * heads / task_heads, [&](int64_t begin, int64_t end) {
-    isa.attention.attend_backward(p, begin * task_heads, end * task_heads);
-  });
+  BlockAttentionBackward p{cut.inputs(qkv_data, bytes, static_cast<float>(scale)),
+                           cut.whole(attended_data, bytes),
+                           cut.whole(proj.dx.const_data_ptr(), bytes),
+                           cut.q(dqkv_data, bytes),
+                           cut.k(dqkv_data, bytes),
+                           cut.v(dqkv_data, bytes),
+                           lse_data,
+                           rows / tokens,
+                           kv_heads < heads ? heads : 1};
+  p.added = tables.added;
+  const BiasGradient dbias(p, dout, want_dbias);
+  parallel_for(p.tasks(), [&](int64_t begin, int64_t end) { isa.attention.attend_backward(p, begin, end); });
   const LinearGradients in = linear_backward(isa, "qkv_weight", qkv_weight, dqkv, x, wanted.dx, wanted.first);
-  return {in.dx, in.weight, in.bias, proj.weight, proj.bias};
+  return {in.dx, in.weight, in.bias, proj.weight, proj.bias, dbias.sum(dout)};
 }
 
 }  // namespace

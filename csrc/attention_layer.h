@@ -68,10 +68,12 @@ struct AttentionLayer {
   Linear qkv, proj;
   Norm norm;
   Heads heads;
-  int64_t x_stride;
+  AddedScores added;
+  int64_t x_stride, blocks_at_once;
   float scale, branch_scale;
   const void* x;
   void* out;
+  const int64_t* index;      // the row of x and out that each row of the blocks is, negative for none; or null
   void *qkv_out, *attended;  // what the gradient needs, or null
   float* lse;
 };

@@ -7,11 +7,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
+#include <vector>
 
+#include "added_scores.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "threads.h"
+#include "windows.h"
 
 #define NEST_FAST_KERNELS "block_attention-inl.h"
 #include "foreach_isa.h"
@@ -60,9 +64,16 @@ Tensor new_like(const Tensor& x) {
 
 void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: expected a head_dim of at least 1, got 0"); }
 
-// q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. Returns out like q, contiguous,
-// and lse (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), fp32.
-std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+ScoreTables tables_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const Tensor& q,
+                      bool transposed) {
+  return ScoreTables(bias, mask, Windows(IntHeaderOnlyArrayRef()), q.size(1), q.size(3), q.size(2), transposed);
+}
+
+// q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. bias (heads, N, N) and mask
+// (groups, N, N) are added to the scores, fp32. Returns out like q, contiguous, and lse, fp32: (B, T, heads, N), the
+// natural logarithm of the sum of exp(scale * q @ k^T), or with bias or mask as AddedScores has it (B, T, heads, N, 2).
+std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+                                                   std::optional<Tensor> mask, double scale) {
   BlockAttention p{};
   p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q);
   p.blocks = q.size(1), p.tokens = q.size(2), p.heads = q.size(3), p.dim = q.size(4);
@@ -70,9 +81,13 @@ std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v,
 
   const BlockAttentionKernels& isa = kernels_for(kKernels, "q", q.scalar_type());
   check_head_dim(q);
+  const ScoreTables tables = tables_of(bias, mask, q, false);
+  p.added = tables.added;
 
   Tensor out = new_like(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(3), q.size(2)}, ScalarType::Float);
+  std::vector<int64_t> lse_size{q.size(0), q.size(1), q.size(3), q.size(2)};
+  if (p.added.any()) lse_size.push_back(2);
+  Tensor lse = torch::stable::new_empty(q, lse_size, ScalarType::Float);
   p.out = output(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t heads = q.size(0) * q.size(1) * q.size(3);
@@ -82,9 +97,12 @@ std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-// The gradients dq, dk and dv, contiguous, of block_attention_cpp_fwd's out; dout like it, out and lse from it.
-std::tuple<Tensor, Tensor, Tensor> block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                           Tensor lse, double scale) {
+// The gradients dq, dk and dv, contiguous, of block_attention_cpp_fwd's out, and that of bias, fp32, if it is wanted;
+// dout like out, out and lse from it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v,
+                                                                   Tensor out, Tensor lse, std::optional<Tensor> bias,
+                                                                   std::optional<Tensor> mask, double scale,
+                                                                   bool need_dbias) {
   BlockAttentionBackward p{};
   p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q);
   p.out = whole_input("out", out, q), p.dout = whole_input("dout", dout, q);
@@ -92,17 +110,26 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_cpp_bwd(Tensor dout, Tensor q
   p.scale = static_cast<float>(scale);
   const BlockAttentionKernels& isa = kernels_for(kKernels, "q", q.scalar_type());
   check_head_dim(q);
-  const int64_t blocks = q.size(0) * q.size(1);
-  p.lse = lse_of(lse, blocks * p.heads * p.tokens);
+  STD_TORCH_CHECK(bias || !need_dbias, "need_dbias: expected a bias for its gradient");
+  const ScoreTables tables = tables_of(bias, mask, q, true);
+  p.added = tables.added;
+  p.all_blocks = q.size(0) * q.size(1);
+  p.lse = lse_of(lse, p.all_blocks * p.heads * p.tokens * (p.added.any() ? 2 : 1));
 
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   p.dq = output(dq), p.dk = output(dk), p.dv = output(dv);
+  const bool any = p.all_blocks * p.heads > 0 && p.tokens > 0;
   // The heads that share a gradient are one task.
-  const int64_t task_heads = k.size(3) < p.heads || v.size(3) < p.heads ? p.heads : 1;
-  if (blocks * p.heads > 0 && p.tokens > 0)
-    parallel_for(blocks * p.heads / task_heads,
-                 [&](int64_t begin, int64_t end) { isa.attend_backward(p, begin * task_heads, end * task_heads); });
-  return {dq, dk, dv};
+  p.task_heads = std::max<int64_t>(k.size(3) < p.heads || v.size(3) < p.heads ? p.heads : 1, 1);
+  p.task_blocks = 1;
+  const BiasGradient dbias(p, q, need_dbias && any);
+  if (any) parallel_for(p.tasks(), [&](int64_t begin, int64_t end) { isa.attend_backward(p, begin, end); });
+  Tensor db = dbias.sum(q);
+  if (need_dbias && !any) {
+    db = torch::stable::new_empty(*bias, {p.heads, p.tokens, p.tokens});
+    torch::stable::zero_(db);
+  }
+  return {dq, dk, dv, db};
 }
 
 }  // namespace

@@ -27,22 +27,51 @@ struct AttentionInputs {
   float scale;
 };
 
+// What is added to the scores: tables (tokens, columns), zeros in the columns behind the tokens. bias has one for each
+// head; block b has number mask_of[b % groups] of masks, none where that is negative. Either is null where there is
+// none. A row of lse then has two numbers, its largest score and the logarithm of its sum: the score may be so large
+// that the sum of the two is the score.
+struct AddedScores {
+  const float *bias = nullptr, *masks = nullptr;
+  const int32_t* mask_of = nullptr;
+  int64_t groups = 1, tokens = 0, columns = 0, first_block = 0;  // the number of the first block that is counted
+
+  bool any() const { return bias || mask_of; }
+
+  // The tables of a head of a block, and how many these are.
+  int tables_of(int64_t block, int64_t head, const float* (&tables)[2]) const {
+    int count = 0;
+    if (bias) tables[count++] = bias + head * tokens * columns;
+    const int32_t number = mask_of ? mask_of[(first_block + block) % groups] : -1;
+    if (number >= 0) tables[count++] = masks + number * tokens * columns;
+    return count;
+  }
+};
+
 struct BlockAttention : AttentionInputs {
   Output out;
   float* lse;  // (batch, blocks, heads, tokens), contiguous; null where it is not wanted
+  AddedScores added{};
 };
 
-// Its backward: out and lse as the forward left them. dk or dv with one head is the sum over q's.
+// Its backward: out and lse as the forward left them. dk or dv with one head is the sum over q's. A task is
+// `task_heads` heads, those that share a gradient, of `task_blocks` of all blocks; tables are (keys, columns of
+// queries), and dbias, null where it is not wanted, has such a table for each head of each `task_blocks`.
 struct BlockAttentionBackward : AttentionInputs {
   Input out, dout;
   Output dq, dk, dv;
   const float* lse;
+  int64_t all_blocks, task_heads, task_blocks = 1;
+  AddedScores added{};
+  float* dbias = nullptr;
+
+  int64_t tasks() const { return (all_blocks + task_blocks - 1) / task_blocks * (heads / task_heads); }
 };
 
 struct BlockAttentionKernels {
   int64_t (*row_blocks_per_head)(int64_t tokens);
   void (*attend)(const BlockAttention&, int64_t begin, int64_t end);                   // row blocks of queries
-  void (*attend_backward)(const BlockAttentionBackward&, int64_t begin, int64_t end);  // heads
+  void (*attend_backward)(const BlockAttentionBackward&, int64_t begin, int64_t end);  // tasks
 };
 
 }  // namespace nest_fast

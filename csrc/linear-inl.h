@@ -79,6 +79,23 @@ void pack_tiles(const Tiles& tiles, const typename Op::Element* x, int64_t strid
     pack_input<Op>(x + tiles.first(tile) * stride, stride, tiles.size(tile), features, norm, row, a);
 }
 
+// The same of rows index[0], index[1] and so on of x, of x as it is without an index, zeros where that is negative.
+template <class Op>
+void pack_indexed(const Tiles& tiles, const typename Op::Element* x, int64_t stride, const int64_t* index,
+                  int64_t features, const Norm& norm, float* row, float* a) {
+  if (!index) return pack_tiles<Op>(tiles, x, stride, features, norm, row, a);
+  const int64_t tile_floats = k_steps_of<Op>(features) * kMR;
+  for (int64_t tile = 0; tile < tiles.count; ++tile, a += tile_floats)
+    for (int64_t r = 0; r < tiles.size(tile); ++r) {
+      const int64_t at = index[tiles.first(tile) + r];
+      float* const packed_row = a + r * kLanes;
+      if (at >= 0)
+        pack_input<Op>(x + at * stride, stride, 1, features, norm, row, packed_row);
+      else
+        for (int64_t i = 0; i < tile_floats; i += kPanelA) store(packed_row + i, zero());
+    }
+}
+
 // callback(tile, column) for tile after tile under NR columns after NR columns.
 template <class Callback>
 void for_each_group(const Tiles& tiles, int64_t columns, Callback callback) {
@@ -122,6 +139,17 @@ Residual<T> rows_at(const Residual<void>& p, int64_t row) {
   return {static_cast<const T*>(p.x) + row * p.stride, p.stride, p.scale};
 }
 
+// The same from row `first` on of what an index, if there is one, says; rows without a place are not stored.
+template <class T>
+void store_indexed(const float* c, int64_t rows, int64_t column, const Linear& p, const Residual<void>& residual,
+                   void* out, const int64_t* index, int64_t first) {
+  const auto at = [&](int64_t row) { return static_cast<T*>(out) + row * p.out; };
+  if (!index) return store_rows<T>(c, rows, column, p, rows_at<T>(residual, first), at(first), p.out);
+  for (int64_t r = 0; r < rows; ++r)
+    if (const int64_t row = index[first + r]; row >= 0)
+      store_rows<T>(c + r * kNR, 1, column, p, rows_at<T>(residual, row), at(row), p.out);
+}
+
 // Tiles of rows that are computed together, so many that reading the weight is little work for them, while what lies
 // between the layers, `floats` a tile, stays in cache.
 inline int64_t tiles_at_once(int64_t floats) {
@@ -144,11 +172,12 @@ void linear(const LinearLayer& p, int64_t begin, int64_t end) {
   const int64_t tile_floats = k_steps_of<Op>(p.linear.in) * kMR, at_once = tiles_at_once(tile_floats);
   const auto [row, a] = scratch(round_up(p.linear.in, kNR), at_once * tile_floats);
   for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
-    pack_tiles<Op>(tiles, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.linear.in, p.norm, row, a);
+    const int64_t* const index = p.x_index ? p.x_index + first : nullptr;
+    const T* const x = static_cast<const T*>(p.x) + (index ? 0 : first * p.x_stride);
+    pack_indexed<Op>(tiles, x, p.x_stride, index, p.linear.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
-      const int64_t out_row = first + tiles.first(tile);
-      store_rows<T>(c, tiles.size(tile), column, p.linear, rows_at<T>(p.residual, out_row),
-                    static_cast<T*>(p.out) + out_row * p.linear.out, p.linear.out);
+      store_indexed<T>(c, tiles.size(tile), column, p.linear, p.residual, p.out, p.out_index,
+                       first + tiles.first(tile));
     });
   });
 }

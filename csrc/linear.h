@@ -29,7 +29,9 @@ struct Residual {
   float scale = 1;
 };
 
-// residual + scale * (norm(x) @ weight^T + bias). Rows are dense; strides are between them.
+// residual + scale * (norm(x) @ weight^T + bias). Rows are dense; strides are between them. Row r of what is multiplied
+// is row x_index[r] of x, and row r of the product is row out_index[r] of out and the residual, r itself where there is
+// no index. A negative one stands for a row of zeros, and for one that is not stored.
 struct LinearLayer {
   Linear linear;
   Norm norm;
@@ -37,6 +39,7 @@ struct LinearLayer {
   int64_t rows, x_stride;
   const void* x;
   void* out;
+  const int64_t *x_index = nullptr, *out_index = nullptr;
 };
 
 // Rows [first, first + rows): as many as are taken at a time in the backward.

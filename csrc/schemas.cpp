@@ -7,7 +7,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nest_fast, m) {
   m.def("blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor");
   m.def("unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Tensor? pos_embed) -> Tensor");
   m.def("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor");
-  m.def("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)");
+  m.def("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
+        " -> (Tensor out, Tensor lse)");
   m.def("block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
         " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
         " float eps, bool same, bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)");
@@ -15,8 +16,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nest_fast, m) {
         " SymInt[2] out_block_size, float eps, bool same, bool training)"
         " -> (Tensor out, Tensor mean, Tensor rstd, Tensor argmax)");
   m.def("attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
-        " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
-        " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)");
+        " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? bias, Tensor? mask, SymInt[] windows,"
+        " SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training)"
+        " -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)");
   m.def("mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
         " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
         " -> (Tensor out, Tensor hidden)");

@@ -103,11 +103,7 @@ def _unpatchify(x: Tensor, patch_size: Size2, grid_size: Size2, block_size: Size
     return x.reshape(*x.shape[:2], gh * bh * ph, gw * bw * pw).contiguous()
 
 
-def _block_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return _block_attention_triton(q, k, v, None, None, scale)
-
-
-def _block_attention_triton(
+def _block_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, ...]:
     out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask)
@@ -120,26 +116,44 @@ def _block_attention_triton(
     out = out.to(q.dtype).contiguous()
     if bias is None and mask is None:
         return out, scores.logsumexp(-1)
-    # A row's maximum, in the unit of the kernel that leaves the scale to the exponent, and the logarithm of its sum.
     row_max = scores.amax(-1)
     empty = row_max == float("-inf")
     log_sum = (scores - row_max.masked_fill(empty, 0.0).unsqueeze(-1)).exp().sum(-1).log().masked_fill(empty, 0.0)
-    row_max = row_max.masked_fill(empty, float("inf")) / (scale if scale > 1e-6 else 1.0)
-    return out, torch.stack((row_max, log_sum), -1)
+    return out, torch.stack((row_max.masked_fill(empty, float("inf")), log_sum), -1)
+
+
+def _block_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    out, lse = _block_attention(q, k, v, bias, mask, scale)
+    if bias is None and mask is None:
+        return out, lse
+    row_max, log_sum = lse.unbind(-1)  # the maximum in the unit of the kernel that leaves the scale to the exponent
+    return out, torch.stack((row_max / (scale if scale > 1e-6 else 1.0), log_sum), -1)
 
 
 def _attention_layer(
-    x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, kv_heads, *rest
+    x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, bias, mask, numbers, *rest
 ) -> tuple[Tensor, ...]:
-    scale, branch_scale, training = rest
-    C = x.shape[1]
-    qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
-    packed = qkv.reshape(-1, 1, tokens, heads + 2 * kv_heads, C // heads)
-    q, k, v = packed.split((heads, kv_heads, kv_heads), 3)
-    out, lse = _block_attention(q, k, v, scale)
+    tokens, heads, kv_heads, scale, branch_scale, training = rest
+    C, windows = x.shape[1], reference.Windows.of_numbers(numbers)
+    y = _layer_norm(x, norm_weight, norm_bias, eps)
+    if windows is None:
+        y = y.reshape(-1, 1, tokens, C)
+    else:
+        y = reference.into_windows(y.reshape(-1, windows.rows, C), windows)
+        if any(windows.shift) and mask is None:
+            mask = reference.window_mask(windows, x.device)
+    qkv = F.linear(y, qkv_weight, qkv_bias)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, C // heads)).split((heads, kv_heads, kv_heads), 3)
+    groups = 1 if mask is None else mask.shape[0]
+    q, k, v = (x.reshape(-1, groups, *x.shape[2:]) for x in (q, k, v))
+    out, lse = _block_attention(q, k, v, bias, mask, scale)
     attended = out.reshape(-1, C)
-    out = x + branch_scale * F.linear(attended, proj_weight, proj_bias)
-    return out, *_kept(training, qkv, attended, lse.flatten(0, 1))
+    out = F.linear(attended, proj_weight, proj_bias)
+    if windows is not None:
+        out = reference.from_windows(out.reshape(-1, windows.blocks, tokens, C), windows).reshape(-1, C)
+    return x + branch_scale * out, *_kept(training, qkv.reshape(-1, qkv.shape[-1]), attended, lse.flatten(0, 1))
 
 
 def _mlp_layer(

@@ -10,6 +10,7 @@ Source: Zhang et al., "Nested Hierarchical Transformer", AAAI 2022 (arXiv 2105.1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,9 +88,32 @@ class Windows(NamedTuple):
         return (H + h - 1) // h, (W + w - 1) // w
 
     @property
+    def rows(self) -> int:
+        """Tokens of the image."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def blocks(self) -> int:
+        """All windows."""
+        return self.counts[0] * self.counts[1]
+
+    @property
     def tokens(self) -> int:
         """Tokens of a window, padding included."""
         return self.window[0] * self.window[1]
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of it, as an operation of the extension takes it; an empty list stands for no windows."""
+        return [*self.size, *self.window, *self.shift, int(self.pad_first), int(self.grid)]
+
+    @staticmethod
+    def of_numbers(numbers: Sequence[int]) -> Windows | None:
+        """The inverse."""
+        if not numbers:
+            return None
+        H, W, h, w, down, right, pad_first, grid = numbers
+        return Windows((H, W), (h, w), (down, right), bool(pad_first), bool(grid))
 
 
 def window_rows(windows: Windows, device: torch.device | str = "cpu") -> Tensor:

@@ -75,7 +75,7 @@ def test_of_any_shape_and_strides(impl, B, T, N, heads, d, multi_query, layout, 
         assert relative_error(out, reference.block_attention(*in_double((q, k, v)))) < 1e-5
 
 
-@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "cpp"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("masked", [None, "float", "bool"])
 def test_bias_and_mask(impl, masked):
     q, k, v = inputs()
@@ -144,13 +144,18 @@ def test_opcheck(impl):
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs(kv_heads=kv_heads))
-        arguments = (q, k, v, 0.25) if impl == "cpp" else (q, k, v, None, None, 0.25)
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, (q, k, v, None, None, 0.25))
         if impl == "cpp":
-            q, k, v = (x.detach() for x in (q, k, v))
-            out, lse = op(q, k, v, 0.25)
-            dout = torch.randn_like(out)
-            torch.library.opcheck(torch.ops.nest_fast.block_attention_cpp_bwd.default, (dout, q, k, v, out, lse, 0.25))
+            bias, mask = torch.randn(2, 16, 16).requires_grad_(), torch.randn(2, 16, 16)
+            torch.library.opcheck(op, (q, k, v, bias, mask, 0.25))
+            q, k, v, bias = (x.detach() for x in (q, k, v, bias))
+            backward = torch.ops.nest_fast.block_attention_cpp_bwd.default
+            for added in ((None, None), (bias, None), (bias, mask)):
+                out, lse = op(q, k, v, *added, 0.25)
+                call = torch.randn_like(out), q, k, v, out, lse, *added, 0.25
+                torch.library.opcheck(backward, (*call, False))
+                if added[0] is not None:
+                    torch.library.opcheck(backward, (*call, True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -191,13 +196,29 @@ def test_vmap_over_the_batch(impl):
         torch.testing.assert_close(out[i], block_attention(q[i], k[i], v[0], impl=impl))
 
 
-@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "cpp"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_vmap_over_biases(impl):
     q, k, v = inputs()
     bias = torch.randn(3, 2, 16, 16, device=DEVICE)
     out = torch.vmap(lambda b: block_attention(q, k, v, bias=b, impl=impl))(bias)
     for i in range(3):
         torch.testing.assert_close(out[i], block_attention(q, k, v, bias=bias[i], impl=impl))
+
+
+def test_vmap_of_a_shared_biases_gradient():
+    """A sum for each, not one for all."""
+    if "cpp" not in IMPLS:
+        return
+    q, k, v = inputs()
+    bias = torch.randn(2, 16, 16, device=DEVICE)
+    out, lse = torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, bias, None, 0.3)
+    douts = torch.stack([torch.randn_like(out), torch.randn_like(out)])
+
+    def backward(dout):
+        return torch.ops.nest_fast.block_attention_cpp_bwd(dout, q, k, v, out, lse, bias, None, 0.3, True)
+
+    for got, *alone in zip(torch.vmap(backward)(douts), *map(backward, douts), strict=True):
+        assert torch.equal(got, torch.stack(alone))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -270,7 +291,7 @@ def test_an_explicit_choice_never_falls_back():
     for impl in ("cpp", "triton"):
         with pytest.raises(RuntimeError, match=f"impl: '{impl}' cannot run block_attention here: .*float64"):
             block_attention(q, k, v, impl=impl)
-    with pytest.raises(RuntimeError, match=r"impl: 'cpp' cannot .*: it takes no bias or mask"):
-        block_attention(*inputs(), bias=torch.zeros(2, 16, 16, device=DEVICE), impl="cpp")
+    with pytest.raises(RuntimeError, match=r"impl: 'cpp' cannot .*: it has no dropout"):
+        block_attention(*inputs(), dropout_p=0.1, impl="cpp")
     with pytest.raises(RuntimeError, match=r"impl: 'triton' cannot .*N = 300 tokens are over 256"):
         block_attention(*inputs(N=300), impl="triton")

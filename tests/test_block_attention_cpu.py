@@ -1,6 +1,7 @@
 """The C++ kernel of block_attention, with every instruction set of this processor: accuracy, memory, special values."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.attention import golden_softmax, sums_of_terms
-from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, instructions, with_threads
+from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, with_threads
 from nest_fast import reference
 from nest_fast.ops import _extension, block_attention
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
@@ -30,23 +31,25 @@ def packed(B, T, N, heads, d, dtype=torch.float32, kv_heads=None):
     return torch.randn(B, T, N, heads + 2 * kv_heads, d).to(dtype).split((heads, kv_heads, kv_heads), dim=3)
 
 
-def kernel(q, k, v, scale=None):
-    return OPS.block_attention_cpp_fwd(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+def kernel(q, k, v, scale=None, bias=None, mask=None):
+    return OPS.block_attention_cpp_fwd(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0]
 
 
-def backward(dout, q, k, v, scale=None):
-    """dq, dk and dv of the kernel."""
+def backward(dout, q, k, v, scale=None, bias=None, mask=None):
+    """dq, dk and dv of the kernel, and dbias where there is a bias."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return OPS.block_attention_cpp_bwd(dout, q, k, v, *OPS.block_attention_cpp_fwd(q, k, v, scale), scale)
+    kept = OPS.block_attention_cpp_fwd(q, k, v, bias, mask, scale)
+    grads = OPS.block_attention_cpp_bwd(dout, q, k, v, *kept, bias, mask, scale, bias is not None)
+    return grads[: 3 if bias is None else 4]
 
 
-def plain(q, k, v, scale=None):
+def plain(q, k, v, scale=None, bias=None, mask=None):
     """4-D scaled_dot_product_attention, the measure of accuracy."""
-    return block_attention(q, k, v, scale=scale, impl="sdpa")
+    return block_attention(q, k, v, scale=scale, bias=bias, mask=mask, impl="sdpa")
 
 
-def golden(q, k, v, scale=None):
-    return reference.block_attention(q.double(), k.double(), v.double(), scale=scale)
+def golden(q, k, v, scale=None, bias=None, mask=None):
+    return reference.block_attention(*in_double((q, k, v)), scale=scale, bias=bias, mask=mask)
 
 
 # The NesT shapes (196; 16 for 32 px), windows (49, 64), one beyond what registers were sized for, odd sizes.
@@ -82,7 +85,7 @@ def test_gradient_is_as_accurate_as_sdpas(isa, dtype, N, d, kv_heads):
 @pytest.mark.parametrize("scale", [0.2, -0.7, 0.0, 8.0])
 def test_lse_and_any_scale(isa, dtype, scale):
     q, k, v = packed(2, 2, 50, 2, 16, dtype)
-    out, lse = OPS.block_attention_cpp_fwd(q, k, v, scale)
+    out, lse = OPS.block_attention_cpp_fwd(q, k, v, None, None, scale)
     scores = scale * q.double().transpose(2, 3) @ k.double().transpose(2, 3).transpose(-1, -2)
     exact = scores.logsumexp(-1)
     assert lse.dtype == torch.float32
@@ -95,6 +98,39 @@ def test_lse_and_any_scale(isa, dtype, scale):
     theirs, wanted = (gradients(lambda *a: f(*a, scale), (q, k, v), dout)[1:] for f in (plain, golden))  # noqa: B023
     for name, *each in zip(("dq", "dk", "dv"), ours, theirs, wanted, strict=True):
         assert_as_accurate(*each, 3 if dtype == torch.float32 else 2, name)
+
+
+# A relative position bias, a mask of groups with none in one of them, both, and multi-query attention with both.
+@pytest.mark.parametrize(
+    ("N", "d", "kv_heads", "names"),
+    [
+        (49, 32, 3, "bias"),
+        (16, 64, 3, "mask"),
+        (144, 32, 3, "bias mask"),
+        (49, 32, 1, "bias mask"),
+        (29, 20, 3, "bias"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_bias_and_mask_are_as_accurate_as_sdpas(isa, dtype, N, d, kv_heads, names):
+    q, k, v = packed(2, 2 * (1 + 2**14 // (N * 3 * d)), N, 3, d, dtype, kv_heads)
+    mask = torch.randn(2, N, N).masked_fill(torch.rand(2, N, N) < 0.2, -100.0)
+    mask[1] = 0
+    bias = [torch.randn(3, N, N).to(dtype)] if "bias" in names else []
+    dout = torch.randn_like(q)
+
+    def differentiated(function, tensors, dout, mask):
+        mask = {"mask": mask} if "mask" in names else {}
+        call = lambda q, k, v, bias=None: function(q, k, v, bias=bias, **mask)  # noqa: E731
+        return gradients(call, tensors, dout)
+
+    given = (q, k, v, *bias)
+    exact = differentiated(golden, in_double(given), dout.double(), mask.double())
+    ours, theirs = (differentiated(partial(block_attention, impl=i), given, dout, mask) for i in ("cpp", "sdpa"))
+    assert_as_accurate(ours[0], theirs[0], exact[0], 1.5)
+    for name, *each in zip(("out", "dq", "dk", "dv", "dbias"), ours, theirs, exact, strict=False):
+        factor = 1.5 if name == "out" else 3 if dtype == torch.float32 else 2
+        assert relative_error(each[0], each[2]) <= factor * relative_error(each[1], each[2]), name
 
 
 @settings(max_examples=200)
@@ -154,11 +190,15 @@ def test_stays_inside_its_buffers(isa, dtype, N, d):
 @pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33)])
 def test_backward_stays_inside_its_buffers(isa, dtype, N, d):
     q, k, v = packed(2, 2, N, 2, d, dtype, kv_heads=1)
-    out, lse = OPS.block_attention_cpp_fwd(q, k, v, 0.3)
-    alone = (torch.randn_like(q), q, k, v, out)
-    ours = OPS.block_attention_cpp_bwd(*map(amid_nan, alone), guarded(lse), 0.3)
-    for got, wanted in zip(ours, OPS.block_attention_cpp_bwd(*alone, lse, 0.3), strict=True):
-        assert torch.equal(got, wanted)
+    bias, mask = torch.randn(2, N, N), torch.randn(2, N, N)
+    for added in ((None, None), (bias, mask)):
+        out, lse = OPS.block_attention_cpp_fwd(q, k, v, *added, 0.3)
+        banded = [x if x is None else guarded(x) for x in added]
+        assert torch.equal(OPS.block_attention_cpp_fwd(q, k, v, *banded, 0.3)[0], out)
+        alone, rest = (torch.randn_like(q), q, k, v, out), (0.3, added[0] is not None)
+        ours = OPS.block_attention_cpp_bwd(*map(amid_nan, alone), guarded(lse), *banded, *rest)
+        for got, wanted in zip(ours, OPS.block_attention_cpp_bwd(*alone, lse, *added, *rest), strict=True):
+            assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -213,9 +253,12 @@ def test_repeats_bit_by_bit(isa):
     q, k, v = packed(3, 2, 61, 5, 16, torch.bfloat16, kv_heads=1)
     dout = torch.randn_like(q)
     whole_k, whole_v = k.expand(q.shape), v.expand(q.shape).contiguous()
+    many = [x.repeat(9, 1, 1, 1, 1) for x in (dout, q, whole_k, whole_v)]  # more blocks than sum a bias's gradient
+    added = {"bias": torch.randn(5, 61, 61), "mask": torch.randn(2, 61, 61)}
 
     def compute():
-        return kernel(q, k, v), *backward(dout, q, k, v), *backward(dout, q, whole_k, whole_v)
+        biased = kernel(*many[1:], **added), *backward(*many, **added), *backward(dout, q, k, v, **added)
+        return kernel(q, k, v), *backward(dout, q, k, v), *backward(dout, q, whole_k, whole_v), *biased
 
     wanted = compute()
     for got in with_threads(compute):
@@ -237,10 +280,16 @@ def test_only_one_of_k_and_v_is_shared(isa):
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 8), (2, 0, 16, 2, 8), (2, 4, 0, 2, 8), (2, 4, 16, 0, 8)])
 def test_of_nothing(isa, shape):
     q = torch.empty(shape)
-    out, lse = OPS.block_attention_cpp_fwd(q, q, q, 1.0)
+    out, lse = OPS.block_attention_cpp_fwd(q, q, q, None, None, 1.0)
     assert out.shape == shape
     assert lse.shape == (shape[0], shape[1], shape[3], shape[2])
-    assert all(x.shape == shape for x in OPS.block_attention_cpp_bwd(q, q, q, q, out, lse, 1.0))
+    *grads, _ = OPS.block_attention_cpp_bwd(q, q, q, q, out, lse, None, None, 1.0, False)
+    assert all(x.shape == shape for x in grads)
+    bias = torch.ones(shape[3], shape[2], shape[2])
+    out, lse = OPS.block_attention_cpp_fwd(q, q, q, bias, None, 1.0)
+    *_, dbias = OPS.block_attention_cpp_bwd(q, q, q, q, out, lse, bias, None, 1.0, True)
+    assert dbias.shape == bias.shape
+    assert not dbias.any()
 
 
 def test_long_sequences(isa):
@@ -264,10 +313,15 @@ GOOD = (1, 2, 5, 3, 8)
         ({"q": torch.zeros(1, 2, 5, 8, 3).mT}, "q: expected stride 1 of the last dimension, got 3"),
         ({x: torch.zeros(GOOD).double() for x in "qkv"}, "q: expected dtype Float, Half or BFloat16, got Double"),
         ({x: torch.zeros(GOOD)[..., :0] for x in "qkv"}, "q: expected a head_dim of at least 1, got 0"),
+        ({"bias": torch.zeros(3, 5, 5).half()}, "bias: expected dtype Float, got Half"),
+        ({"bias": torch.zeros(3, 5, 4)}, "bias: expected 3 dimensions, the last two 5, contiguous"),
+        ({"bias": torch.zeros(2, 5, 5)}, "bias: expected 3 heads, got 2"),
+        ({"mask": torch.zeros(2, 5, 5).mT}, "mask: expected 3 dimensions, the last two 5, contiguous"),
+        ({"mask": torch.zeros(4, 5, 5)}, "mask: expected a divisor of 2 blocks, got 4 groups"),
     ],
 )
 def test_refuses_bad_arguments(change, message):
-    arguments = {x: torch.zeros(GOOD) for x in "qkv"} | change
+    arguments = {x: torch.zeros(GOOD) for x in "qkv"} | {"bias": None, "mask": None} | change
     with pytest.raises(RuntimeError, match=message):
         OPS.block_attention_cpp_fwd(*arguments.values(), 1.0)
 
@@ -287,4 +341,4 @@ def test_refuses_bad_arguments(change, message):
 def test_refuses_bad_arguments_of_the_backward(change, message):
     arguments = {x: torch.zeros(GOOD) for x in ("dout", "q", "k", "v", "out")} | {"lse": torch.zeros(1, 2, 3, 5)}
     with pytest.raises(RuntimeError, match=message):
-        OPS.block_attention_cpp_bwd(*(arguments | change).values(), 1.0)
+        OPS.block_attention_cpp_bwd(*(arguments | change).values(), None, None, 1.0, False)

@@ -91,13 +91,19 @@ def decomposition_cases():
     yield OPS.unblockify, (r(2, 8, 12, 5), (2, 4), (4, 3), r(1, 8, 12, 5))
     yield OPS.patchify, (r(2, 3, 16, 24), (4, 2), (2, 4))
     yield OPS.unpatchify, (r(2, 6, 8, 24), (4, 2), (2, 3), (2, 4))
-    yield OPS.block_attention_cpp_fwd, (r(2, 3, 5, 4, 8), r(2, 3, 5, 1, 8), r(2, 3, 5, 1, 8), 0.3)
+    yield OPS.block_attention_cpp_fwd, (r(2, 3, 5, 4, 8), r(2, 3, 5, 1, 8), r(2, 3, 5, 1, 8), None, None, 0.3)
     for mask in (r(3, 5, 5), r(3, 5, 5) > 0, None):
         mask = mask if mask is None or mask.dtype != torch.bool else mask | torch.eye(5, dtype=torch.bool)
         bias = None if mask is None else r(2, 5, 5)
+        if mask is None or mask.dtype != torch.bool:
+            yield OPS.block_attention_cpp_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
         yield OPS.block_attention_triton_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
     for training in (False, True):
-        yield OPS.attention_layer_cpp, (*layer, r(8, 8), None, 5, 2, 1, 0.4, 0.7, training)
+        yield OPS.attention_layer_cpp, (*layer, r(8, 8), None, None, None, [], 5, 2, 1, 0.4, 0.7, training)
+        for windows in ([], [5, 6, 3, 2, 1, 1, 1, 0]):
+            bias, mask = r(2, 6, 6), None if windows else r(5, 6, 6)
+            call = (*layer, r(8, 8), None, bias, mask, windows, 6, 2, 1, 0.4, 0.7, training)
+            yield OPS.attention_layer_cpp, call
         yield OPS.mlp_layer_cpp, (*layer, "gelu_tanh", r(8, 16), None, 0.7, training)
         for same in (False, True):
             yield OPS.block_aggregate_cpp_fwd, (*image, same, training)

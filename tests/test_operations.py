@@ -29,6 +29,13 @@ TABLE = {
         ((2, 4, 9, C), *VECTORS, (3 * C, C), (3 * C,), (C, C), (C,)),
         ("cpp",),
     ),
+    "attention_layer, windows": (
+        lambda *t, **kwargs: nest_fast.attention_layer(
+            *t[:7], bias=t[7], num_heads=HEADS, windows=nest_fast.windows((4, 5), (2, 3), shift=1), **kwargs
+        ),
+        ((2, 20, C), *VECTORS, (3 * C, C), (3 * C,), (C, C), (C,), (HEADS, 6, 6)),
+        ("cpp",),
+    ),
     "mlp_layer": (nest_fast.mlp_layer, ((2, 4, 9, C), *VECTORS, (HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,)), ("cpp",)),
     "block_attention": (nest_fast.block_attention, ((1, 2, 5, HEADS, 8),) * 3, ("sdpa", "cpp", "triton")),
     "block_attention, one key head": (
@@ -39,7 +46,7 @@ TABLE = {
     "block_attention, bias": (
         lambda q, k, v, bias, **kwargs: nest_fast.block_attention(q, k, v, bias=bias, **kwargs),
         (*((1, 2, 5, HEADS, 8),) * 3, (HEADS, 5, 5)),
-        ("sdpa", "triton"),
+        ("sdpa", "cpp", "triton"),
     ),
     "block_attention, mask": (
         lambda q, k, v, mask, **kwargs: nest_fast.block_attention(q, k, v, mask=mask, **kwargs),
@@ -169,6 +176,7 @@ def test_a_sums_gradient(name, impl):
 
 # The layers and the aggregation have such a test of their own, to the bit or nearly.
 ALONE = (
+    "attention_layer, windows",
     *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
     *("linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
     *("blockify", "unblockify", "patchify"),
@@ -204,7 +212,7 @@ def test_of_nothing(name, impl):
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 NORMS = {"attention_layer": (1, 2), "mlp_layer": (1, 2), "add_layer_norm": (2, 3), "layer_norm_mean": (1, 2)}
-NORMS |= {"block_aggregate": (3, 4), "block_aggregate, image": (3, 4)}
+NORMS |= {"block_aggregate": (3, 4), "block_aggregate, image": (3, 4), "attention_layer, windows": (1, 2)}
 # The tensor of each that PyTorch's promotion takes in any floating-point dtype.
 ADDED = {"block_attention, bias": 3, "block_attention, mask": 3, "block_aggregate": 5, "linear, residual": 3}
 ADDED |= {"block_aggregate, image": 5, "bias_gelu": 1, "add_layer_norm": 1, "blockify": 1, "unblockify": 1}
@@ -268,7 +276,8 @@ def test_onednn_is_asked_only_for_dtypes_it_has(monkeypatch):
 
 # --- fully masked rows, in-place edits --------------------------------------------------------------------------------
 
-ATTENTION = [i for i in ("auto", "reference", "sdpa", "triton") if runs(i)]
+ATTENTION = [i for i in ("auto", "reference", "sdpa", "cpp", "triton") if runs(i)]
+KERNELS = ("cpp", "triton")
 
 
 @pytest.mark.parametrize("impl", ATTENTION)
@@ -277,8 +286,8 @@ ATTENTION = [i for i in ("auto", "reference", "sdpa", "triton") if runs(i)]
 @pytest.mark.parametrize("N", [9, 200])
 def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
     """Values and all gradients, those of the mask among them; the other rows are as without them."""
-    if impl == "triton" and (dtype == torch.float64 or N == 200):
-        return  # it has no float64; and the interpreter takes its time
+    if (impl in KERNELS and dtype == torch.float64) or (impl == "triton" and N == 200):
+        return  # they have no float64; and the interpreter takes its time
     keep = torch.rand(HEADS if kind == "bias" else 2, N, N) < 0.7
     keep |= torch.eye(N, dtype=torch.bool)
     keep[0, 3], keep[1, 0], keep[1, N - 1] = False, False, False
@@ -286,7 +295,7 @@ def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
     q, k, v = (torch.randn(1, 2, N, HEADS, 8, dtype=dtype).requires_grad_() for _ in range(3))
     extra = {"bias": added} if kind == "bias" else {"mask": keep if kind == "bool" else added}
     given = [q, k, v]
-    if kind == "bias" or (kind == "float" and impl != "triton"):
+    if kind == "bias" or (kind == "float" and impl not in KERNELS):
         given.append(next(iter(extra.values())).requires_grad_())
     out = nest_fast.block_attention(q, k, v, **extra, impl=impl)
     grads = torch.autograd.grad(out.square().sum(), given)
@@ -300,7 +309,7 @@ def test_rows_with_all_keys_masked_are_zeros(impl, dtype, kind, N):
     weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
     wanted = torch.einsum("bthnm,btmhd->btnhd", weights, v.detach().double())
     assert relative_error(out.detach(), wanted) < (0.02 if dtype == torch.bfloat16 else 1e-5)
-    if kind == "float" and impl != "triton":
+    if kind == "float" and impl not in KERNELS:
         assert not grads[3][~keep].any()
         assert grads[3][keep].any()
 
@@ -340,13 +349,13 @@ def test_a_masks_gradient_on_every_path():
     ours = [differentiated("block_attention, mask", i, (q, k, v, mask))[4] for i in ("auto", "sdpa", "reference")]
     assert_close(ours[0], ours[2])
     assert_close(ours[1], ours[2])
-    if runs("triton"):
+    for impl in filter(runs, KERNELS):
         with pytest.raises(
-            RuntimeError, match="impl: 'triton' cannot run block_attention here: it has no gradient of a"
+            RuntimeError, match=f"impl: '{impl}' cannot run block_attention here: it has no gradient of a mask"
         ):
-            nest_fast.block_attention(q, k, v, mask=mask.requires_grad_(), impl="triton")
+            nest_fast.block_attention(q, k, v, mask=mask.requires_grad_(), impl=impl)
         with torch.no_grad():
-            assert_close(*(nest_fast.block_attention(q, k, v, mask=mask, impl=i) for i in ("triton", "reference")))
+            assert_close(*(nest_fast.block_attention(q, k, v, mask=mask, impl=i) for i in (impl, "reference")))
 
 
 @each_way
@@ -400,12 +409,10 @@ def test_gradients_of_gradients_in_float64(name):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("options", [{"mask": True}, {"bias": True}, {"dropout_p": 0.0, "mask": True}])
-def test_double_backward_of_attention_that_no_kernel_takes(options):
+def test_double_backward_of_attention_that_no_kernel_takes():
     q, k, v = (t.requires_grad_() for t in tensors_of("block_attention"))
-    given = {"mask": {"mask": torch.randn(2, 5, 5)}, "bias": {"bias": torch.randn(HEADS, 5, 5)}}
-    extra = given["mask" if "mask" in options else "bias"]
-    (dq,) = torch.autograd.grad(nest_fast.block_attention(q, k, v, **extra).sum(), q, create_graph=True)
+    mask = torch.randn(2, 5, 5, requires_grad=True)
+    (dq,) = torch.autograd.grad(nest_fast.block_attention(q, k, v, mask=mask).sum(), q, create_graph=True)
     assert torch.autograd.grad(dq.square().sum(), k)[0].isfinite().all()
 
 

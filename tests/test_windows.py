@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from helpers.common import DTYPES, guarded, saved_bytes, with_threads
+from helpers.layer_tests import LUCK, assert_accurate, assert_accurate_gradients, needs_cpp
+from helpers.layer_tests import isa as isa
 from nest_fast import attention_layer, blockify, mlp_layer, reference, windows
 from nest_fast.testing import gradients, import_timm
 
@@ -59,7 +64,7 @@ def swin_half(x, tensors, heads, bias, size, window, shift, pad_first):
 
 
 def inputs(size, window, C=12, heads=3, B=2, dtype=torch.float32):
-    """x (B, H * W, C), the weights, and a bias (heads, N, N)."""
+    """x (B, H * W, C), the weights, and a bias (heads, N, N); heads."""
     N = math.prod(window)
     vectors = 1 + torch.randn(C) / 3, torch.randn(C) / 3
     weights = torch.randn(3 * C, C) * C**-0.5, torch.randn(3 * C), torch.randn(C, C) * C**-0.5, torch.randn(C)
@@ -215,7 +220,7 @@ def test_windows_refuses_bad_arguments(call, message):
     ("change", "message"),
     [
         ({"windows": (8, 4)}, "windows: expected what nest_fast.windows returns, got tuple"),
-        ({"windows": windows(8, 4)}, r"windows: expected those of an image of 32 tokens as x has, got size \(8, 8\)"),
+        ({"windows": windows(8, 4)}, r"windows: expected an image of 32 tokens as x has, got size \(8, 8\)"),
         ({"windows": windows((4, 8), 2)}, r"bias: expected shape \(3, 4, 4\) \(heads, N, N\), got \(3, 16, 16\)"),
         ({"mask": torch.zeros(3, 16, 16)}, "mask: expected a number of groups that divides T = 2, got 3"),
         ({"mask": torch.zeros(2, 9, 9)}, r"mask: expected shape \(2, 16, 16\) \(groups, N, N\), got \(2, 9, 9\)"),
@@ -230,6 +235,127 @@ def test_attention_inside_windows_refuses_bad_arguments(change, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         attention_layer(*tensors, num_heads=heads, **given)
     assert "\n" not in str(error.value)
+
+
+# --- the kernel in C++ ------------------------------------------------------------------------------------------------
+
+# Image, window, shift, pad_first, channels, heads: N of 49, 16 and 144, head_dim 32 and 64, padded both ways.
+KERNEL = {
+    "shifted": ((14, 21), (7, 7), (3, 3), False, 96, 3),
+    "padded last": ((10, 16), (7, 7), (3, 3), False, 64, 1),
+    "padded first": ((9, 14), (4, 4), (2, 2), True, 128, 2),
+    "large": ((24, 12), (12, 12), (6, 0), False, 64, 2),
+    "rectangles": ((6, 15), (3, 5), (0, 2), False, 40, 5),
+}
+
+
+def half(*tensors, **options):
+    *tensors, bias = tensors
+    return attention_layer(*tensors, bias=bias, **options)
+
+
+def kernel_case(name, dtype=torch.float32, B=2):
+    size, window, shift, pad_first, C, heads = KERNEL[name]
+    tensors, _ = inputs(size, window, C, heads, B, dtype)
+    return tensors, {"num_heads": heads, "windows": windows(size, window, shift=shift, pad_first=pad_first)}
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", KERNEL)
+def test_inside_windows_is_as_accurate_as_pytorch(isa, dtype, name):
+    """Values and the gradient of every input."""
+    tensors, options = kernel_case(name, dtype)
+    assert_accurate(half, tensors, options)
+    assert_accurate_gradients(half, tensors, options | {"branch_scale": 1.7})
+
+
+@needs_cpp
+@settings(max_examples=30)
+@given(data=st.data())
+def test_inside_windows_of_any_shape(isa, data):
+    """Images, windows, shifts and paddings, grids, masks in the place of Swin's, one key head, no biases."""
+    draw, side = data.draw, st.integers(1, 6)
+    window = draw(st.tuples(side, side))
+    grid = draw(st.integers(0, 4)) == 0
+    size = tuple(edge * draw(st.integers(1, 3)) if grid else draw(st.integers(1, 15)) for edge in window)
+    shift = (0, 0) if grid else tuple(draw(st.integers(0, edge - 1)) for edge in window)
+    cut = windows(size, window, shift=shift, pad_first=draw(st.booleans()), grid=grid)
+    heads, head_dim, dtype = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(2, 20)),
+        draw(st.sampled_from([*DTYPES.values()])),
+    )
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    tensors, _ = inputs(size, window, heads * head_dim, heads, draw(st.integers(1, 3)), dtype)
+    options = {"num_heads": heads, "windows": cut}
+    if draw(st.booleans()):
+        options["mask"] = torch.randn(1, cut.tokens, cut.tokens)
+    for n in draw(st.sampled_from([(), (7,), (4, 6)])):
+        tensors[n] = None
+    if draw(st.integers(0, 3)) == 0:
+        options["multi_query"] = True
+        kept = heads * head_dim + 2 * head_dim
+        tensors[3], tensors[4] = tensors[3][:kept], tensors[4] if tensors[4] is None else tensors[4][:kept]
+    slack = LUCK * torch.finfo(dtype).eps
+    assert_accurate(half, tensors, options, slack)
+    if tensors[0].shape[-1] > 3 and cut.tokens > 3:  # otherwise terms cancel, all of them where a window is a token
+        assert_accurate_gradients(half, tensors, options, 4 * slack)
+
+
+@needs_cpp
+def test_inside_windows_repeats_bit_by_bit(isa):
+    """With any number of threads, that of the bias included; each image alike beside any others."""
+    for name, B in (("shifted", 1), ("padded last", 5), ("rectangles", 9)):
+        tensors, options = kernel_case(name, B=B)
+        dout = torch.randn_like(tensors[0])
+        call = lambda *t: half(*t, **options, impl="cpp")  # noqa: B023, E731
+        results = with_threads(lambda: gradients(call, tensors, dout), (1, 2, 64))  # noqa: B023
+        for what, *same in zip(("out", *NAMES), *results, strict=True):
+            if not what.startswith("norm"):  # PyTorch's, a sum for each thread
+                assert all(torch.equal(same[0], other) for other in same[1:]), what
+        assert torch.equal(call(tensors[0][-1:], *tensors[1:]), results[0][0][-1:])
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_inside_windows_stays_inside_its_buffers(isa, dtype):
+    for name in ("padded last", "padded first"):
+        tensors, options = kernel_case(name, dtype, B=1)
+        dout = torch.randn_like(tensors[0])
+        results = []
+        for where in (guarded, torch.clone):
+            leaves = [where(t).requires_grad_() for t in tensors]
+            out = half(*leaves, **options, impl="cpp")
+            results.append((out, *torch.autograd.grad(out, leaves, where(dout))))
+        assert all(map(torch.equal, *results))
+        assert not any(x.isnan().any() for x in results[0])
+
+
+@needs_cpp
+def test_inside_windows_keeps_special_values_where_pytorch_does(isa):
+    tensors, options = kernel_case("padded last")
+    for value in (math.nan, math.inf):
+        tensors[0][1, 20, 4] = value
+        out, wanted = (half(*tensors, **options, impl=impl) for impl in ("cpp", "reference"))
+        assert torch.equal(out.isnan(), wanted.isnan())
+        assert out.isnan().any()
+
+
+@needs_cpp
+def test_inside_windows_keeps_little_for_the_gradient():
+    """qkv, attention's output and its sums: no scores, no copies in the order of windows."""
+    tensors, options = kernel_case("large")
+    leaves = [t.requires_grad_() for t in tensors]
+    x = leaves[0] * 1  # saved as an activation is
+    ours, plain = (
+        saved_bytes(lambda impl=impl: half(x, *leaves[1:], **options, impl=impl)) for impl in ("cpp", "reference")
+    )
+    assert ours == (1 + 4 + 2 * 2 / 64) * x.nbytes
+    assert ours < 0.4 * plain
+
+
+# --- tracers ----------------------------------------------------------------------------------------------------------
 
 
 class Half(torch.nn.Module):
@@ -251,19 +377,19 @@ class Half(torch.nn.Module):
 
 def test_exports_with_any_image_size():
     (_, *tensors), heads = inputs((8, 8), (4, 4))
-    half, dim = Half(tensors, heads), torch.export.Dim
+    module, dim = Half(tensors, heads), torch.export.Dim
     sizes = {1: dim("H", min=5, max=64), 2: dim("W", min=5, max=64)}
     with torch.no_grad():
-        program = torch.export.export(half, (torch.randn(2, 9, 14, 12),), dynamic_shapes=(sizes,)).module()
+        program = torch.export.export(module, (torch.randn(2, 9, 14, 12),), dynamic_shapes=(sizes,)).module()
         for size in ((9, 14), (12, 12), (30, 7)):
             x = torch.randn(2, *size, 12)
-            torch.testing.assert_close(program(x), half(x))
+            torch.testing.assert_close(program(x), module(x))
 
 
 def test_compiles_in_one_graph():
     (_, *tensors), heads = inputs((8, 8), (4, 4))
-    half = Half(tensors, heads)
+    module = Half(tensors, heads)
     torch._dynamo.reset()
-    compiled = torch.compile(half, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 9, 14, 12)
-    torch.testing.assert_close(gradients(compiled, (x,), x), gradients(half, (x,), x))
+    torch.testing.assert_close(gradients(compiled, (x,), x), gradients(module, (x,), x))

@@ -41,21 +41,22 @@ AUTO = Backend(
 def layer_backward(
     kept: Any,
     dout: Tensor,
-    linears: Sequence[str],
+    parameters: Sequence[str],
     branch_backward: Callable[[Tensor, Tensor, list[bool]], tuple[Tensor, ...]],
 ) -> dict[str, Tensor | None]:
     """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``, by name.
 
-    ``linears`` names weight and bias of the branch's two linear layers. ``branch_backward`` is called with the gradient
-    of the branch's output, the branch's input, which is computed again, and a mask of the gradients that are needed: of
-    that input and of ``linears``. It returns these. A gradient that is not needed is None and not computed.
+    ``parameters`` names what else the branch has, the weights and biases of its two linear layers first.
+    ``branch_backward`` is called with the gradient of the branch's output, the branch's input, which is computed again,
+    and a mask of the gradients that are needed: of that input and of ``parameters``. It returns these. A gradient that
+    is not needed is None and not computed.
     """
     C, norm = kept.x.shape[1], ("x", "norm_weight", "norm_bias")
-    norm_mask, linear_mask = ([kept.needed[name] for name in names] for names in (norm, linears))
+    norm_mask, mask = ([kept.needed[name] for name in names] for names in (norm, parameters))
     y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
     dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale
-    dy, *dlinears = branch_backward(_layout.dense_rows(dbranch), y, [any(norm_mask), *linear_mask])
-    found = {name: dx if wanted else None for name, dx, wanted in zip(linears, dlinears, linear_mask, strict=True)}
+    dy, *others = branch_backward(_layout.dense_rows(dbranch), y, [any(norm_mask), *mask])
+    found = {name: dx if wanted else None for name, dx, wanted in zip(parameters, others, mask, strict=True)}
     if any(norm_mask):
         dx, found["norm_weight"], found["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
             dy, kept.x, (C,), mean, rstd, kept.norm_weight, kept.norm_bias, norm_mask

@@ -12,9 +12,9 @@ from nest_fast import reference
 from nest_fast.ops import _checks, _flops, _layer, _layout, _modes
 from nest_fast.ops._backends import Backend, Rules
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
-from nest_fast.ops._register import operation
+from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops._windows import from_windows, into_windows, window_mask
-from nest_fast.ops.block_attention import block_attention
+from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
 from nest_fast.ops.linear import linear
 from nest_fast.reference import Windows
 
@@ -112,7 +112,11 @@ def attention_layer(
             _layout.dense(qkv_bias),
             _layout.dense_rows(proj_weight),
             _layout.dense(proj_bias),
-            *(x.shape[2], num_heads, kv_heads, scale, branch_scale),
+            as_scores(bias),
+            as_scores(mask),
+            [] if windows is None else windows.numbers,
+            x.shape[2] if windows is None else windows.tokens,
+            *(num_heads, kv_heads, scale, branch_scale),
             _modes.wants_gradients(given),
         )
         return out.view(x.shape)
@@ -158,10 +162,9 @@ def _check(
         if not isinstance(windows, Windows):
             raise TypeError(f"windows: expected what nest_fast.windows returns, got {type(windows).__name__}")
         _, rows, C = _checks.tensor("x", x, "(B, H * W, C)").shape
-        H, W = windows.size
-        if rows != H * W:
-            raise ValueError(f"windows: expected those of an image of {rows} tokens as x has, got size ({H}, {W})")
-        T, N = windows.counts[0] * windows.counts[1], windows.tokens
+        if rows != windows.rows:
+            raise ValueError(f"windows: expected an image of {rows} tokens as x has, got size {windows.size}")
+        T, N = windows.blocks, windows.tokens
     if num_heads < 1 or C % num_heads:
         raise ValueError(f"num_heads: expected a divisor of C = {C}, got {num_heads}")
     packed = C + 2 * kv_heads * (C // num_heads)
@@ -204,8 +207,7 @@ class Given(NamedTuple):
 
 
 _CPP_RULES: Rules = (
-    ("it has no windows", lambda given: given.windows is not None),
-    ("it takes no bias or mask", lambda given: given.bias is not None or given.mask is not None),
+    NO_GRADIENT_OF_A_MASK,
     ("it has no cosine attention", lambda given: given.cosine),
     ("it has the LayerNorm first", lambda given: given.post_norm),
 )
@@ -216,54 +218,77 @@ AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _fake(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, tokens, heads, *rest):
-    rows, C = x.shape
-    kept = rows if rest[-1] else 0
-    qkv, attended = x.new_empty((kept, qkv_weight.shape[0])), x.new_empty((kept, C))
-    return x.new_empty((rows, C)), qkv, attended, x.new_empty((kept // tokens, heads, tokens), dtype=torch.float32)
+def _rows(rows, windows):
+    """So many of images are so many of their windows."""
+    cut = Windows.of_numbers(windows)
+    return rows if cut is None else rows // cut.rows * (cut.blocks * cut.tokens)
 
 
-def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, tokens, heads, kv_heads, scale, output_mask):
-    return fake_branch_backward(x, (qkv_weight, proj_weight), output_mask)
+def _fake(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, windows, tokens, heads, *rest):
+    C, kept = x.shape[1], _rows(x.shape[0], windows) if rest[-1] else 0
+    numbers = (2,) if bias is not None or mask is not None or any(windows[4:6]) else ()
+    lse = x.new_empty((kept // tokens, heads, tokens, *numbers), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((kept, qkv.shape[0])), x.new_empty((kept, C)), lse
+
+
+def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, bias, mask, windows, tokens, *rest):
+    *output_mask, need_dbias = rest[-1]
+    dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(x)
+    return *fake_branch_backward(x, (qkv_weight, proj_weight), output_mask), dbias
 
 
 def _gradients(kept, dout):
     _checks.training(kept.training)
+    windows = Windows.of_numbers(kept.windows)
+
+    def into(x):
+        if windows is None:
+            return x
+        return into_windows(x.unflatten(0, (-1, windows.rows)), windows).flatten(0, 2)
 
     def branch_backward(dbranch, y, mask):
-        saved = kept.qkv, kept.attended, kept.lse, kept.qkv_weight, kept.proj_weight
-        return _CPP_BWD(dbranch, y, *saved, kept.tokens, kept.heads, kept.kv_heads, kept.scale, mask)
+        saved = kept.qkv, kept.attended, kept.lse, kept.qkv_weight, kept.proj_weight, kept.bias, kept.mask
+        sizes = kept.windows, kept.tokens, kept.heads, kept.kv_heads
+        dy, *others = _CPP_BWD(into(dbranch), into(y), *saved, *sizes, kept.scale, mask)
+        if windows is not None and mask[0]:
+            dy = from_windows(dy.unflatten(0, (-1, windows.blocks, windows.tokens)), windows).flatten(0, 1)
+        return dy, *others
 
-    return layer_backward(kept, dout, ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"), branch_backward)
+    return layer_backward(kept, dout, ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias"), branch_backward)
 
 
 def _attention_flops(x_shape, tokens, count):
     return _flops.attention((1, 1, tokens, x_shape[0] // max(tokens, 1), x_shape[1]), count)
 
 
-def _cpp_flops(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, tokens, *_, out_shape=None):
-    return _flops.linear(x, qkv) + _attention_flops(x, tokens, 2) + _flops.linear(x, proj)
+def _cpp_flops(
+    x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, windows, tokens, *_, out_shape=None
+):
+    rows = (_rows(x[0], windows), x[1])
+    return _flops.linear(rows, qkv) + _attention_flops(rows, tokens, 2) + _flops.linear(rows, proj)
 
 
-def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, tokens, *_, out_shape=None):
-    dx, dqkv, _, dproj, _ = out_shape
+def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, bias, mask, windows, tokens, *_, out_shape=None):
+    dx, dqkv, _, dproj, *_ = out_shape
     linears = _flops.linear_gradients(x, qkv, dx, dqkv) + _flops.linear_gradients(x, proj, x, dproj)
     return linears + _attention_flops(x, tokens, 4)
 
 
 _CPP = operation(
     "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, SymInt tokens, int heads, int kv_heads, float scale,"
-    " float branch_scale, bool training) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
+    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? bias, Tensor? mask, SymInt[] windows,"
+    " SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training)"
+    " -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
     fake=_fake,
-    saved=("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "qkv", "attended", "lse"),
+    saved=("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "bias", "mask", "qkv", "attended", "lse"),
     gradients=_gradients,
     flops=_cpp_flops,
 )
 _CPP_BWD = operation(
     "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
-    " Tensor proj_weight, SymInt tokens, int heads, int kv_heads, float scale, bool[5] output_mask)"
-    " -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight, Tensor dproj_bias)",
+    " Tensor proj_weight, Tensor? bias, Tensor? mask, SymInt[] windows, SymInt tokens, int heads, int kv_heads,"
+    " float scale, bool[6] output_mask) -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight,"
+    " Tensor dproj_bias, Tensor dbias)",
     fake=_bwd_fake,
     backward_of="attention_layer",
     flops=_bwd_flops,

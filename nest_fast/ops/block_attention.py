@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layout, _modes
+from nest_fast.ops import _backends, _checks, _layout, _modes, _vmap
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import nothing_like, operation
@@ -73,7 +73,7 @@ def block_attention(
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
     q, k, v = (_layout.dense_rows(_modes.autocast(x)) for x in (q, k, v))
     if impl == "cpp":
-        return _CPP(q, k, v, scale)[0]
+        return _CPP(q, k, v, as_scores(bias), as_scores(mask), scale)[0]
     bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
     return _TRITON(q, k, v, bias, mask, scale)[0]
 
@@ -116,13 +116,14 @@ class Given(NamedTuple):
     dropout_p: float
 
 
+NO_GRADIENT_OF_A_MASK = ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,)))
 BACKENDS = {
     "cpp": Backend(
         "cpp",
         (
             *_backends.CPP,
-            ("it takes no bias or mask", lambda given: given.bias is not None or given.mask is not None),
             ("it has no dropout", lambda given: given.dropout_p),
+            NO_GRADIENT_OF_A_MASK,
         ),
     ),
     "triton": Backend(
@@ -132,7 +133,7 @@ BACKENDS = {
             ("N = {given.q.shape[2]} tokens are over 256", lambda given: given.q.shape[2] > 256),
             ("head_dim {given.q.shape[4]} is over 128", lambda given: given.q.shape[4] > 128),
             ("it has no dropout", lambda given: given.dropout_p),
-            ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,))),
+            NO_GRADIENT_OF_A_MASK,
         ),
     ),
 }
@@ -183,6 +184,15 @@ def _score_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor |
     return scores.repeat(q.shape[0] * (q.shape[1] // mask.shape[0]), 1, 1, 1)
 
 
+def as_scores(x: Tensor | None) -> Tensor | None:
+    """A bias or mask as the C++ kernels take it: float32 and contiguous, -inf where a bool takes a key away."""
+    if x is None:
+        return None
+    if x.dtype == torch.bool:
+        return torch.zeros(x.shape, device=x.device).masked_fill(~x, float("-inf"))
+    return _in_range(x, torch.float32).float().contiguous()
+
+
 def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` with its finite values clamped to those of ``dtype``: rounded to -inf they would mask keys."""
     largest = torch.finfo(dtype).max
@@ -194,14 +204,10 @@ def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _out_and_lse(q, *_):
+def _fwd_fake(q, k, v, bias, mask, scale):
     B, T, N, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, T, heads, N), dtype=torch.float32)
-
-
-def _triton_fake(q, k, v, bias, mask, scale):
-    out, lse = _out_and_lse(q)
-    return out, lse if bias is None and mask is None else q.new_empty((*lse.shape, 2), dtype=torch.float32)
+    numbers = () if bias is None and mask is None else (2,)
+    return q.new_empty(q.shape), q.new_empty((B, T, heads, N, *numbers), dtype=torch.float32)
 
 
 def _flops(q, *_, out_shape=None):
@@ -212,51 +218,58 @@ def _flops_bwd(dout, q, *_, out_shape=None):
     return flops.attention(q, 4)
 
 
+def _bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
+    dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(q)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _gradients(kept, dout, backward):
+    need_dbias = kept.bias is not None and kept.needed["bias"]
+    tensors = kept.q, kept.k, kept.v, kept.out, kept.lse, kept.bias, kept.mask
+    dq, dk, dv, dbias = backward(dout, *tensors, kept.scale, need_dbias)
+    return {"q": dq, "k": dk, "v": dv, "bias": dbias if need_dbias else None}
+
+
 def _cpp_gradients(kept, dout):
-    dout = _layout.dense_rows(dout)
-    dq, dk, dv = _CPP_BWD(dout, kept.q, kept.k, kept.v, kept.out, kept.lse, kept.scale)
-    return {"q": dq, "k": dk, "v": dv}
+    return _gradients(kept, _layout.dense_rows(dout), _CPP_BWD)
 
 
-def _cpp_bwd_fake(dout, q, k, v, out, lse, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _cpp_bwd_vmap(info, in_dims, *args):
+    """The gradient of a bias that all share is a sum for each: as if each had its own."""
+    if args[-1] and in_dims[6] is None:
+        args = (*args[:6], args[6].expand(info.batch_size, *args[6].shape), *args[7:])
+        in_dims = (*in_dims[:6], 0, *in_dims[7:])
+    return _vmap.batching_rule(_CPP_BWD, 6, 8)(info, in_dims, *args)
 
 
 _CPP = operation(
-    "block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
-    fake=_out_and_lse,
-    saved=("q", "k", "v", "out", "lse"),
+    "block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    fake=_fwd_fake,
+    saved=("q", "k", "v", "bias", "mask", "out", "lse"),
     gradients=_cpp_gradients,
-    vmap=(3, 3),
+    vmap=(3, 5),
     flops=_flops,
 )
 _CPP_BWD = operation(
-    "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-    fake=_cpp_bwd_fake,
+    "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
+    " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    fake=_bwd_fake,
     backward_of="block_attention",
-    vmap=(6, 6),
+    vmap=_cpp_bwd_vmap,
     flops=_flops_bwd,
 )
 
 
 def _triton_gradients(kept, dout):
-    need_dbias = kept.bias is not None and kept.needed["bias"]
-    tensors = dout.contiguous(), kept.q, kept.k, kept.v, kept.out, kept.lse, kept.bias, kept.mask
-    dq, dk, dv, dbias = _TRITON_BWD(*tensors, kept.scale, need_dbias)
-    return {"q": dq, "k": dk, "v": dv, "bias": dbias if need_dbias else None}
-
-
-def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
-    dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(q)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    return _gradients(kept, dout.contiguous(), _TRITON_BWD)
 
 
 _TRITON = operation(
     "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
     " -> (Tensor out, Tensor lse)",
     launch="block_attention.block_attention_fwd",
-    fake=_triton_fake,
+    fake=_fwd_fake,
     saved=("q", "k", "v", "bias", "mask", "out", "lse"),
     gradients=_triton_gradients,
     vmap=(3, 5),
@@ -266,7 +279,7 @@ _TRITON_BWD = operation(
     "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
     " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     launch="block_attention.block_attention_bwd",
-    fake=_triton_bwd_fake,
+    fake=_bwd_fake,
     backward_of="block_attention",
     flops=_flops_bwd,
 )
