@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,15 +86,34 @@ def _like(module: nn.Module, x: Tensor | None, blocks: tuple[int, ...], *sizes: 
     return torch.empty(1, dtype=given.dtype, device=given.device).expand(1 if x is None else len(x), *sizes)
 
 
-def tell_layer(name: str, layer: Any, like: Like, *, known: fusion.Known) -> Iterator[Row]:
-    """The two sub-layers of a pre-norm layer."""
-    for half in fusion.halves(layer, known):
-        x = like(_channels(half))
+def tell_layer(
+    name: str,
+    layer: Any,
+    like: Like,
+    *,
+    halves: Callable[[Any], Sequence[fusion.Half]],
+    blocks: Callable[[Any], tuple[int, int]] | None = None,
+    by_parts: Callable[[Any], int] | None = None,
+) -> Iterator[Row]:
+    """The two sub-layers of a pre-norm layer.
+
+    Args:
+        name, layer, like: of a :data:`Tell`.
+        halves: the sub-layers of ``layer``.
+        blocks: T and N of its attention, where the model's position embedding does not say.
+        by_parts: of attention that is one operation after the other: how many dimensions that adds to a head.
+    """
+    for half in halves(layer):
+        channels = _channels(half)
+        x = like(channels) if blocks is None else like(*blocks(layer), channels)
         why = fusion.everywhere(x) or half.why_not(x) or (not fusion.is_chained(x) and fusion.why_not_skipped(x, half))
         options = half.known[type(half.body)].options if type(half.body) in half.known else None
-        attention = _plan.attention(x, options(half.body).num_heads) if options else None
+        extra_dim = by_parts(layer) if by_parts and not why else 0
+        attention = _plan.attention(x, options(half.body).num_heads, extra_dim) if options else None
         if why:
-            plan = _called(why, attention)
+            plan = _called(why, None if half.operation else attention)  # there its library's attention is called
+        elif by_parts and attention:
+            plan = f"linear; {attention[0]}", attention[1]
         else:
             plan = _plan.sub_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
         yield Row(name, f"{half.names[1]} sub-layer", *plan)
@@ -130,7 +149,7 @@ def _tell_patches(name: str, embed: Any, like: Like) -> Iterator[Row]:
 
 
 _OURS: dict[type, Tell] = {
-    TransformerLayer: partial(tell_layer, known=KNOWN),
+    TransformerLayer: partial(tell_layer, halves=partial(fusion.halves, known=KNOWN)),
     BlockAttention: partial(tell_attention, heads=lambda attn: attn.num_heads),
     BlockAggregation: partial(tell_aggregation, parts=BlockAggregation.parts, known=KNOWN),
     PatchEmbed: _tell_patches,

@@ -41,10 +41,14 @@ Rules = tuple[tuple[str, Callable[..., object]], ...]  # reasons, and whether th
 
 
 class Place(NamedTuple):
-    """A place in a layer: which roles its module may have to be computed around, and rules ``(module, x)`` for it."""
+    """A place in a layer: which roles its module may have to be computed around, and rules ``(module, x)`` for it.
+
+    An ``optional`` one may be None, or not be there.
+    """
 
     roles: tuple[str, ...]
     rules: Rules = ()
+    optional: bool = False
 
 
 class Attention(NamedTuple):
@@ -90,6 +94,8 @@ def _written(cls: type, name: str) -> object:
     """The method of ``cls`` if its code is in the class's file; else it was patched already, and nothing matches."""
     owner = next(c for c in cls.__mro__ if name in vars(c))
     function = vars(owner)[name]
+    if owner.__module__.startswith(f"{__package__}."):  # ours, asked for as it is defined
+        return function
     code, file = getattr(function, "__code__", None), getattr(sys.modules[owner.__module__], "__file__", None)
     own = code is not None and code.co_filename == file and function.__qualname__ == f"{owner.__qualname__}.{name}"
     return function if own else object()
@@ -149,6 +155,8 @@ NORM = Place(
 INNER_NORM = Place(("norm",), (_NORM_DTYPE,))
 ACTIVATION = Place(("gelu",))
 IDENTITY = Place(("identity",))
+OPTIONAL_IDENTITY = Place(("identity",), optional=True)
+ABSENT = Place((), optional=True)
 SILENT = Place(("identity", "dropout"), (("{name} drops", lambda m, x: m.training and getattr(m, "p", 0.0) != 0.0),))
 CONV_3X3 = Place(
     ("conv",),
@@ -175,7 +183,8 @@ _DROPOUT = Place(("identity", "dropout"))
 _BODY = Place(("attention", "mlp"))
 _LAYER = Place(("layer",))
 SEQUENTIAL = Place(("sequential",))
-_PATH = Place(("identity", "drop_path"))
+_SCALE = Place(("identity", "layer_scale"), optional=True)
+PATH = Place(("identity", "drop_path"))
 
 ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
 MLP_PARTS = (("fc1", LINEAR), ("act", ACTIVATION), ("drop1", SILENT), ("fc2", LINEAR), ("drop2", SILENT))
@@ -227,6 +236,8 @@ def everywhere(x: Tensor) -> Reason | None:
 def why_not(x: Tensor, parts: Iterable[Part], known: Known) -> Reason | None:
     """Why ``parts``, each a name, a module and its place, may not be computed around; None if they may be."""
     for name, module, place in parts:
+        if module is None and place.optional:
+            continue
         written = known.get(type(module))
         if written is None or written.role not in place.roles:
             return Reason(_OTHER, name, module)
@@ -284,13 +295,28 @@ def _is_strange(module: Any) -> bool:
 
 
 class Half(NamedTuple):
-    """The attention or the MLP sub-layer of a pre-norm layer, ``x + path(body(norm(x)))``; path is stochastic depth."""
+    """The attention or the MLP sub-layer of a pre-norm layer, ``x + path(scale(body(norm(x))))``.
 
-    names: tuple[str, str, str]
+    Attributes:
+        names: of the four modules.
+        norm, body, scale, path: the modules: LayerNorm, attention or MLP, LayerScale where the layer has one,
+            stochastic depth.
+        known: what the layer's owner knows of their classes.
+        path_place: the place of ``path``.
+        call: ``path(scale(body(norm(x))))`` as the layer's library writes it, where it puts more between them.
+        operation: ``(x, half, branch_scale)`` → the sub-layer's output, where the attention is not over the blocks of
+            an ``x`` ``(B, T, N, C)``.
+    """
+
+    names: tuple[str, str, str, str]
     norm: Any
     body: Any
+    scale: Any
     path: Any
     known: Known
+    path_place: Place = PATH
+    call: Callable[[Tensor], Tensor] | None = None
+    operation: Callable[[Tensor, Half, float], Tensor] | None = None
 
     @property
     def written(self) -> Written:
@@ -298,36 +324,49 @@ class Half(NamedTuple):
 
     def why_not(self, x: Tensor) -> Reason | None:
         """Why it is not one operation: one of its own modules, or one inside its body."""
-        norm, body, path = self.names
-        own = (norm, self.norm, NORM), (body, self.body, _BODY), (path, self.path, _PATH)
-        why = why_not(x, own, self.known)
+        places = NORM, _BODY, _SCALE, self.path_place
+        modules = self.norm, self.body, self.scale, self.path
+        why = why_not(x, zip(self.names, modules, places, strict=True), self.known)
         if why is None:
             inside = self.body._modules
             why = why_not(x, [(name, inside.get(name), place) for name, place in self.written.parts], self.known)
             if why is not None:
-                why = why._replace(name=f"{body}.{why.name}")
+                why = why._replace(name=f"{self.names[1]}.{why.name}")
         return why
 
 
-_HALVES = ("norm1", "attn", "drop_path1"), ("norm2", "mlp", "drop_path2")
+_HALVES = ("norm1", "attn", "", "drop_path1"), ("norm2", "mlp", "", "drop_path2")
+_SCALED_HALVES = ("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")
 
 
-def halves(layer: Any, known: Known) -> list[Half]:
-    """The attention sub-layer and the MLP sub-layer of a layer that names its modules as timm's do."""
-    own = layer._modules
-    return [Half((n, b, p), own.get(n), own.get(b), own.get(p), known) for n, b, p in _HALVES]
+def halves(layer: Any, known: Known, scaled: bool = False, **attention: Any) -> list[Half]:
+    """The attention sub-layer and the MLP sub-layer of a layer that names its modules as timm's do.
+
+    ``scaled``: the layer has LayerScale, or modules in its place. ``attention`` is what else is to be said of the first
+    sub-layer.
+    """
+    first, second = _SCALED_HALVES if scaled else _HALVES
+    return [_half(layer, first, known, **attention), _half(layer, second, known)]
 
 
-def run(x: Tensor, layer: Any, known: Known) -> Tensor:
-    """A pre-norm layer: each sub-layer by one operation, or by its modules."""
+def _half(layer: Any, names: tuple[str, str, str, str], known: Known, **more: Any) -> Half:
+    norm, body, scale, path = map(layer._modules.get, names)
+    return Half(names, norm, body, scale, path, known, **more)
+
+
+def run(x: Tensor, halves: Iterable[Half]) -> Tensor:
+    """Sub-layers of a pre-norm layer, one after the other, each by one operation, or by its modules."""
     called = everywhere(x)
-    for half in halves(layer, known):
+    for half in halves:
         x = _call(x, half) if called or half.why_not(x) else _fused(x, half)
     return x
 
 
 def _call(x: Tensor, half: Half) -> Tensor:
-    return x + half.path(half.body(half.norm(x)))
+    if half.call is not None:
+        return x + half.call(x)
+    branch = half.body(half.norm(x))
+    return x + half.path(branch if half.scale is None else half.scale(branch))
 
 
 def _fused(x: Tensor, half: Half) -> Tensor:
@@ -346,23 +385,42 @@ def _fused(x: Tensor, half: Half) -> Tensor:
 
 
 def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
-    norm, body = half.norm, half.body
     if half.written.role == "mlp":
-        return mlp_layer(
-            *(x, norm.weight, norm.bias, body.fc1.weight, body.fc1.bias, body.fc2.weight, body.fc2.bias),
-            activation="gelu_tanh" if body.act.approximate == "tanh" else "gelu",
-            branch_scale=branch_scale,
-            eps=norm.eps,
-        )
-    options, qkv, proj = half.written.options(body), body.qkv, body.proj  # type: ignore[misc]
+        return _mlp(x, half, branch_scale)
+    return attention(x, half, branch_scale) if half.operation is None else half.operation(x, half, branch_scale)
+
+
+def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
+    norm, fc1, fc2 = half.norm, half.body.fc1, half.body.fc2
+    return mlp_layer(
+        *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, *scaled(fc2.weight, fc2.bias, half)),
+        activation="gelu_tanh" if half.body.act.approximate == "tanh" else "gelu",
+        branch_scale=branch_scale,
+        eps=norm.eps,
+    )
+
+
+def attention(x: Tensor, half: Half, branch_scale: float) -> Tensor:
+    """An attention sub-layer on blocks ``(B, T, N, C)``."""
+    norm, qkv, proj = half.norm, half.body.qkv, half.body.proj
+    options = half.written.options(half.body)  # type: ignore[misc]
     return attention_layer(
-        *(x, norm.weight, norm.bias, qkv.weight, qkv.bias, _head_major(proj.weight, options), proj.bias),
+        *(x, norm.weight, norm.bias, qkv.weight, qkv.bias),
+        *scaled(_head_major(proj.weight, options), proj.bias, half),
         num_heads=options.num_heads,
         multi_query=options.multi_query,
         scale=options.scale,
         branch_scale=branch_scale,
         eps=norm.eps,
     )
+
+
+def scaled(weight: Tensor, bias: Tensor | None, half: Half) -> tuple[Tensor, Tensor | None]:
+    """The last linear layer of a sub-layer with its LayerScale, anew every time, as :func:`_head_major`."""
+    gamma = None if half.scale is None else half.scale._parameters.get("gamma")
+    if gamma is None:
+        return weight, bias
+    return weight * gamma.unsqueeze(1), None if bias is None else bias * gamma
 
 
 def _drop_rate(half: Half) -> float:
@@ -378,7 +436,7 @@ def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is FakeTensor
     if x.device.type == "cpu" and not traced:
         return None
-    return Reason("{name} drops samples, which only an eager CPU can leave out", half.names[2], half.path)
+    return Reason("{name} drops samples, which only an eager CPU can leave out", half.names[3], half.path)
 
 
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from nest_fast import explanation
+from nest_fast.integrations import _swap
+from nest_fast.integrations._swap import Adapters, Report
 
-if TYPE_CHECKING:
-    from nest_fast.integrations.timm import Report
+__all__ = ["Report", "accelerate", "explain", "restore"]
 
-__all__ = ["accelerate", "explain", "restore"]
+# The families: what they are called, the library's module that has their layers, and ours for it.
+_FAMILIES = {
+    "timm's NesT": ("timm.models.nest", "timm_nest"),
+}
 
 
 def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, tolerance: float | None = None) -> Report:
@@ -33,7 +36,7 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
             some roundings. Beyond it the model is left as it was.
 
     Returns:
-        A :class:`nest_fast.integrations.timm.Report` of what was replaced and what was not, and why; print it.
+        A :class:`nest_fast.integrations.Report` of what was replaced and what was not, and why; print it.
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``, or ``example`` no tensor and no tuple.
@@ -45,13 +48,7 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
         raise TypeError(f"example: expected a tensor or a tuple of inputs, got {type(example).__name__}")
     if tolerance is not None and example is None:
         raise ValueError(f"tolerance: expected an example to hold it to, got {tolerance!r} and none")
-    if importlib.util.find_spec("timm") is None:
-        raise ValueError(
-            f"model: expected one with timm's NesT layers, got {type(model).__name__} and no timm installed"
-        )
-    from nest_fast.integrations import timm
-
-    return timm.accelerate(model, example, tolerance)
+    return _swap.accelerate(model, _adapters(), ", ".join(_FAMILIES), example, tolerance)
 
 
 def restore(model: nn.Module) -> int:
@@ -64,11 +61,7 @@ def restore(model: nn.Module) -> int:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
     _check_module(model)
-    if importlib.util.find_spec("timm") is None:
-        return 0
-    from nest_fast.integrations import timm
-
-    return timm.restore(model)
+    return _swap.restore(model)
 
 
 def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanation:
@@ -91,11 +84,16 @@ def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanatio
     _check_module(model)
     if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor (B, C, H, W), got {type(x).__name__}")
-    if "timm.models.nest" not in sys.modules:  # then there is none of timm's in the model
-        return explanation.explain(model, x, {})
-    from nest_fast.integrations import timm
+    return explanation.explain(model, x, _swap.told(_adapters()))
 
-    return explanation.explain(model, x, timm.TOLD)
+
+def _adapters() -> Adapters:
+    """Those of the families whose modules are imported; nothing in a model can be of another."""
+    return {
+        family: importlib.import_module(f"{__name__}.{ours}").ADAPTER
+        for family, (library, ours) in _FAMILIES.items()
+        if library in sys.modules
+    }
 
 
 def _check_module(model: object) -> None:

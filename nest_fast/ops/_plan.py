@@ -43,9 +43,9 @@ def sub_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None
     return "; ".join(filter(None, (how, inside))), "; ".join(dict.fromkeys(filter(None, (*reasons, slow))))
 
 
-def attention(x: Tensor, num_heads: int) -> Plan:
-    """For block_attention inside ``x`` ``(B, T, N, C)``."""
-    head_dim = max(x.shape[-1] // num_heads, 1)
+def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
+    """For block_attention inside ``x`` ``(B, T, N, C)``, the heads of which have ``extra_dim`` more dimensions."""
+    head_dim = max(x.shape[-1] // num_heads, 1) + extra_dim
     q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
     given = AttentionGiven(q, q, q, None, None, 0.0)
     impl = choose_attention(given)
