@@ -16,6 +16,8 @@ __all__ = ["Report", "accelerate", "explain", "restore"]
 # The families: what they are called, the library's module that has their layers, and ours for it.
 _FAMILIES = {
     "timm's NesT": ("timm.models.nest", "timm_nest"),
+    "timm's ViT or DeiT": ("timm.models.vision_transformer", "timm_vit"),
+    "timm's SAM": ("timm.models.vision_transformer_sam", "timm_sam"),
 }
 
 

@@ -1,0 +1,325 @@
+"""The families of models that accelerate knows beside NesT: they do what their library's do, whatever users do to them.
+
+One table of small models, one of what is done to each; ``test_timm.py`` and ``test_user_*.py`` do the same to NesT at
+length.
+"""
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import nn
+
+import nest_fast
+from helpers.twins import Half, Int8, LoRA, Scale, agree, assert_close, distance, listen, run, timm
+
+models = timm.models
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A small model of a family.
+
+    Attributes:
+        name: as the report has it.
+        build: makes one.
+        size, other: height and width of its images, and of others that it takes, which no window divides.
+        fused: how many sub-layers each layer has that are one operation.
+        dynamic: options with which it takes images of any size.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    size: tuple[int, int]
+    other: tuple[int, int]
+    fused: tuple[int, ...]
+    dynamic: dict = dataclasses.field(default_factory=dict)
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
+FAMILIES = {
+    "vit": Family(
+        "timm's ViT or DeiT",
+        lambda **kw: models.vision_transformer.VisionTransformer(**VIT, init_values=0.5, reg_tokens=3, **kw),
+        (32, 32),
+        (40, 24),
+        (2, 2),
+        {"dynamic_img_size": True},
+    ),
+    "deit": Family(
+        "timm's ViT or DeiT",
+        lambda **kw: models.deit.VisionTransformerDistilled(**VIT, global_pool="token", **kw),
+        (32, 32),
+        (40, 24),
+        (2, 2),
+        {"dynamic_img_size": True},
+    ),
+    "sam": Family(
+        "timm's SAM",
+        lambda **kw: models.vision_transformer_sam.VisionTransformerSAM(
+            **{**VIT, "img_size": 40}, window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=16,
+            init_values=0.5, **kw,
+        ),
+        (40, 40),
+        (56, 24),
+        (2, 2),
+    ),
+}  # fmt: skip
+ALL = pytest.mark.parametrize("family", FAMILIES)
+# DeiT's layers are ViT's.
+EACH_ADAPTER = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deit"])
+
+
+def plain_model(family: str, dynamic: bool = False, **options: Any) -> Any:
+    """The library's model in eval mode, in which every part acts: none of its weights is zero or one."""
+    torch.manual_seed(1)
+    model = FAMILIES[family].build(**(FAMILIES[family].dynamic if dynamic else {}), **options).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.3)
+    return model
+
+
+def accelerated(plain: nn.Module) -> Any:
+    model = copy.deepcopy(plain)
+    nest_fast.accelerate(model)
+    return model
+
+
+def image(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(3))
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "norm1")]
+
+
+def reasons(model: nn.Module) -> list[str]:
+    return [row.why for row in nest_fast.explain(model) if row.how.startswith("its modules")]
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_accurate_as_its_library(family, dtype):
+    """Output and gradients against float64 from the same rounded weights: at most twice the library's own error."""
+    plain = plain_model(family).to(dtype)
+    golden, fast = copy.deepcopy(plain).double(), accelerated(plain)
+    x = image(FAMILIES[family].size).to(dtype)
+    wide, theirs, ours = run(golden, x.double()), run(plain, x), run(fast, x)
+    for got, own, right in zip(ours.out, theirs.out, wide.out, strict=True):
+        assert got.dtype == dtype
+        assert distance(got, right) <= 2 * distance(own, right)
+    together = [torch.cat([r.grads[name].flatten().double() for name in wide.grads]) for r in (ours, theirs, wide)]
+    assert distance(together[0], together[2]) <= 2 * distance(together[1], together[2])
+    with torch.no_grad():
+        assert distance(fast(x), golden(x.double())) <= 2 * distance(plain(x), golden(x.double()))
+
+
+@ALL
+def test_images_of_other_sizes_and_stochastic_depth(family):
+    """Gradients too; as many random numbers are drawn, and the same samples dropped."""
+    plain = plain_model(family, dynamic=True, drop_path_rate=0.5)
+    fast = accelerated(plain)
+    for size in (FAMILIES[family].size, FAMILIES[family].other):
+        agree(plain, fast, image(size, batch=3), modes=("inference", "train"))
+
+
+@ALL
+def test_every_layer_is_fast_and_the_report_says_whose(family):
+    plain = plain_model(family)
+    fast = copy.deepcopy(plain)
+    report = nest_fast.accelerate(fast, image(FAMILIES[family].size))
+    assert report.families == (FAMILIES[family].name,)
+    assert len(report.replaced) == len(layers(plain))
+    assert report.trial.error <= report.trial.allowed
+    by_name = {name: 0 for name, module in plain.named_modules() if hasattr(module, "norm1")}
+    for row in nest_fast.explain(fast):
+        by_name[row.name] += not row.how.startswith("its modules")
+    assert tuple(by_name.values()) == FAMILIES[family].fused
+    assert nest_fast.restore(fast) == len(report.replaced)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in plain.modules()]
+
+
+# --- what users do ----------------------------------------------------------------------------------------------------
+
+
+def each_layer(change):
+    return lambda model: [change(layer) for layer in layers(model)]
+
+
+def first(name, change):
+    """A change of the first module of this name in a layer."""
+
+    def of_model(model):
+        change(next(layer for layer in layers(model) if hasattr(layer, name)).get_submodule(name))
+
+    return of_model
+
+
+def replaced(name, new):
+    def change(layer):
+        layer.set_submodule(name, new(layer.get_submodule(name)))
+
+    return each_layer(change)
+
+
+def heard(name, event):
+    """A hook on a module of the first layer."""
+
+    def change(model):
+        layer = next(full for full, module in model.named_modules() if hasattr(module, "norm1"))
+        listen(model, f"{layer}.{name}".rstrip("."), event)
+
+    return change
+
+
+def quantised(layer):
+    layer.mlp.fc1.weight = nn.Parameter(Int8(layer.mlp.fc1.weight.detach()), requires_grad=False)
+
+
+def own_forward(layer):
+    layer.mlp.forward = lambda x: 0.5 * type(layer.mlp).forward(layer.mlp, x)
+
+
+def attention_drops(layer):
+    if hasattr(layer.attn, "attn_drop"):
+        layer.attn.attn_drop.p = 0.3
+
+
+def derived(layer):
+    """As a user who wrote a layer of his own: before accelerate it is another class."""
+    if "nest_fast" not in type(layer).__module__:
+        base = type(layer)
+        layer.__class__ = type("Mine", (base,), {"forward": lambda self, *args: 0.9 * base.forward(self, *args)})
+
+
+# A change, and what explain says of it, if it is before accelerate or after it.
+ACTIONS = {
+    "a hook on attention": (heard("attn", "forward"), "somebody listens to attn"),
+    "a hook with keywords": (heard("attn", "forward with kwargs"), "somebody listens to attn"),
+    "a hook on its projection": (heard("attn.proj", "forward pre"), "somebody listens to attn.proj"),
+    "a hook on a norm": (heard("norm2", "gradient"), "somebody listens to norm2"),
+    "a hook on the MLP": (heard("mlp.fc1", "forward"), "somebody listens to mlp.fc1"),
+    "a hook on a layer": (heard("", "forward always"), ""),
+    "LoRA": (replaced("attn.proj", LoRA), "attn.proj is a LoRA"),
+    "a parametrization": (
+        each_layer(lambda layer: parametrize.register_parametrization(layer.mlp.fc2, "weight", Half())),
+        "mlp.fc2 is a ParametrizedLinear",
+    ),
+    "a quantised weight": (each_layer(quantised), "a weight of mlp.fc1 is no ordinary tensor"),
+    "another activation": (replaced("mlp.act", lambda old: nn.ReLU()), "mlp.act is a ReLU"),
+    "another norm": (replaced("norm1", lambda old: nn.Identity()), "norm1 is a Identity"),
+    "a scale for a dropout": (replaced("mlp.drop2", lambda old: Scale(32)), "mlp.drop2 is a Scale"),
+    "dropout in training": (
+        each_layer(lambda layer: setattr(layer.mlp.drop1, "p", 0.3)),
+        "",
+    ),
+    "attention dropout": (each_layer(attention_drops), ""),
+    "a forward of its own": (each_layer(own_forward), "somebody listens to mlp, or patched it"),
+    "float64": (lambda model: model.double(), ""),
+    "frozen": (lambda model: [p.requires_grad_(False) for p in layers(model)[0].parameters()], ""),
+    "another scale": (each_layer(lambda layer: setattr(layer.attn, "fused_attn", False)), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@EACH_ADAPTER
+def test_models_do_what_they_did(family, action):
+    """Whether it is done after accelerate or before."""
+    change, why = ACTIONS[action]
+    plain = plain_model(family)
+    after, before = accelerated(plain), copy.deepcopy(plain)
+    for model in (plain, after, before):
+        torch.manual_seed(2)
+        change(model)
+    nest_fast.accelerate(before)
+    x = image(FAMILIES[family].size).to(next(plain.parameters()).dtype)
+    for fast, mode in ((after, "train"), (before, "inference")):
+        agree(plain, fast, x, modes=(mode,))
+        assert not why or any(reason.startswith(why) for reason in reasons(fast)), reasons(fast)
+
+
+class Doubled:
+    """Put before a layer's class: a user's own layer."""
+
+    def forward(self, x, *args):
+        return 2 * super().forward(x, *args)
+
+
+@EACH_ADAPTER
+def test_classes_of_others_are_left_alone(family, monkeypatch):
+    """A subclass of the library's layer, a forward patched on one, the forward of the class patched."""
+    plain = plain_model(family)
+    for layer in layers(plain)[:1]:
+        layer.__class__ = type("Mine", (Doubled, type(layer)), {})
+    fast = copy.deepcopy(plain)
+    report = nest_fast.accelerate(fast)
+    assert "Mine is a subclass of timm's class, and may compute something else" in report.kept.values()
+    layer, its = layers(plain)[-1], layers(fast)[-1]
+    base = type(layer)
+    layer.forward = lambda *args: 3 * base.forward(layer, *args)
+    its.forward = lambda *args: 3 * base.forward(its, *args)
+    x = image(FAMILIES[family].size)
+    agree(plain, fast, x, modes=("inference",))
+    again = copy.deepcopy(plain_model(family))
+    layers(again)[0].forward = lambda x, *args: x
+    assert "its forward was patched on the instance" in nest_fast.accelerate(again).kept.values()
+    original = base.forward
+    fast = accelerated(plain_model(family))
+    monkeypatch.setattr(base, "forward", lambda self, x, *args: 0.5 * original(self, x, *args))
+    agree(plain_model(family), fast, x, modes=("inference",))
+
+
+@EACH_ADAPTER
+def test_copies_pickles_keys_and_checkpointing(family):
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    x = image(FAMILIES[family].size)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    assert [type(p) for p in fast.parameters()] == [type(p) for p in plain.parameters()]
+    wanted = run(fast, x)
+    for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert [type(m) for m in clone.modules()] == [type(m) for m in fast.modules()]
+        assert torch.equal(run(clone, x).out[0], wanted.out[0])
+    fast.load_state_dict(plain_model(family, drop_path_rate=0.3).state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        agree(plain, fast, x, modes=("eval",), tolerance=0.15)
+    try:
+        fast.set_grad_checkpointing(True)
+    except AssertionError as refused:
+        assert "not supported" in str(refused)  # by timm's Twins
+    agree(plain, fast, x, modes=("train",))
+    with pytest.raises(RuntimeError, match=r"got an accelerated one; nest_fast\.restore"):
+        torch.jit.script(fast)
+
+
+@EACH_ADAPTER
+def test_features_and_one_graph_for_the_compiler(family):
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    x = image(FAMILIES[family].size)
+    with torch.no_grad():
+        features = [m.forward_intermediates(x, intermediates_only=True) for m in (fast, plain)]
+        for got, wanted in zip(*features, strict=True):
+            assert_close(got, wanted, "a feature")
+        assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), plain(x), "compiled")
+
+
+@pytest.mark.parametrize("family", ["sam"])
+def test_exports_with_a_dynamic_batch(family):
+    plain = plain_model(family)
+    size = FAMILIES[family].size
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(accelerated(plain), (image(size),), dynamic_shapes=({0: batch},)).module()
+        assert_close(program(image(size, batch=3)), plain(image(size, batch=3)), "exported")
