@@ -158,6 +158,7 @@ IDENTITY = Place(("identity",))
 OPTIONAL_IDENTITY = Place(("identity",), optional=True)
 ABSENT = Place((), optional=True)
 SILENT = Place(("identity", "dropout"), (("{name} drops", lambda m, x: m.training and getattr(m, "p", 0.0) != 0.0),))
+SOFTMAX = Place(("softmax",), (("{name} is over another dimension", lambda m, x: m.dim != -1),))
 CONV_3X3 = Place(
     ("conv",),
     (
@@ -187,6 +188,14 @@ _SCALE = Place(("identity", "layer_scale"), optional=True)
 PATH = Place(("identity", "drop_path"))
 
 ATTENTION_PARTS = (("qkv", LINEAR), ("attn_drop", SILENT), ("proj", LINEAR), ("proj_drop", SILENT))
+# Of q, k and v that have the width of the input each.
+QKV = Place(
+    LINEAR.roles,
+    (
+        *LINEAR.rules,
+        ("{name} has heads of another width than its input", lambda m, x: m.out_features != 3 * x.shape[-1]),
+    ),
+)
 MLP_PARTS = (("fc1", LINEAR), ("act", ACTIVATION), ("drop1", SILENT), ("fc2", LINEAR), ("drop2", SILENT))
 
 
@@ -211,6 +220,7 @@ TORCH: Known = {
     nn.Conv2d: as_written("conv", nn.Conv2d, methods=("forward", "_conv_forward"), rules=_CONV),
     nn.MaxPool2d: as_written("max_pool", nn.MaxPool2d, rules=max_pool_rules(1)),
     nn.Sequential: as_written("sequential", nn.Sequential),
+    nn.Softmax: as_written("softmax", nn.Softmax),
 }
 
 
@@ -400,8 +410,8 @@ def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
     )
 
 
-def attention(x: Tensor, half: Half, branch_scale: float) -> Tensor:
-    """An attention sub-layer on blocks ``(B, T, N, C)``."""
+def attention(x: Tensor, half: Half, branch_scale: float, **within: Any) -> Tensor:
+    """An attention sub-layer on blocks ``(B, T, N, C)``, or ``within`` the windows of an image and with their bias."""
     norm, qkv, proj = half.norm, half.body.qkv, half.body.proj
     options = half.written.options(half.body)  # type: ignore[misc]
     return attention_layer(
@@ -412,6 +422,7 @@ def attention(x: Tensor, half: Half, branch_scale: float) -> Tensor:
         scale=options.scale,
         branch_scale=branch_scale,
         eps=norm.eps,
+        **within,
     )
 
 

@@ -18,6 +18,10 @@ _FAMILIES = {
     "timm's NesT": ("timm.models.nest", "timm_nest"),
     "timm's ViT or DeiT": ("timm.models.vision_transformer", "timm_vit"),
     "timm's SAM": ("timm.models.vision_transformer_sam", "timm_sam"),
+    "timm's Twins": ("timm.models.twins", "timm_twins"),
+    "timm's DaViT": ("timm.models.davit", "timm_davit"),
+    "timm's Hiera": ("timm.models.hiera", "timm_hiera"),
+    "timm's Swin": ("timm.models.swin_transformer", "timm_swin"),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.fusion import TENSORS
 
-__all__ = ["ATTENTION_RULES", "HEADS_RULES", "KNOWN", "is_other", "layer_scale", "scale"]
+__all__ = ["ATTENTION_PARTS", "ATTENTION_RULES", "KNOWN", "PLAIN_PARTS", "is_other", "layer_scale", "options", "scale"]
 
 KNOWN: fusion.Known = {
     **fusion.TORCH,
@@ -27,10 +27,9 @@ KNOWN: fusion.Known = {
 ATTENTION_RULES: fusion.Rules = (
     ("{name}'s attention drops", lambda m, x: m.training and getattr(m.attn_drop, "p", 1.0) != 0.0),
 )
-# For one whose heads need not have the width of its input, because somebody asked for it or removed some.
-HEADS_RULES: fusion.Rules = (
-    ("{name}'s heads have another width than its input", lambda m, x: m.num_heads * m.head_dim != x.shape[-1]),
-)
+# The modules of an attention without dropouts, and of one with them; width is changed where heads are pruned.
+PLAIN_PARTS = (("qkv", fusion.QKV), ("proj", fusion.LINEAR))
+ATTENTION_PARTS = (*PLAIN_PARTS, ("attn_drop", fusion.SILENT), ("proj_drop", fusion.SILENT))
 
 
 def layer_scale(cls: type) -> fusion.Written:
@@ -56,3 +55,8 @@ def is_other(module: Any, name: str, x: Tensor) -> bool:
 def scale(attn: Any) -> float | None:
     """timm's fused attention has a scale of its own."""
     return None if attn.fused_attn else attn.scale
+
+
+def options(attn: Any) -> fusion.Attention:
+    """What an attention computes that has its heads one behind the other."""
+    return fusion.Attention(attn.num_heads, scale(attn))

@@ -21,7 +21,7 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._timm import ATTENTION_RULES, HEADS_RULES, KNOWN, is_other, layer_scale, scale
+from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, is_other, layer_scale, options, scale
 from nest_fast.ops import block_attention, blockify, linear, unblockify
 
 __all__ = ["ADAPTER"]
@@ -116,17 +116,16 @@ _KNOWN: fusion.Known = {
         timm_sam.Attention,
         rules=(
             *ATTENTION_RULES,
-            *HEADS_RULES,
             ("{name}'s relative positions are no ordinary tensors, or have another dtype", _has_strange_positions),
             ("a function of timm's SAM was patched", lambda m, x: _functions() != _FUNCTIONS),
         ),
         parts=(
-            *fusion.ATTENTION_PARTS,
+            *ATTENTION_PARTS,
             ("q_norm", fusion.IDENTITY),
             ("k_norm", fusion.IDENTITY),
             ("rope", fusion.ABSENT),
         ),
-        options=lambda attn: fusion.Attention(attn.num_heads, scale(attn)),
+        options=options,
     ),
     Block: fusion.as_written("layer", Block, timm_sam.Block),
 }

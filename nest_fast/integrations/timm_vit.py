@@ -12,7 +12,7 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._timm import ATTENTION_RULES, HEADS_RULES, KNOWN, layer_scale, scale
+from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, layer_scale, options
 
 __all__ = ["ADAPTER"]
 
@@ -47,15 +47,15 @@ _KNOWN: fusion.Known = {
     timm_vit.Attention: fusion.as_written(
         "attention",
         timm_vit.Attention,
-        rules=(*ATTENTION_RULES, *HEADS_RULES),
+        rules=ATTENTION_RULES,
         parts=(
-            *fusion.ATTENTION_PARTS,
+            *ATTENTION_PARTS,
             ("q_norm", fusion.IDENTITY),
             ("k_norm", fusion.IDENTITY),
             ("norm", fusion.OPTIONAL_IDENTITY),
             ("gate", fusion.ABSENT),
         ),
-        options=lambda attn: fusion.Attention(attn.num_heads, scale(attn)),
+        options=options,
     ),
     Block: fusion.as_written("layer", Block, timm_vit.Block),
 }
