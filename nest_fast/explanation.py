@@ -113,7 +113,7 @@ def tell_layer(
         if why:
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:
-            plan = f"linear; {attention[0]}", attention[1]
+            plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
         else:
             plan = _plan.sub_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
         yield Row(name, f"{half.names[1]} sub-layer", *plan)

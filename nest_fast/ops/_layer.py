@@ -16,6 +16,10 @@ IMPLS = ("auto", "reference", "cpp")
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
+# The C++ kernels multiply some rows by C x 16 numbers of a weight at a time (32 with AVX-512). Of more channels these
+# leave the 32 KiB of a first-level cache, and beside the MLP's hidden features fewer than 20 rows fit half of a second
+# level of 1 MiB, so that weights are read anew for every 20 rows. The library's matmuls cut the depth, too.
+WIDE = 512
 # "auto" keeps these rules, or is "parts", one operation after the other, each with a choice of its own.
 AUTO = Backend(
     "cpp",
@@ -30,6 +34,12 @@ AUTO = Backend(
         (
             "a compiler that sees plain PyTorch decides itself what to keep for the gradient",
             lambda given: torch.compiler.is_compiling() and _modes.wants_gradients(given),
+        ),
+        (
+            lambda given: f"of C = {given[0].shape[-1]} channels, over {WIDE}, the library's matmuls are faster",
+            lambda given: (
+                given[0].shape[-1] > WIDE and given[0].dtype == torch.float32 and not _modes.wants_gradients(given)
+            ),
         ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from nest_fast.ops.block_attention import BACKENDS as ATTENTION
 from nest_fast.ops.block_attention import Given as AttentionGiven
 from nest_fast.ops.block_attention import choose as choose_attention
 from nest_fast.ops.blockify import BACKENDS as PATCHES
+from nest_fast.ops.linear import Given as LinearGiven
+from nest_fast.ops.linear import choose as choose_linear
 
 Plan = tuple[str, str]  # the operation and its kernels; what keeps it from faster ones
 
@@ -28,7 +30,7 @@ _KERNELS = {
 }
 
 
-def sub_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None], chained: bool) -> Plan:
+def sub_layer(x: Tensor, attention: Plan | None, weights: Sequence[Tensor | None], chained: bool) -> Plan:
     """For the sub-layer of ``attention``, or of the MLP: one operation, or its parts, ``chained`` on a GPU."""
     inside, slow = attention or ("", "")
     if chained:
@@ -39,8 +41,15 @@ def sub_layer(x: Tensor, attention: Plan | None, weights: Iterable[Tensor | None
         reasons = _layer.AUTO.why_not((x, *weights))
         if not reasons:
             return f"{operation}: {_KERNELS['cpp']}", ""
-        how = f"{operation}: plain PyTorch"
+        how = f"{operation}: {linear(x, weights)}"
     return "; ".join(filter(None, (how, inside))), "; ".join(dict.fromkeys(filter(None, (*reasons, slow))))
+
+
+def linear(x: Tensor, weights: Iterable[Tensor | None]) -> str:
+    """For the linear layers of ``weights``, one by one."""
+    learned = next((weight for weight in weights if weight is not None and weight.requires_grad), None)
+    impl = choose_linear(LinearGiven(x, x, learned, None))
+    return "linear by oneDNN" if impl == "onednn" else "linear by plain PyTorch"
 
 
 def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
