@@ -1,4 +1,4 @@
-"""Whole models on photographs: timm's NesT as shipped against nest_fast, inference and training step; NesT beside Swin.
+"""Whole models on photographs: timm's as shipped against nest_fast, inference and training step; NesT beside Swin.
 
 The comparison with Swin is the paper's, which sets NesT-S beside Swin-B: two models, each checked against its own
 float64, timed in turns.
@@ -50,6 +50,10 @@ class ModelCase(Case):
         """Whether exported models are measured beside the model."""
         plain = self.dtype == torch.float32 and not self.backward and not self.beside
         return DEVICE == "cpu" and self.op == "nest_tiny" and plain
+
+    @property
+    def is_nest(self) -> bool:
+        return self.op.startswith("nest_")
 
     @property
     def amp(self) -> bool:
@@ -139,7 +143,7 @@ def peers(case: ModelCase) -> Peers:
         del models["timm 4-D"], models["nest_fast accelerate"]
     elif case.drop_path:
         del models["timm 4-D"]
-    elif case.beside:
+    elif case.beside or not case.is_nest:
         del models["timm 4-D"], models["nest_fast NesT"]
     found = {name: peer(make) for name, make in models.items()}
     if case.runtimes:
@@ -176,10 +180,11 @@ def _original(case: ModelCase) -> nn.Module:
     if _is_32_px(case):
         model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=case.drop_path)
     else:
-        model = import_timm().create_model(case.op, img_size=case.px, drop_path_rate=case.drop_path)
+        size = {} if case.px == 224 else {"img_size": case.px}  # of which some families have none
+        model = import_timm().create_model(case.op, drop_path_rate=case.drop_path, **size)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     dtype = torch.float32 if case.amp else case.dtype
     return model.to(DEVICE, dtype).train(case.backward)

@@ -18,16 +18,20 @@ from nest_fast.ops._extension import cpp_isa
 START = time.monotonic()
 # Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends.
 CANNOT = ("impl: ", "No available kernel")
+# Marks of what is measured only where an option of that name asks for it.
+ON_DEMAND = {"sweep": "a scaling curve", "families": "one more family of models"}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("nest_fast")
     group.addoption("--sweep", action="store_true", help="also the scaling curves over batch and image size")
+    group.addoption("--families", action="store_true", help="also every family of models that accelerate knows")
     group.addoption("--time-limit", type=float, metavar="SECONDS", help="start no benchmark after this many seconds")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "sweep: a scaling curve, measured with --sweep")
+    for name, what in ON_DEMAND.items():
+        config.addinivalue_line("markers", f"{name}: {what}, measured with --{name}")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -35,13 +39,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=True))
-        if "sweep" in item.keywords and not config.getoption("--sweep"):
-            item.add_marker(pytest.mark.skip(reason="a scaling curve, measured with --sweep"))
+        for name, what in ON_DEMAND.items():
+            if name in item.keywords and not config.getoption(f"--{name}"):
+                item.add_marker(pytest.mark.skip(reason=f"{what}, measured with --{name}"))
 
 
 def _turn(item) -> tuple[bool, int]:
     """What matters most comes first, in case of a time limit; what waits minutes for a compiler comes last."""
-    files = ("bench_ceilings.py", "bench_model.py")
+    files = ("bench_ceilings.py", "bench_model.py", "bench_families.py")
     peer = item.callspec.params.get("peer", "") if hasattr(item, "callspec") else ""
     return "compile" in str(peer), files.index(item.path.name) if item.path.name in files else len(files)
 

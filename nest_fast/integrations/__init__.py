@@ -26,15 +26,15 @@ _FAMILIES = {
 
 
 def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, tolerance: float | None = None) -> Report:
-    """Make the NesT layers inside ``model`` fast, in place: same parameters, state dict, hooks and outputs.
+    """Make the layers inside ``model`` that it knows fast, in place: same parameters, state dict, hooks and outputs.
 
-    Replaces the computation of timm's ``nest.Attention``, ``TransformerLayer``, ``ConvPool``, ``NestLevel`` and
-    ``Nest`` by giving the instances a subclass of their own class; nothing of timm is patched, no tensor is copied or
-    moved. Doing it twice changes nothing; an error leaves the model as it was. Layers that someone subclassed or
-    patched are left alone and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
+    It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera and Swin, in these models or in any other.
+    Their instances are given a subclass of their own class; nothing of timm is patched, no tensor is copied or moved.
+    Doing it twice changes nothing; an error leaves the model as it was. Layers that someone subclassed or patched are
+    left alone and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
 
     Args:
-        model: timm's NesT, or any module with one inside.
+        model: one of these models, or any module with such layers inside.
         example: an input of the model, or a tuple of its inputs: it then runs in eval mode before and after, and the
             report says how far both are from the model in float64 (a copy, on two samples) and how much faster it
             became here. Gradients are not tried.
@@ -77,7 +77,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanatio
     parts, and whether autocast and gradients are on.
 
     Args:
-        model: a :class:`nest_fast.NesT`, timm's NesT, accelerated or not, or any module with such layers inside.
+        model: a :class:`nest_fast.NesT`, a model that :func:`accelerate` knows, accelerated or not, or any module with
+            such layers inside.
         x: an image ``(B, C, H, W)`` as the model would get it: its batch, dtype and device are taken; without one a
             single image of the dtype and on the device of the weights.
 

@@ -104,7 +104,7 @@ def attention_layer(
         )
     if impl == "cpp":
         out, *_ = _CPP(
-            _layout.dense_rows(x.reshape(-1, C)),
+            _layout.dense_rows(x).reshape(-1, C),
             norm_weight.float().contiguous(),
             norm_bias.float().contiguous(),
             eps,
