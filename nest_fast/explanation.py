@@ -69,8 +69,8 @@ def _rows(model: nn.Module, x: Tensor | None, tables: dict[type, Tell]) -> Itera
     told = ""
     for name, module in model.named_modules():
         pos_embed = getattr(module, "pos_embed", None)
-        if isinstance(pos_embed, Tensor) and pos_embed.dim() == 4:
-            blocks = tuple(pos_embed.shape[1:3])
+        if isinstance(pos_embed, Tensor) and pos_embed.dim() in (3, 4):
+            blocks = tuple(pos_embed.shape[-3:-1])  # of an image that is one block (1, N)
         tell = next((tables[cls] for cls in type(module).__mro__ if cls in tables), None)
         if tell is None or (told and name.startswith(told)):
             continue
@@ -94,6 +94,7 @@ def tell_layer(
     halves: Callable[[Any], Sequence[fusion.Half]],
     blocks: Callable[[Any], tuple[int, int]] | None = None,
     by_parts: Callable[[Any], int] | None = None,
+    chains: bool = False,
 ) -> Iterator[Row]:
     """The two sub-layers of a pre-norm layer.
 
@@ -102,20 +103,22 @@ def tell_layer(
         halves: the sub-layers of ``layer``.
         blocks: T and N of its attention, where the model's position embedding does not say.
         by_parts: of attention that is one operation after the other: how many dimensions that adds to a head.
+        chains: whether :func:`nest_fast.fusion.run_layers` runs it.
     """
     for half in halves(layer):
         channels = _channels(half)
         x = like(channels) if blocks is None else like(*blocks(layer), channels)
-        why = fusion.everywhere(x) or half.why_not(x) or (not fusion.is_chained(x) and fusion.why_not_skipped(x, half))
+        chained = chains and fusion.is_chained(x)
+        why = fusion.everywhere(x) or half.why_not(x) or (not chained and fusion.why_not_skipped(x, half))
         options = half.known[type(half.body)].options if type(half.body) in half.known else None
-        extra_dim = by_parts(layer) if by_parts and not why else 0
+        extra_dim = by_parts(layer) if by_parts and options and not why else 0
         attention = _plan.attention(x, options(half.body).num_heads, extra_dim) if options else None
         if why:
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:
             plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
         else:
-            plan = _plan.sub_layer(x, attention, list(layer.parameters()), fusion.is_chained(x))
+            plan = _plan.sub_layer(x, attention, list(layer.parameters()), chained)
         yield Row(name, f"{half.names[1]} sub-layer", *plan)
 
 
@@ -123,7 +126,7 @@ def _channels(half: fusion.Half) -> int:
     """The channels of the sub-layer's input, as far as its modules tell."""
     inside = getattr(half.body, "_modules", {})
     first = inside.get("qkv", inside.get("fc1"))
-    return getattr(first, "in_features", 1)
+    return getattr(first, "in_features", getattr(half.norm, "normalized_shape", (1,))[-1])
 
 
 def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
@@ -149,7 +152,7 @@ def _tell_patches(name: str, embed: Any, like: Like) -> Iterator[Row]:
 
 
 _OURS: dict[type, Tell] = {
-    TransformerLayer: partial(tell_layer, halves=partial(fusion.halves, known=KNOWN)),
+    TransformerLayer: partial(tell_layer, halves=partial(fusion.halves, known=KNOWN), chains=True),
     BlockAttention: partial(tell_attention, heads=lambda attn: attn.num_heads),
     BlockAggregation: partial(tell_aggregation, parts=BlockAggregation.parts, known=KNOWN),
     PatchEmbed: _tell_patches,

@@ -62,8 +62,8 @@ FAMILIES = {
     "sam": Family(
         "timm's SAM",
         lambda **kw: models.vision_transformer_sam.VisionTransformerSAM(
-            **{**VIT, "img_size": 40}, window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=16,
-            init_values=0.5, **kw,
+            **{**VIT, "img_size": 40}, window_size=3, global_attn_indexes=(1,), neck_chans=16, init_values=0.5,
+            **{"use_rel_pos": True, **kw},
         ),
         (40, 40),
         (56, 24),
@@ -221,6 +221,22 @@ def own_forward(layer):
     layer.mlp.forward = lambda x: 0.5 * type(layer.mlp).forward(layer.mlp, x)
 
 
+class Wrapped(nn.Module):
+    """Around a module, with nothing of its attributes."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        return 0.5 * self.base(*args, **kwargs)
+
+
+def wrapped_attention(layer):
+    if not getattr(layer, "do_expand", False):  # there timm's Hiera asks its attention for more than a call
+        layer.attn = Wrapped(layer.attn)
+
+
 def attention_drops(layer):
     if hasattr(layer.attn, "attn_drop"):
         layer.attn.attn_drop.p = 0.3
@@ -234,6 +250,7 @@ ACTIONS = {
     "a hook on a norm": (heard("norm2", "gradient"), "somebody listens to norm2"),
     "a hook on the MLP": (heard("mlp.fc1", "forward"), "somebody listens to mlp.fc1"),
     "a hook on a layer": (heard("", "forward always"), ""),
+    "a wrapped attention": (each_layer(wrapped_attention), "attn is a Wrapped"),
     "LoRA": (replaced("attn.proj", LoRA), "attn.proj is a LoRA"),
     "a parametrization": (
         each_layer(lambda layer: parametrize.register_parametrization(layer.mlp.fc2, "weight", Half())),
@@ -246,10 +263,7 @@ ACTIONS = {
         each_layer(lambda layer: layer.set_submodule("mlp.drop2", Scale(layer.mlp.fc2.out_features))),
         "mlp.drop2 is a Scale",
     ),
-    "dropout in training": (
-        each_layer(lambda layer: setattr(layer.mlp.drop1, "p", 0.3)),
-        "",
-    ),
+    "dropout in training": (each_layer(lambda layer: setattr(layer.mlp.drop1, "p", 0.3)), ""),
     "attention dropout": (each_layer(attention_drops), ""),
     "a forward of its own": (each_layer(own_forward), "somebody listens to mlp, or patched it"),
     "float64": (lambda model: model.double(), ""),
@@ -375,6 +389,50 @@ def test_layer_scales_are_read_in_every_call():
     ]
 
 
+class Marked(torch.Tensor):
+    """A weight that is more than its numbers."""
+
+
+STRANGE = {
+    "vit": ("ls1", "gamma", "ls1's gamma is no ordinary tensor, or has another dtype than its input"),
+    "sam": ("attn", "rel_pos_h", "attn's relative positions are no ordinary tensors, or have another dtype"),
+    "swin": (
+        "attn",
+        "relative_position_bias_table",
+        "attn's table of the bias is no ordinary tensor, or has another dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STRANGE)
+def test_parameters_that_are_no_ordinary_tensors(family):
+    name, parameter, why = STRANGE[family]
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        own = layers(model)[0].get_submodule(name)._parameters
+        own[parameter] = own[parameter].detach().as_subclass(Marked)
+    x = image(FAMILIES[family].size)
+    with torch.no_grad():
+        assert_close(fast(x).as_subclass(torch.Tensor), plain(x).as_subclass(torch.Tensor), "output")
+    assert reasons(fast) == [why]
+
+
+@pytest.mark.parametrize("family", ["davit", "swin"])
+def test_attention_weights_are_shown_to_who_listens_to_the_softmax(family):
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        model.calls = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Softmax):
+                model.get_submodule(name.rpartition(".")[0]).fused_attn = False
+                listen(model, name, "forward")
+    agree(plain, fast, image(FAMILIES[family].size), modes=("inference",))
+    assert fast.calls
+    assert "somebody listens to attn.softmax, or patched it" in reasons(fast)
+
+
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}], ids=str)
 def test_attention_with_more_norms_is_called(options):
     plain = plain_model("vit", **options)
@@ -406,6 +464,15 @@ def test_sam_resizes_its_positions_and_drops_windows():
     assert reasons(fast.train()) == ["drop_path1 drops windows, not samples"]
 
 
+@pytest.mark.parametrize("rope", [False, True])
+def test_sam_without_relative_positions(rope):
+    options = {"use_rope": True, "ref_feat_shape": ((5, 5), (3, 3))} if rope else {}
+    plain = plain_model("sam", use_rel_pos=False, **options)
+    fast = accelerated(plain)
+    agree(plain, fast, image((40, 40)))
+    assert bool(reasons(fast)) == rope
+
+
 def test_a_patched_function_of_sam_is_called(monkeypatch):
     plain = plain_model("sam")
     fast = accelerated(plain)
@@ -434,6 +501,11 @@ def test_swin_follows_its_input_size_and_mask(monkeypatch):
     original = base._attn
     monkeypatch.setattr(base, "_attn", lambda self, x: 0.5 * original(self, x))
     agree(plain, fast, image((56, 24)), modes=("inference",))
+
+
+def test_davits_other_attention_over_channels():
+    plain = plain_model("davit", channel_attn_v2=True, cpe_act=True)
+    agree(plain, accelerated(plain), image((56, 24)))
 
 
 def test_hiera_without_projection_and_with_masked_units():

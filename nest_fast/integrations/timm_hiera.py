@@ -68,7 +68,7 @@ _KNOWN: fusion.Known = {
 
 
 def _blocks(layer: Any) -> tuple[int, int]:
-    return 1, layer.attn.window_size
+    return 1, getattr(layer.attn, "window_size", 1)
 
 
 ADAPTER = Adapter(

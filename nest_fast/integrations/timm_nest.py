@@ -182,7 +182,7 @@ ADAPTER = Adapter(
     classes=(Attention, TransformerLayer, ConvPool, NestLevel, Nest),
     known=_KNOWN,
     told={
-        TransformerLayer: partial(tell_layer, halves=partial(fusion.halves, known=_KNOWN)),
+        TransformerLayer: partial(tell_layer, halves=partial(fusion.halves, known=_KNOWN), chains=True),
         Attention: partial(tell_attention, heads=lambda attn: attn.num_heads),
         ConvPool: partial(tell_aggregation, parts=_pool_parts, known=_KNOWN),
         Nest: _tell_nest,

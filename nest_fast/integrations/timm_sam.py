@@ -139,7 +139,9 @@ def _edges(layer: Any) -> tuple[int, int]:
     if layer.window_size > 0:
         return layer.window_size, layer.window_size
     attn = layer.attn
-    return ((len(attn.rel_pos_h) + 1) // 2, (len(attn.rel_pos_w) + 1) // 2) if attn.use_rel_pos else (1, 1)
+    if not getattr(attn, "use_rel_pos", False):
+        return 1, 1
+    return (len(attn.rel_pos_h) + 1) // 2, (len(attn.rel_pos_w) + 1) // 2
 
 
 def _blocks(layer: Any) -> tuple[int, int]:
