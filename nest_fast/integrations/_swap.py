@@ -105,23 +105,23 @@ def accelerate(
     model: nn.Module, adapters: Adapters, looked_for: str, example: Any = None, tolerance: float | None = None
 ) -> Report:
     """See :func:`nest_fast.accelerate`; ``looked_for`` says in words whose layers ``adapters`` are for."""
-    replaced, already, kept, changes, families = {}, {}, {}, [], dict.fromkeys(adapters, False)
-    for name, module in model.named_modules():
-        kind = type(module)
-        for family, adapter in adapters.items():
-            fast = adapter.fast()
-            if isinstance(module, adapter.classes):
-                already[name] = kind.__name__
-            elif isinstance(module, tuple(fast)):
-                why_not = _why_not(module, adapter)
-                if why_not is None:
-                    changes.append((module, fast[kind]))
-                    replaced[name] = kind.__name__
-                else:
-                    kept[name] = why_not
-            else:
+    replaced, already, kept, changes, families = {}, {}, {}, [], {}
+    for family, adapter in adapters.items():
+        fast = adapter.fast()
+        for name, module in model.named_modules():
+            kind = type(module)
+            if not isinstance(module, tuple(fast)):
                 continue
-            families[family] = True
+            families[family] = adapter
+            if isinstance(module, Fast):
+                already[name] = kind.__name__
+                continue
+            why_not = _why_not(module, adapter)
+            if why_not is None:
+                changes.append((module, fast[kind]))
+                replaced[name] = kind.__name__
+            else:
+                kept[name] = why_not
     if not replaced and not already:
         reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
         raise ValueError(
@@ -134,8 +134,7 @@ def accelerate(
     for row in explained:
         if row.how.startswith("its modules"):
             kept[row.name] = "; ".join(dict.fromkeys(filter(None, (kept.get(row.name), row.why))))
-    found = tuple(family for family, is_there in families.items() if is_there)
-    return Report(replaced, already, kept, found, explained.missing, trial)
+    return Report(replaced, already, kept, tuple(families), explained.missing, trial)
 
 
 def _tried(model: nn.Module, changes: list[tuple[Any, type]], example: Any, tolerance: float | None) -> Trial:
