@@ -57,7 +57,14 @@ def _triton() -> str:
 
     if not _extension.has_triton:
         return "not installed"
-    return "interpreted (TRITON_INTERPRET=1)" if _extension.triton_interpreted else "for CUDA tensors"
+    if _extension.triton_interpreted:
+        return "interpreted (TRITON_INTERPRET=1)"
+    import torch
+
+    from nest_fast.ops import _gpu
+
+    error = _gpu.launch_error() if torch.cuda.is_available() else ""
+    return f"not used: {error}" if error else "for CUDA tensors"
 
 
 def _line(what: Callable[[], str]) -> str:

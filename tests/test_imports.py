@@ -33,9 +33,9 @@ SHARED = {
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
     "interpretation": {"ops._checks"},
-    "info": {"ops._extension"},
+    "info": {"ops._extension", "ops._gpu"},
     "tests": {
-        *("ops._backends", "ops._extension", "ops._layer_norm", "ops._modes", "kernels.*"),
+        *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "kernels.*"),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
     "benchmarks": {"ops._extension"},

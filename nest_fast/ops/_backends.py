@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nest_fast.ops import _extension, _modes
+from nest_fast.ops import _extension, _gpu, _modes
 
 __all__ = ["Backend", "Rules", "choose_pass", "reasons", "say_once", "where"]
 
@@ -55,11 +55,6 @@ def reasons(rules: Rules, given: Any) -> list[str]:
     return [why.format(given=given, name=name) if isinstance(why, str) else why(given) for why in broken]
 
 
-def where(asked: Callable[[Any], object], rules: Rules) -> Rules:
-    """``rules`` that are rules only where ``asked`` holds."""
-    return tuple((why, lambda given, broken=broken: asked(given) and broken(given)) for why, broken in rules)
-
-
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 EXTENSION: Rules = (
@@ -71,16 +66,39 @@ EXTENSION: Rules = (
 )
 TRITON_INSTALLED: Rules = (("triton is not installed", lambda given: not _extension.has_triton),)
 
+
+def where(asked: Callable[[Any], object], rules: Rules) -> Rules:
+    """``rules`` that are rules only where ``asked`` holds."""
+    return tuple((why, lambda given, broken=broken: asked(given) and broken(given)) for why, broken in rules)
+
+
+def _is_on_gpu(given: Any) -> bool:
+    return given[0].device.type == "cuda"
+
+
 _ON_CPU: Rules = (("{name} is on {given[0].device}, not on a CPU", lambda given: given[0].device.type != "cpu"),)
-_FOR_TRITON: Rules = (
-    *TRITON_INSTALLED,
-    (
-        "the tensor is on {given[0].device}, and TRITON_INTERPRET=1 is not set",
-        lambda given: (
-            not (given[0].device.type == "cuda" or (_extension.triton_interpreted and given[0].device.type == "cpu"))
+
+
+def _for_triton(capability: tuple[int, int]) -> Rules:
+    """What speaks against a Triton kernel, which is for GPUs of this compute capability and later."""
+    since = "it is for compute capability {}.{} and later, not for {}.{}"
+    on_gpu: Rules = (
+        (lambda given: _gpu.launch_error(), lambda given: _gpu.launch_error() != ""),
+        (
+            lambda given: since.format(*capability, *_gpu.capability(given[0].device)),
+            lambda given: _gpu.capability(given[0].device) < capability,
         ),
-    ),
-)
+    )
+    return (
+        *TRITON_INSTALLED,
+        (
+            "the tensor is on {given[0].device}, and TRITON_INTERPRET=1 is not set",
+            lambda given: not (_is_on_gpu(given) or (_extension.triton_interpreted and given[0].device.type == "cpu")),
+        ),
+        *where(lambda given: _extension.has_triton and _is_on_gpu(given), on_gpu),
+    )
+
+
 _DTYPE: Rules = (
     (
         "dtype {given[0].dtype} is none of float32, float16, bfloat16",
@@ -108,8 +126,10 @@ _INSIDE: Rules = (
 
 CPP: Rules = EXTENSION + _ON_CPU + _DTYPE + PLAIN
 CPP_LAYER: Rules = CPP + _INSIDE
-TRITON: Rules = _FOR_TRITON + _DTYPE + PLAIN
-TRITON_PASS: Rules = _FOR_TRITON + _DTYPES + PLAIN
+# Before 8.0 Triton's matmuls do not use the matrix units; what has none of them compiles cleanly from 7.5 on.
+TRITON_MATMUL: Rules = _for_triton((8, 0)) + _DTYPE + PLAIN
+TRITON: Rules = _for_triton((7, 5)) + _DTYPE + PLAIN
+TRITON_PASS: Rules = _for_triton((7, 5)) + _DTYPES + PLAIN
 ONEDNN: Rules = (
     *_ON_CPU,
     (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _backends, _extension, _layer
+from nest_fast.ops import _backends, _extension, _gpu, _layer
 from nest_fast.ops.bias_gelu import BACKENDS as PASS
 from nest_fast.ops.block_aggregate import BACKENDS as AGGREGATE
 from nest_fast.ops.block_aggregate import Given as AggregateGiven
@@ -82,5 +82,5 @@ def missing() -> list[str]:
     said = _backends.reasons(_backends.EXTENSION, ())
     if torch.cuda.is_available():
         said += [_extension.cuda_error] if _extension.cuda_error else []
-        said += _backends.reasons(_backends.TRITON_INSTALLED, ())
+        said += _backends.reasons(_backends.TRITON_INSTALLED, ()) or [_gpu.launch_error()] * bool(_gpu.launch_error())
     return said

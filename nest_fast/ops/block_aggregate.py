@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _extension, _layout, _modes
+from nest_fast.ops import _backends, _checks, _extension, _gpu, _layout, _modes
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
@@ -152,10 +152,10 @@ class Given(NamedTuple):
     pos_embed: Tensor | None
 
 
-def _triton(most: int) -> _backends.Rules:
-    """The rules of a Triton kernel for so many channels of its output."""
+def _triton(rules: _backends.Rules, most: int) -> _backends.Rules:
+    """``rules``, and those of a Triton kernel for so many channels of its output."""
     return (
-        *_backends.TRITON,
+        *rules,
         (
             lambda given: f"C' = {given.conv_weight.shape[0]} channels are over {most}",
             lambda given: given.conv_weight.shape[0] > most,
@@ -163,7 +163,7 @@ def _triton(most: int) -> _backends.Rules:
     )
 
 
-_NORM_POOL_TRITON = Backend("triton", _triton(1024))
+_NORM_POOL_TRITON = Backend("triton", _triton(_backends.TRITON, 1024))
 
 
 def _is_interpreted(given: Given) -> bool:
@@ -172,7 +172,7 @@ def _is_interpreted(given: Given) -> bool:
 
 BACKENDS = {
     "cpp": Backend("cpp", _backends.CPP),
-    "triton": Backend("triton", _triton(512)),
+    "triton": Backend("triton", _triton(_backends.TRITON_MATMUL, 512)),
     "two_step": Backend(
         "two_step",
         (
@@ -206,8 +206,7 @@ def choose(given: Given) -> str:
 
 
 def _on_gpu(x: Tensor) -> str:
-    properties = torch.cuda.get_device_properties(x.device)
-    return _ON_GPU.get((_modes.autocast_dtype(x), (properties.major, properties.minor)), "two_step")
+    return _ON_GPU.get((_modes.autocast_dtype(x), _gpu.capability(x.device)), "two_step")
 
 
 # --- computing --------------------------------------------------------------------------------------------------------

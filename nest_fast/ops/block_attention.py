@@ -129,7 +129,7 @@ BACKENDS = {
     "triton": Backend(
         "triton",
         (
-            *_backends.TRITON,
+            *_backends.TRITON_MATMUL,
             ("N = {given.q.shape[2]} tokens are over 256", lambda given: given.q.shape[2] > 256),
             ("head_dim {given.q.shape[4]} is over 128", lambda given: given.q.shape[4] > 128),
             ("it has no dropout", lambda given: given.dropout_p),

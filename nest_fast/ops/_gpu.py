@@ -1,0 +1,38 @@
+"""What a GPU, and the software for it on this machine, can run. Asked once; a compiler that traces takes the answer."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+__all__ = ["capability", "launch_error"]
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, such as (9, 0)."""
+    return _capability(device)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+@torch.compiler.assume_constant_result
+def launch_error() -> str:
+    """Why Triton cannot launch kernels on this machine's GPUs, in a line; empty if it can."""
+    return _launch_error()
+
+
+@functools.cache
+def _launch_error() -> str:
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs, and this torch is built for AMD's"
+    try:
+        from triton.runtime import driver
+
+        # Triton compiles its launcher here: that needs a C compiler and Python.h, which images for serving often lack.
+        driver.active.utils  # noqa: B018
+    except Exception as error:  # whatever a compiler, a linker or a driver may say
+        return f"Triton cannot launch here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return ""

@@ -1,0 +1,121 @@
+"""What a GPU would be given: whole models through its choices, with Triton's kernels in the interpreter."""
+
+import re
+
+import pytest
+import torch
+
+import nest_fast
+from helpers import twins
+from helpers.pretend_gpu import pretend_gpu
+from nest_fast.ops import _backends
+from nest_fast.testing import relative_error
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
+
+KERNELS = {"add_layer_norm_triton", "bias_gelu_triton", "block_attention_triton", "norm_pool_triton"}
+
+
+def multi_query():
+    torch.manual_seed(1)
+    return nest_fast.NesT(**{**twins.SMALL, **SMALLER}, multi_query=True).eval()
+
+
+# The interpreter takes its time for every block and head.
+SMALLER = {"embed_dims": (16, 32), "num_heads": (1, 2), "depths": (1, 1)}
+MODELS = {
+    "timm's": lambda **options: twins.plain_model(**SMALLER, **options),
+    "NesT": lambda **options: twins.nest_model(**SMALLER, **options),
+    "multi-query NesT": lambda **options: multi_query(),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mode", "options"),
+    [
+        ("timm's", torch.float32, "eval", {}),
+        ("timm's", torch.float16, "train", {"pad_type": "same", "drop_path_rate": 0.5}),
+        ("timm's", torch.float32, "autocast", {"pad_type": "same"}),
+        ("NesT", torch.float16, "eval", {}),
+        ("NesT", torch.float32, "train", {"drop_path_rate": 0.5}),
+        ("NesT", torch.float32, "autocast", {}),
+        ("multi-query NesT", torch.float32, "train", {}),
+    ],
+    ids=lambda value: str(value).removeprefix("torch.") if not isinstance(value, dict) else ",".join(value) or "plain",
+)
+def test_a_model_computes_on_a_gpu_what_plain_pytorch_does(kind, dtype, mode, options):
+    def model():
+        return MODELS[kind](**options).to(dtype).train(mode == "train")
+
+    fast, plain, double = model(), as_reference(model()), as_reference(model().double())
+    if kind == "timm's":
+        nest_fast.accelerate(fast)
+    x = twins.image(dtype=dtype)
+    autocast = torch.float16 if mode == "autocast" else None
+    with torch.autocast("cpu", torch.float16, enabled=mode == "autocast"):
+        expected = twins.run(plain, x)
+    with pretend_gpu(autocast=autocast) as calls:
+        got = twins.run(fast, x)
+    golden = twins.run(double, x.double())
+    launched = {name.removesuffix("_fwd") for name in calls if name.endswith("_fwd")}
+    assert launched == (KERNELS if kind == "timm's" else {*KERNELS, "layer_norm_mean_triton"})
+    assert all(calls[f"{name}_fwd"] == calls[f"{name}_bwd"] for name in launched)
+    pairs = [("output", got.out[0], expected.out[0], golden.out[0])]
+    pairs += [(name, got.grads[name], expected.grads[name], golden.grads[name]) for name in golden.grads]
+    # In half precision one max-pool window in a thousand takes another of two nearly equal values, in plain PyTorch
+    # too: a twentieth of these gradients.
+    halves = torch.float16 in (autocast, dtype)
+    for name, ours, theirs, exact in pairs:
+        assert ours.dtype == theirs.dtype, name
+        band = 0.1 if halves and name != "output" else 2 * torch.finfo(autocast or dtype).eps
+        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + band, name
+
+
+def as_reference(model):
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = "reference"
+    return model
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_before_8_0_has_the_passes_and_the_library_for_the_rest(recwarn):
+    model = twins.accelerated(twins.plain_model(**SMALLER))
+    with pretend_gpu((7, 5)) as calls, torch.no_grad():
+        _backends._SAID.clear()
+        model(twins.image())
+        told = str(nest_fast.explain(model))
+    assert set(calls) == {"add_layer_norm_triton_fwd", "bias_gelu_triton_fwd", "norm_pool_triton_fwd"}
+    why = "it is for compute capability 8.0 and later, not for 7.5"
+    assert why in told
+    assert f"block_attention runs scaled_dot_product_attention, since for triton {why}" in [
+        str(w.message) for w in recwarn
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "launch_error"), [((7, 0), ""), ((9, 0), "Triton cannot launch here: Failed to find C compiler.")]
+)
+def test_a_gpu_on_which_nothing_runs_has_plain_pytorch(capability, launch_error, recwarn):
+    model = twins.accelerated(twins.plain_model(**SMALLER))
+    plain = twins.plain_model(**SMALLER)
+    with pretend_gpu(capability, launch_error) as calls, torch.no_grad():
+        _backends._SAID.clear()
+        out = model(twins.image())
+        told = str(nest_fast.explain(model))
+    assert not calls
+    assert any((launch_error or "not for 7.0") in str(warning.message) for warning in recwarn)
+    assert (launch_error or "not for 7.0") in told
+    torch.testing.assert_close(out, plain(twins.image()))
+
+
+def test_an_implementation_asked_for_by_name_says_why_it_cannot_launch():
+    x = torch.randn(1, 1, 16, 1, 16)
+    why = "Triton cannot launch here: Failed to find C compiler."
+    with (
+        pretend_gpu(launch_error=why),
+        pytest.raises(RuntimeError, match=f"impl: 'triton' cannot run .*{re.escape(why)}"),
+    ):
+        nest_fast.block_attention(x, x, x, impl="triton")
