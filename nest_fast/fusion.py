@@ -32,7 +32,7 @@ from nest_fast.ops import (
     mlp_layer,
     patchify,
 )
-from nest_fast.ops._modes import TENSORS
+from nest_fast.ops._modes import TENSORS, autocast_dtype, under_autocast
 from nest_fast.weights import head_minor_to_major
 
 # --- what is known of a class of modules ------------------------------------------------------------------------------
@@ -546,24 +546,28 @@ def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
     """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it."""
     branch: Tensor | None = None
     scale: Tensor | None = None
+    dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
     for half in halves:
         norm = half.norm
         if branch is None:
             y = norm(x)
         else:
-            x, y = add_layer_norm(x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps)
-        branch, scale = _branch(y, half), _sample_scale(x, half)
+            x, y = add_layer_norm(
+                x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
+            )
+        branch, scale = _branch(y, half, dtype), _sample_scale(x, half)
     if branch is None:
         return x
     return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
 
 
-def _branch(y: Tensor, half: Half) -> Tensor:
+def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
     body = half.body
     if half.written.role == "attention":
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
-    hidden = bias_gelu(linear(y, body.fc1.weight), body.fc1.bias, approximate=body.act.approximate)
-    return linear(hidden, body.fc2.weight, body.fc2.bias)
+    # What linear() is on a GPU.
+    hidden = bias_gelu(F.linear(y, body.fc1.weight), body.fc1.bias, approximate=body.act.approximate, dtype=dtype)
+    return F.linear(hidden, body.fc2.weight, body.fc2.bias)
 
 
 def _sample_scale(x: Tensor, half: Half) -> Tensor | None:

@@ -272,6 +272,22 @@ def test_has_pytorchs_dtypes_under_autocast():
             assert all(relative_error(a, b) < 1e-2 for a, b in zip(ours, plain, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_gives_the_dtype_it_is_asked_for_under_autocast(impl):
+    """The same numbers as where the next matmul casts them; the sum stays what it is."""
+    inputs, scale, douts = draw((2, 30, 16))
+    with torch.autocast(DEVICE, torch.float16):
+        ours = differentiate(add(add_layer_norm, scale, normed_dtype=torch.float16, impl=impl), inputs, douts)
+
+        def cast(*given):
+            total, normed = add(add_layer_norm, scale, impl=impl)(*given)
+            return total, normed.half()
+
+        expected = differentiate(cast, inputs, douts)
+    assert [x.dtype for x in ours[:2]] == [torch.float32, torch.float16]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_gradcheck_of_the_reference():
     (x, branch, *vectors), scale, _ = draw((2, 2, 3, 5), torch.float64)
     leaves = [t.requires_grad_() for t in (x, branch, *vectors)]
@@ -292,6 +308,7 @@ def test_gradcheck_of_the_reference():
         ({"bias": torch.zeros(16).double()}, "bias: expected dtype torch.float32 as x has, got torch.float64"),
         ({"branch_bias": torch.zeros(3)}, r"branch_bias: expected shape \(16,\) \(C,\), got \(3,\)"),
         ({"branch_scale": torch.zeros(3)}, r"branch_scale: expected shape \(2,\) \(B,\), got \(3,\)"),
+        ({"normed_dtype": 16}, "normed_dtype: expected a floating-point dtype or None, got 16"),
         ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )

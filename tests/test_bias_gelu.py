@@ -204,6 +204,18 @@ def test_has_pytorchs_dtypes_under_autocast():
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(ours, plain, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_gives_the_dtype_it_is_asked_for_under_autocast(impl):
+    """The same numbers as where the next matmul casts them."""
+    (x, bias), dout = draw((30, 16))
+    x = x.half()
+    with torch.autocast(DEVICE, torch.float16):
+        ours = differentiate(functools.partial(bias_gelu, dtype=torch.float16, impl=impl), [x, bias], [dout])
+        cast = differentiate(lambda *given: bias_gelu(*given, impl=impl).half(), [x, bias], [dout])
+    assert ours[0].dtype == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(ours, cast, strict=True))
+
+
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 def test_gradcheck_of_the_reference(approximate):
     leaves = [t.requires_grad_() for t in draw((3, 4), torch.float64)[0]]
@@ -218,6 +230,7 @@ def test_gradcheck_of_the_reference(approximate):
         ({"bias": torch.zeros(8)}, r"bias: expected shape \(16,\) \(C,\), got \(8,\)"),
         ({"bias": torch.zeros(16).int()}, "bias: expected a floating-point dtype, got torch.int32"),
         ({"approximate": "erf"}, "approximate: expected one of 'none', 'tanh', got 'erf'"),
+        ({"dtype": torch.int8}, "dtype: expected a floating-point dtype or None, got torch.int8"),
         ({"impl": "cuda"}, "impl: expected one of 'auto', 'reference', 'triton', got 'cuda'"),
     ],
 )

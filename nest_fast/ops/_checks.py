@@ -71,6 +71,11 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
+def floating_dtype(name: str, dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{name}: expected a floating-point dtype or None, got {dtype!r}")
+
+
 def shape(name: str, x: Tensor, expected: tuple, meaning: str = "") -> None:
     if tuple(x.shape) != expected:
         raise ValueError(f"{name}: expected shape {expected}{meaning and ' ' + meaning}, got {tuple(x.shape)}")

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nest_fast.ops import _extension, _flops, _vmap
+from nest_fast.ops import _extension, _flops, _modes, _vmap
 
 __all__ = ["operation"]
 
 _LIB = _extension.Library()
 _TRITON_KEYS = ("CUDA", "CPU") if _extension.triton_interpreted else ("CUDA",)
+# What a launcher takes as it is; a tensor of another class is for the dispatcher.
+_FOR_LAUNCHERS = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.dtype))
 
 
 def operation(
@@ -34,7 +36,7 @@ def operation(
     vmap: tuple[int, int] | Callable | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Any:
-    """Register ``nest_fast::<schema>`` and return what calls it.
+    """Register ``nest_fast::<schema>`` and return what calls it; its ``op`` is what the dispatcher knows.
 
     Args:
         schema: "name(Tensor x, ...) -> (Tensor out, ...)", as PyTorch writes it.
@@ -55,9 +57,10 @@ def operation(
     qualified = f"nest_fast::{name}"
     _LIB.define(schema)
     op = getattr(torch.ops.nest_fast, name).default
-    if launch:
+    launcher = _launcher(launch) if launch else None
+    if launcher is not None:
         for key in _TRITON_KEYS:
-            _LIB.impl(name, _launcher(launch), key)
+            _LIB.impl(name, launcher, key)
     torch.library.register_fake(qualified, fake, lib=_LIB)
     if gradients is not None:
         setup, backward = _autograd(op, saved, gradients, differentiable)
@@ -69,14 +72,43 @@ def operation(
         torch.library.register_vmap(qualified, rule, lib=_LIB)
     if flops is not None:
         _flops.FORMULAS[name] = flops
-    return op
+    return _caller(op, launcher)
+
+
+def _caller(op: Any, launcher: Callable[..., Any] | None) -> Any:
+    """What calls ``op``: past autograd's Python where nothing is recorded, past the dispatcher where nobody listens.
+
+    Both cost more than a kernel's launch, and a layer on a GPU is nine launches.
+    """
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _modes.wants_gradients(args):
+            return op(*args)
+        if (
+            launcher is not None
+            and _FOR_LAUNCHERS.issuperset(map(type, args))
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch.autograd._profiler_enabled()
+            and torch._C._get_tracing_state() is None
+            and not any(isinstance(x, Tensor) and x.is_neg() for x in args)
+        ):
+            return launcher(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    call.op = op  # type: ignore[attr-defined]
+    return call
 
 
 def _launcher(path: str) -> Callable[..., Any]:
-    module, _, function = path.partition(".")
+    module, _, name = path.partition(".")
+    function: Any = None
 
     def launch(*args: Any) -> Any:
-        out = getattr(importlib.import_module(f"nest_fast.kernels.{module}"), function)(*args)
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module(f"nest_fast.kernels.{module}"), name)
+        out = function(*args)
         if not isinstance(out, tuple) or all(x is not None for x in out):
             return out
         nothing = nothing_like(next(x for x in args if isinstance(x, Tensor)))

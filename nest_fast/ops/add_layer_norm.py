@@ -23,6 +23,7 @@ def add_layer_norm(
     branch_bias: Tensor | None = None,
     branch_scale: Tensor | None = None,
     eps: float = 1e-6,
+    normed_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``sum = x + branch_scale * (branch + branch_bias)`` and ``normed = layer_norm(sum) * weight + bias``.
@@ -37,12 +38,14 @@ def add_layer_norm(
         branch_scale: ``(B,)``, a factor for each sample's branch, or None; for stochastic depth, 0 or 1 / keep. It has
             no gradient.
         eps: added to the variance.
+        normed_dtype: of ``normed``: what plain PyTorch gives it if None, float32 under CUDA's autocast. The matmul
+            after it casts what it gets; in that dtype, it is spared to write and to read twice the bytes.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch. "triton" is one CUDA kernel for all (on CPU tensors
             under ``TRITON_INTERPRET=1``). Only "auto" may choose.
 
     Returns:
-        ``(sum, normed)``, both ``(B, ..., C)``, in the dtypes that plain PyTorch gives them, under autocast too.
+        ``(sum, normed)``, both ``(B, ..., C)``; the sum in the dtype that plain PyTorch gives it, under autocast too.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
@@ -51,7 +54,7 @@ def add_layer_norm(
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock); Huang et al., "Deep Networks with Stochastic
     Depth" (arXiv 1603.09382).
     """
-    dtype = _check(x, branch, weight, bias, branch_bias, branch_scale, impl)
+    dtype = _check(x, branch, weight, bias, branch_bias, branch_scale, normed_dtype, impl)
     branch_scale = None if branch_scale is None else branch_scale.detach()
     given = (x, branch, branch_scale, branch_bias, weight, bias)
     if impl == "auto":
@@ -59,10 +62,12 @@ def add_layer_norm(
     elif impl in BACKENDS:
         BACKENDS[impl].require("add_layer_norm", given)
     if impl == "reference":
-        return reference.add_layer_norm(
+        total, normed = reference.add_layer_norm(
             x, branch, weight, bias, branch_bias=branch_bias, branch_scale=branch_scale, eps=eps
         )
-    return _TRITON(*given, eps, dtype, _layer_norm.normed_dtype(x, dtype))[:2]
+        return total, normed if normed_dtype is None else normed.to(normed_dtype)
+    normed_dtype = _layer_norm.normed_dtype(x, dtype) if normed_dtype is None else normed_dtype
+    return _TRITON(*given, eps, dtype, normed_dtype)[:2]
 
 
 def _check(
@@ -72,10 +77,12 @@ def _check(
     bias: Tensor,
     branch_bias: Tensor | None,
     branch_scale: Tensor | None,
+    normed_dtype: torch.dtype | None,
     impl: str,
 ) -> torch.dtype:
     """The dtype of the sum."""
     _checks.choice("impl", impl, IMPLS)
+    _checks.floating_dtype("normed_dtype", normed_dtype)
     C = _layer_norm.rows(x, 2, "(B, ..., C)")
     dtype = x.dtype
     for name, value, expected, meaning in (

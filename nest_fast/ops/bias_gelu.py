@@ -16,19 +16,28 @@ IMPLS = ("auto", "reference", "triton")
 APPROXIMATIONS = ("none", "tanh")
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl: str = "auto") -> Tensor:
+def bias_gelu(
+    x: Tensor,
+    bias: Tensor | None,
+    *,
+    approximate: str = "none",
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """``gelu(x + bias)``.
 
     Args:
         x: ``(..., C)``, any floating-point dtype.
         bias: ``(C,)``, any floating-point dtype, or None.
         approximate: "none", ``x * Phi(x)`` with the normal distribution's Phi, or "tanh", its approximation.
+        dtype: of the output: what plain PyTorch gives it if None. Under autocast the matmul after it casts what it
+            gets; in that dtype, it is spared to write and to read twice the bytes.
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch. "triton" is one CUDA kernel (on CPU tensors under
             ``TRITON_INTERPRET=1``), which keeps only x for the backward. Only "auto" may choose.
 
     Returns:
-        ``(..., C)``, in the dtype that plain PyTorch gives it.
+        ``(..., C)``.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
@@ -37,20 +46,23 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", impl
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (arXiv 1606.08415).
     """
     given = (x, bias)
-    _check(*given, approximate, impl)
+    _check(*given, approximate, dtype, impl)
     if impl == "auto":
         impl = choose_pass("bias_gelu", BACKENDS["triton"], given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("bias_gelu", given)
     if impl == "reference":
-        return reference.bias_gelu(x, bias, approximate=approximate)
-    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+        out = reference.bias_gelu(x, bias, approximate=approximate)
+        return out if dtype is None else out.to(dtype)
+    if dtype is None:
+        dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
     return _TRITON(x, bias, dtype, approximate == "tanh")
 
 
-def _check(x: Tensor, bias: Tensor | None, approximate: str, impl: str) -> None:
+def _check(x: Tensor, bias: Tensor | None, approximate: str, dtype: torch.dtype | None, impl: str) -> None:
     _checks.choice("impl", impl, IMPLS)
     _checks.choice("approximate", approximate, APPROXIMATIONS)
+    _checks.floating_dtype("dtype", dtype)
     _checks.floating("x", _checks.is_tensor("x", x, "(..., C)"))
     if x.dim() == 0:
         raise ValueError(f"x: expected 1 or more dimensions (..., C), got shape {tuple(x.shape)}")

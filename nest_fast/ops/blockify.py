@@ -57,7 +57,7 @@ def blockify(
     gh, gw = H // bh, W // bw
     if pos_embed is not None:
         x, pos_embed = _check_pos_embed(x, pos_embed, (1, gh * gw, bh * bw, C))
-    out = _run(_BLOCKIFY, impl, gw > 1 and bh > 1, x, (bh, bw), pos_embed)
+    out = _run(_BLOCKIFY.op, impl, gw > 1 and bh > 1, x, (bh, bw), pos_embed)
     if out is None:
         out = reference.blockify(x, (bh, bw))
         return out if pos_embed is None else out + pos_embed
@@ -95,7 +95,7 @@ def unblockify(
     (gh, gw), (bh, bw) = _checks.grid(x, grid_size, block_size)
     if pos_embed is not None:
         x, pos_embed = _check_pos_embed(x, pos_embed, (1, *x.shape[1:]))
-    out = _run(_UNBLOCKIFY, impl, gw > 1 and bh > 1, x, (gh, gw), (bh, bw), pos_embed)
+    out = _run(_UNBLOCKIFY.op, impl, gw > 1 and bh > 1, x, (gh, gw), (bh, bw), pos_embed)
     if out is None:
         return reference.unblockify(x if pos_embed is None else x + pos_embed, (gh, gw), (bh, bw))
     return out
@@ -130,7 +130,7 @@ def patchify(
     bh, bw = _checks.pair("block_size", block_size)
     _checks.divides("patch_size", (ph, pw), (H, W), "image")
     _checks.divides("block_size", (bh, bw), (H // ph, W // pw), "grid of patches")
-    out = _run(_PATCHIFY, impl, True, x, (ph, pw), (bh, bw))
+    out = _run(_PATCHIFY.op, impl, True, x, (ph, pw), (bh, bw))
     return reference.patchify(x, (ph, pw), (bh, bw)) if out is None else out
 
 

@@ -6,13 +6,13 @@ PyTorch's own dispatch sees CPU tensors: what it computes is right, and what onl
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nest_fast.ops import _gpu
 
@@ -28,26 +28,29 @@ def _on_cpu(factory):
     return make
 
 
-class _Count(TorchDispatchMode):
-    """Counts the calls of nest_fast's operations by their names."""
+# The name of an operation and the dtypes of what it returned, call by call.
+Calls = list[tuple[str, list[torch.dtype]]]
 
-    def __init__(self) -> None:
+
+class _Listen(TorchDispatchMode):
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.calls = calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         if func.namespace == "nest_fast":
-            self.calls[func.name().partition("::")[2]] += 1
-        return func(*args, **(kwargs or {}))
+            self.calls.append((func.name().partition("::")[2], [x.dtype for x in tree_leaves(out)]))
+        return out
 
 
 @contextlib.contextmanager
 def pretend_gpu(
     capability: tuple[int, int] = (9, 0), launch_error: str = "", autocast: torch.dtype | None = None
-) -> Iterator[Counter[str]]:
+) -> Iterator[Calls]:
     """Every tensor says cuda:0 inside; gives the calls of nest_fast's operations. ``autocast``: to this dtype."""
     properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
-    count = _Count()
+    calls: Calls = []
     with contextlib.ExitStack() as stack:
         for name, value in (("device", CUDA), ("is_cuda", True), ("is_cpu", False)):
             stack.enter_context(mock.patch.object(torch.Tensor, name, property(lambda x, value=value: value)))
@@ -66,5 +69,5 @@ def pretend_gpu(
             torch.set_autocast_dtype("cuda", autocast)
             torch.set_autocast_enabled("cuda", True)
             stack.callback(torch.set_autocast_enabled, "cuda", False)
-        stack.enter_context(count)
-        yield count.calls
+        stack.enter_context(_Listen(calls))
+        yield calls
