@@ -1,0 +1,245 @@
+"""Every launcher of kernels/ over the stub of a CUDA driver, each argument compared with what arrived; a command.
+
+``python tests/helpers/launches.py`` prints JSON: for every case its launches, and what was wrong with them.
+"""
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import stub_driver
+
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from nest_fast.kernels.block_aggregate import block_aggregate_fwd
+from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
+from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
+
+ARCHITECTURE = 90
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Case(NamedTuple):
+    """What a launcher was given and returned, and the programs of each of its launches, counted here."""
+
+    given: tuple
+    returned: tuple
+    programs: list
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype)
+
+
+def unaligned(*shape, dtype=BF16):
+    """Begins two bytes, or four, after a multiple of 16."""
+    return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+
+
+# --- cases: the smallest shapes that compile quickly and still have several programs ----------------------------------
+
+
+def attention(heads=3, kv_heads=3, dtype=BF16, adds=False, B=2, T=4, N=16, make=empty):
+    """q, k, v packed, bias and mask."""
+    packed = make(B, T, N, heads + 2 * kv_heads, 16, dtype=dtype)
+    bias, mask = empty(heads, N, N, dtype=dtype), torch.ones(T, N, N, dtype=torch.bool)
+    return *packed.split([heads, kv_heads, kv_heads], 3), *((bias, mask) if adds else (None, None))
+
+
+def attention_fwd(*, programs=24, **how):
+    given = attention(**how)
+    return Case(given, block_attention_fwd(*given, 0.25), [programs])
+
+
+def attention_bwd(*, programs=(24,), **how):
+    given = attention(**how)
+    q, adds = given[0], how.get("adds", False)
+    out, lse = (
+        torch.empty(q.shape, dtype=q.dtype),
+        empty(*q.shape[:2], q.shape[3], q.shape[2], *(2,) * adds, dtype=FP32),
+    )
+    grads = block_attention_bwd(out, *given[:3], out, lse, *given[3:], 0.25, adds)
+    return Case((out, *given, lse), grads[:3], [*programs])  # dbias is summed afterwards
+
+
+def far_apart():
+    """A stride of 2^31 elements, in memory that nobody touches."""
+    x = torch.empty(2**31 + 64, dtype=BF16)
+    q = x.as_strided((2, 1, 1, 1, 16), (2**31, 16, 16, 16, 1))
+    return Case((q,), block_attention_fwd(q, q, q, None, None, -0.25), [2])
+
+
+def add_layer_norm(make=empty, C=24):
+    given = (make(3, 50, C), empty(3, 50, C), empty(3), empty(C), empty(C, dtype=FP32), empty(C, dtype=FP32))
+    # 32 columns, so 32 rows of 150 in a tile.
+    return Case(given, add_layer_norm_fwd(*given, 1e-6, FP32, BF16), [5])
+
+
+def add_layer_norm_gradients(dtotal, dnormed, branch_scale):
+    total, mean, rstd, weight = empty(3, 50, 24), empty(3, 50, dtype=FP32), empty(3, 50, dtype=FP32), empty(24)
+    given = (dtotal, dnormed, total, mean, rstd, branch_scale, weight)
+    dx, dbranch, _ = add_layer_norm_bwd(*given, BF16, BF16, branch_scale is not None)
+    # The statistics and weight of a gradient that is not there are not read, but passed.
+    return Case(given, (dx, dbranch), [5])
+
+
+def bias_gelu(bias):
+    given = (empty(5, 70, 136), bias)  # 128 columns and 8 more; 8 rows of 350 in a tile
+    return Case(given, (bias_gelu_fwd(*given, BF16, False),), [2 * 44])
+
+
+def bias_gelu_gradients(bias, programs):
+    given = (empty(5, 70, 136), empty(5, 70, 136), bias)
+    return Case(given, bias_gelu_bwd(*given, True, bias is not None)[:1], [programs])
+
+
+def layer_norm_mean(tokens, programs):
+    given = (empty(3, tokens, 24), empty(24), empty(24))
+    return Case(given, layer_norm_mean_fwd(*given, 1e-6, BF16), programs)
+
+
+def layer_norm_mean_gradients():
+    x, row = empty(3, 100, 24), empty(3, 100, dtype=FP32)
+    given = (empty(3, 24), x, row, row.clone(), empty(24))
+    dx, _ = layer_norm_mean_bwd(given[0], x, empty(3, 24, dtype=FP32), *given[2:])
+    return Case(given, (dx,), [3])  # an image is one part
+
+
+def norm_pool(optional, training):
+    y, weight, bias = empty(2, 16, 12, 24), empty(24, dtype=FP32), empty(24, dtype=FP32)
+    conv_bias, pos_embed = (empty(24, dtype=FP32), empty(1, 1, 48, 24)) if optional else (None, None)
+    given = (y, conv_bias, weight, bias, pos_embed)
+    outs = norm_pool_fwd(*given, (8, 6), 1e-6, optional, training)
+    # 2 images, strips of 4 of 8 rows, 16 of 6 columns
+    return Case(given, outs if training else outs[:1], [2 * 2])
+
+
+def norm_pool_gradients():
+    y, row, weight = empty(2, 16, 12, 24), empty(2, 16, 12, dtype=FP32), empty(24, dtype=FP32)
+    dout, argmax = empty(2, 1, 48, 24), torch.empty(2, 1, 48, 24, dtype=torch.uint8)
+    given = (dout, y, weight.clone(), weight, row, row.clone(), argmax)
+    dy, _ = norm_pool_bwd(*given, (8, 6), False)
+    return Case(given, (dy,), [24])  # 384 pixels, 16 each
+
+
+def aggregate():
+    """Four blocks of 8 x 8 to one of 8 x 8."""
+    x, vectors = empty(2, 4, 64, 16), [empty(16, dtype=FP32) for _ in range(3)]
+    weight = empty(16, 16, 3, 3).to(memory_format=torch.channels_last)
+    given = (x, weight, *vectors, empty(1, 1, 64, 16))
+    outs = block_aggregate_fwd(*given, (2, 2), (8, 8), (8, 8), 1e-6, False, True)
+    # 16 pairs of rows; tiles of 128 pixels are 8 rows of 16, of which one pair is repeated
+    return Case(given, outs, [6])
+
+
+CASES = {
+    "block_attention_fwd": attention_fwd,
+    "block_attention_fwd, multi-query": lambda: attention_fwd(kv_heads=1, programs=8),
+    "block_attention_fwd, bias and mask": lambda: attention_fwd(adds=True),
+    "block_attention_fwd, one block": lambda: attention_fwd(B=1, T=1, N=1, heads=1, kv_heads=1, programs=1),
+    "block_attention_fwd, unaligned": lambda: attention_fwd(make=unaligned),
+    "block_attention_fwd, far apart": far_apart,
+    "block_attention_fwd, streaming": lambda: attention_fwd(N=40, dtype=FP32, programs=48),
+    "block_attention_bwd": attention_bwd,
+    "block_attention_bwd, bias and mask": lambda: attention_bwd(adds=True, programs=(24, 3 * 8)),
+    "block_attention_bwd, streaming": lambda: attention_bwd(N=40, dtype=FP32, programs=(48, 72)),
+    "add_layer_norm_fwd": add_layer_norm,
+    "add_layer_norm_fwd, unaligned": lambda: add_layer_norm(make=unaligned, C=23),
+    "add_layer_norm_bwd": lambda: add_layer_norm_gradients(empty(3, 50, 24), empty(3, 50, 24), empty(3)),
+    "add_layer_norm_bwd, of normed alone": lambda: add_layer_norm_gradients(None, empty(3, 50, 24), None),
+    "bias_gelu_fwd": lambda: bias_gelu(empty(136)),
+    "bias_gelu_fwd, without bias": lambda: bias_gelu(None),
+    "bias_gelu_bwd": lambda: bias_gelu_gradients(empty(136), 2 * 11),
+    "bias_gelu_bwd, without bias": lambda: bias_gelu_gradients(None, 2 * 44),
+    "layer_norm_mean_fwd": lambda: layer_norm_mean(100, [3]),
+    "layer_norm_mean_fwd, in parts": lambda: layer_norm_mean(300, [9, 3]),
+    "layer_norm_mean_bwd": layer_norm_mean_gradients,
+    "norm_pool_fwd": lambda: norm_pool(True, True),
+    "norm_pool_fwd, bare": lambda: norm_pool(False, False),
+    "norm_pool_bwd": norm_pool_gradients,
+    "block_aggregate_fwd, training": aggregate,
+}
+
+
+# --- what arrived -----------------------------------------------------------------------------------------------------
+
+
+def leaves(value, kind, path):
+    """(path, value, type) of every value in an argument, type "constexpr" where no parameter carries it."""
+    if isinstance(kind, tuple):
+        for n, (x, one) in enumerate(zip(value, kind, strict=True)):
+            yield from leaves(x, one, (*path, n))
+    else:
+        yield path, value, kind
+
+
+def bits(value, kind):
+    """The parameter that ``value`` should be, as unsigned integer."""
+    if kind.startswith("*"):
+        return value.data_ptr()
+    if kind == "fp32":
+        return struct.unpack("<I", struct.pack("<f", value))[0]
+    return value % 2 ** {"i32": 32, "i64": 64}[kind]
+
+
+def wrong_with(launch):
+    """What did not arrive as it was given, or was promised and does not hold."""
+    source = launch.compiled.src
+    promised = {path: dict(attributes) for path, attributes in source.attrs.items()}
+    values, wrong = iter(launch.values), []
+    for n, (name, kind) in enumerate(source.signature.items()):
+        for path, value, leaf in leaves(launch.arguments[name], kind, (n,)):
+            where = ".".join([name, *map(str, path[1:])])
+            if leaf == "constexpr":
+                if (compiled := source.constants[path]) != value:
+                    wrong.append(f"{where}: {value!r} was compiled in as {compiled!r}")
+                continue
+            if (got := next(values, None)) != (wanted := bits(value, leaf)):
+                wrong.append(f"{where}: {wanted:#x} arrived as {got}")
+            unit = promised.get(path, {}).get("tt.divisibility", 1)
+            if wanted % unit:
+                wrong.append(f"{where}: {wanted:#x} is no multiple of {unit}")
+    if rest := list(values):
+        wrong.append(f"{len(rest)} more parameters than arguments")
+    shared, threads = launch.compiled.metadata.shared, 32 * launch.compiled.metadata.num_warps
+    if (launch.shared, launch.block) != (shared, (threads, 1, 1)):
+        wrong.append(f"{launch.block} threads with {launch.shared} bytes, compiled for {threads} with {shared}")
+    return wrong
+
+
+def unpromised(launch):
+    """How many pointers the kernel was not promised to be multiples of 16."""
+    source, arguments = launch.compiled.src, launch.arguments
+    kinds = enumerate(source.signature.items())
+    parameters = [leaf for n, (name, kind) in kinds for leaf in leaves(arguments[name], kind, (n,))]
+    pointers = [path for path, _, kind in parameters if kind.startswith("*")]
+    return sum(["tt.divisibility", 16] not in source.attrs.get(path, []) for path in pointers)
+
+
+def main():
+    rows = {}
+    with stub_driver.stub(ARCHITECTURE) as stub:
+        for name, make in CASES.items():
+            with stub.recording() as launches:
+                case = make()
+            arrived = {value for launch in launches for value in launch.values}
+            rows[name] = {
+                "kernels": [launch.name for launch in launches],
+                "grids": [launch.grid for launch in launches],
+                "programs": case.programs,
+                "wrong": [f"{launch.name}: {line}" for launch in launches for line in wrong_with(launch)],
+                "shared": max(launch.shared for launch in launches),
+                "unpromised": sum(unpromised(launch) for launch in launches),
+                "missing": sum(x is not None and x.data_ptr() not in arrived for x in (*case.given, *case.returned)),
+            }
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
