@@ -23,7 +23,7 @@ class Spec(NamedTuple):
     """What the kernels are compiled for, beside tiles.
 
     ADDS: there is a bias or a mask. FOLD_SCALE: the scale is positive and not tiny, so that it can be left to the
-    exponent. PRECISION: of float32 matmuls, "tf32" or "ieee".
+    exponent. TF32: of float32 matmuls.
     """
 
     N: int
@@ -31,7 +31,7 @@ class Spec(NamedTuple):
     HEADS: int
     ADDS: bool
     FOLD_SCALE: bool
-    PRECISION: str
+    TF32: bool
 
 
 @triton.jit
@@ -143,10 +143,10 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     if SPEC.ADDS:
         added = _bounded(added)
     if SPEC.FOLD_SCALE:
-        s = dot(q, tl.trans(k), added * (1.0 / scale) if SPEC.ADDS else None, SPEC.PRECISION)
+        s = dot(q, tl.trans(k), added * (1.0 / scale) if SPEC.ADDS else None, SPEC.TF32)
         factor = scale
     else:
-        s = dot(q, tl.trans(k), None, SPEC.PRECISION) * scale + added
+        s = dot(q, tl.trans(k), None, SPEC.TF32) * scale + added
         factor = 1.0
     return tl.where((n < N)[None, :], s, float("-inf")), factor
 

@@ -61,7 +61,7 @@ def block_attention_fwd_stream_kernel(
         n = start + tl.arange(0, BLOCK_N)
         s, factor = scores(query, load_keys(k, index, n, SPEC), index, m, n, addends, scale, SPEC)
         p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype, SPEC)
-        acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.PRECISION)
+        acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.TF32)
     store_attention(out, lse_ptr, sequence, index, m, acc, row_max, row_sum, SPEC)
 
 
@@ -98,9 +98,9 @@ def block_attention_dq_stream_kernel(
         n = start + tl.arange(0, BLOCK_N)
         key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)  # [BLOCK_M, BLOCK_N]
-        dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.PRECISION)
+        dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.TF32)
         ds = softmax_weights(s, factor, lse, key.dtype, SPEC) * (dp - delta[:, None])
-        acc = dot(round_to(ds, key.dtype), key, acc, SPEC.PRECISION)
+        acc = dot(round_to(ds, key.dtype), key, acc, SPEC.TF32)
     store_queries(dq, index, m, acc * scale, SPEC)
 
 
@@ -139,8 +139,8 @@ def block_attention_dkv_stream_kernel(
         delta = load_vector(delta_ptr, sequence, m, SPEC)
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)  # [BLOCK_M, BLOCK_N]
         p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], softmax_weights(s, factor, lse, key.dtype, SPEC), 0.0)
-        dvalue = dot(tl.trans(round_to(p, key.dtype)), d, dvalue, SPEC.PRECISION)
-        dp = dot(d, tl.trans(value), None, SPEC.PRECISION)
-        dkey = dot(tl.trans(round_to(p * (dp - delta[:, None]), key.dtype)), query, dkey, SPEC.PRECISION)
+        dvalue = dot(tl.trans(round_to(p, key.dtype)), d, dvalue, SPEC.TF32)
+        dp = dot(d, tl.trans(value), None, SPEC.TF32)
+        dkey = dot(tl.trans(round_to(p * (dp - delta[:, None]), key.dtype)), query, dkey, SPEC.TF32)
     store_keys(dk, index, n, dkey * scale, SPEC)
     store_keys(dv, index, n, dvalue, SPEC)

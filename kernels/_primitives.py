@@ -21,13 +21,13 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+def dot(a, b, acc, TF32: tl.constexpr):
     """``acc + a @ b`` in float32 of a [M, K] and b [K, N]; acc may be None. The interpreter upcasts: it gets bfloat16
     wrong."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit

@@ -61,14 +61,14 @@ class Walk(NamedTuple):
 
 class Tile(NamedTuple):
     """``ROWS`` x ``COLUMNS`` pixels are convolved at once, ``K`` input channels a step, ``STAGES`` steps in flight;
-    ``WINDOWS`` are pooled at once. PRECISION of float32 matmuls; OFFSET, the integer that holds an offset in x."""
+    ``WINDOWS`` are pooled at once. TF32: of float32 matmuls; OFFSET, the integer that holds an offset in x."""
 
     ROWS: int
     COLUMNS: int
     K: int
     STAGES: int
     WINDOWS: int
-    PRECISION: str
+    TF32: bool
     OFFSET: tl.dtype
 
 
@@ -126,7 +126,7 @@ def _conv3x3(x, weight_ptr, b, h, w, exists, image, C_IN: tl.constexpr, SPEC: tl
                 weight = tl.load(source, mask=(c_in < C_IN)[:, None] & (c < SPEC.C)[None, :], other=0.0)
             else:
                 weight = tl.load(source)
-            new_acc = new_acc + (dot(pixels, weight, acc[n], TILE.PRECISION),)
+            new_acc = new_acc + (dot(pixels, weight, acc[n], TILE.TF32),)
         acc = new_acc
     return acc
 
@@ -299,8 +299,8 @@ def block_aggregate_fwd(
     ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
     reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     tile = Tile(
-        rows, columns, config.tile_k, config.num_stages, config.tile_windows,
-        "ieee" if precision == "half" else precision, tl.int32 if reach < 2**30 else tl.int64,
+        rows, columns, config.tile_k, config.num_stages, config.tile_windows, precision == "tf32",
+        tl.int32 if reach < 2**30 else tl.int64,
     )  # fmt: skip
     with torch.cuda.device_of(x):
         _block_aggregate_fwd_kernel[(programs,)](

@@ -75,7 +75,7 @@ def _attend(
         p = exp_scores(all_scores[i], factor, row_max, query.dtype, SPEC)  # [BLOCK_M, size]
         p = tl.where((piece(KEY_PIECES, i) < SPEC.N)[None, :], p, 0.0)
         row_sum += tl.sum(p, 1)
-        acc = dot(round_to(p, query.dtype), values[i], acc, SPEC.PRECISION)
+        acc = dot(round_to(p, query.dtype), values[i], acc, SPEC.TF32)
     store_attention(out, lse_ptr, tl.program_id(0).to(tl.int64), index, m, acc, row_max, row_sum, SPEC)
 
 
@@ -134,11 +134,11 @@ def _tile_of_keys(
         s, factor = scores(queries[i], key, index, m, n, addends, scale, SPEC)  # [size, BLOCK_N]
         # Masking queries again lets the compiler drop exponentials of queries that never exist.
         p = tl.where((m < SPEC.HEADS * SPEC.N)[:, None], softmax_weights(s, factor, lses[i], key.dtype, SPEC), 0.0)
-        dvalue = dot(tl.trans(round_to(p, key.dtype)), douts[i], dvalue, SPEC.PRECISION)
-        dp = dot(douts[i], tl.trans(value), None, SPEC.PRECISION)  # [size, BLOCK_N]
+        dvalue = dot(tl.trans(round_to(p, key.dtype)), douts[i], dvalue, SPEC.TF32)
+        dp = dot(douts[i], tl.trans(value), None, SPEC.TF32)  # [size, BLOCK_N]
         ds = round_to(p * (dp - deltas[i][:, None]), key.dtype)
-        dkey = dot(tl.trans(ds), queries[i], dkey, SPEC.PRECISION)
-        new_dqs += (dot(ds, key, dqs[i], SPEC.PRECISION),)
+        dkey = dot(tl.trans(ds), queries[i], dkey, SPEC.TF32)
+        new_dqs += (dot(ds, key, dqs[i], SPEC.TF32),)
     store_keys(dk, index, n, dkey * scale, SPEC)
     store_keys(dv, index, n, dvalue, SPEC)
     return new_dqs
@@ -226,7 +226,7 @@ def _block_attention_dbias_kernel(
         lse = load_lse(lse_ptr, block * heads + head, m, SPEC)
         p = softmax_weights(s, factor, lse, key.dtype, SPEC)  # [BLOCK_M, BLOCK_N]
         d = load_queries(dout, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
-        dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.PRECISION)
+        dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.TF32)
         acc += p * (dp - row_dot(d, load_queries(out, index, m, SPEC))[:, None])
     offsets = (split * heads + head) * (N * N) + m[:, None] * N + n[None, :]  # [BLOCK_M, BLOCK_N]
     tl.store(dbias_ptr + offsets, acc, mask=(m < N)[:, None] & (n < N)[None, :])
@@ -246,7 +246,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _spec(q: Tensor, heads: int, scale: float, adds: bool) -> Spec:
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Spec(q.shape[2], q.shape[4], heads, adds, scale > 1e-6, "tf32" if tf32 else "ieee")
+    return Spec(q.shape[2], q.shape[4], heads, adds, scale > 1e-6, tf32)
 
 
 def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -258,7 +258,7 @@ def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, T
 
 def _config(kernel: str, q: Tensor, spec: Spec) -> tuple[_configs.AttentionConfig, dict[str, int]]:
     """The launch configuration, no larger than the sequence, and what the compiler is told of it."""
-    operands = spec.PRECISION if q.dtype == torch.float32 else "half"
+    operands = ("tf32" if spec.TF32 else "ieee") if q.dtype == torch.float32 else "half"
     queries = spec.HEADS * spec.N
     config = _configs.attention(kernel, queries, spec.N, spec.HEAD_DIM, operands, spec.ADDS, q.device)
     return config, {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -115,9 +115,10 @@ def layer_norm(convolved, norm, SPEC: tl.constexpr):
 @triton.jit
 def _load_pixels(rows, exists, SPEC: tl.constexpr):
     """Pixels that begin at pointers rows [TILE_PIXELS], float32 [TILE_PIXELS, size] for every piece."""
+    PIECES: tl.constexpr = SPEC.PIECES
     pixels = ()
-    for n in tl.static_range(len(SPEC.PIECES)):
-        c = piece(SPEC.PIECES, n)
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
         mask = exists[:, None] & (c < SPEC.C)[None, :]
         pixels = pixels + (load(rows[:, None], c[None, :], mask),)
     return pixels
@@ -187,6 +188,7 @@ def _norm_pool_fwd_kernel(
     TILE_PIXELS: tl.constexpr,
 ):
     """One program: TILE_PIXELS columns of STRIP rows of one pooled image, tiles x strips of them an image."""
+    PIECES: tl.constexpr = SPEC.PIECES
     b = (tl.program_id(0) // (strips * tiles)).to(tl.int64)
     first = tl.program_id(0) // tiles % strips * STRIP
     j = tl.program_id(0) % tiles * TILE_PIXELS + tl.arange(0, TILE_PIXELS)  # [TILE_PIXELS]
@@ -198,8 +200,8 @@ def _norm_pool_fwd_kernel(
         middle, argmax_middle = _max_along_width(y, b, h + 1, j, True, norm, statistics, image, SPEC)
         below, argmax_below = _max_along_width(y, b, h + 2, j, h + 2 < 2 * stop, norm, statistics, image, SPEC)
         pixel = pooled_offset(image, b, i, j, SPEC.C)
-        for n in tl.static_range(len(SPEC.PIECES)):
-            c = piece(SPEC.PIECES, n)  # [size]
+        for n in tl.static_range(len(PIECES)):
+            c = piece(PIECES, n)  # [size]
             mask = (j < image.width // 2)[:, None] & (c < SPEC.C)[None, :]
             offsets = pixel[:, None] + c[None, :]  # [TILE_PIXELS, size]
             from_middle = _replaces(middle[n], above[n], True, h < 0)
