@@ -82,10 +82,16 @@ def load_vector(ptr, sequence, m, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _pair(lse_ptr, sequence, m, SPEC: tl.constexpr):
+    """Pointers [BLOCK_M] to the first part of lse where it has two."""
+    return lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
+
+
+@triton.jit
 def load_lse(lse_ptr, sequence, m, SPEC: tl.constexpr):
     """lse [BLOCK_M] of queries m of a sequence, or with ADDS its two parts, as store_attention left them."""
     if SPEC.ADDS:
-        pairs = lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
+        pairs = _pair(lse_ptr, sequence, m, SPEC)
         exists = m < SPEC.HEADS * SPEC.N
         lse = tl.load(pairs, mask=exists, other=0.0), tl.load(pairs + 1, mask=exists, other=0.0)
     else:
@@ -202,7 +208,7 @@ def store_attention(out, lse_ptr, sequence, index, m, acc, row_max, row_sum, SPE
     if SPEC.ADDS:
         row_max = tl.where(row_sum == 0.0, float("inf"), row_max)
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-        pairs = lse_ptr + sequence * (2 * SPEC.HEADS * SPEC.N) + 2 * m
+        pairs = _pair(lse_ptr, sequence, m, SPEC)
         tl.store(pairs, row_max, mask=exists)
         tl.store(pairs + 1, tl.log2(row_sum) * LN2, mask=exists)
     else:
