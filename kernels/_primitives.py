@@ -35,7 +35,7 @@ def fma(a, b, c):
     """``a * b + c`` rounded once, in the interpreter too."""
     if _INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
-    return a * b + c  # the compiler fuses it
+    return tl.fma(a, b, c)
 
 
 @triton.jit
