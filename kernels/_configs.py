@@ -1,40 +1,45 @@
-"""Launch configurations of all kernels, by shape, dtype and architecture; no tuning at run time.
+"""Launch configurations of all kernels, by shape, dtype and architecture: candidates, of which _launch takes one.
 
-Chosen without a GPU, from what the compiler makes of each candidate (scripts/kernel_resources.py): no spill, then the
-fewest instructions a sequence, weighed with the warps that fit on a multiprocessor. scripts/tune.py replaces the
-attention rows of the GPU it runs on by measured ones.
+Found without a GPU, from what the compiler makes of each (scripts/kernel_resources.py): no spill, then the fewest
+instructions a sequence, weighed with the warps that fit on a multiprocessor. The best comes first; the others are for
+a Triton or a GPU with which the best one spills. scripts/tune.py replaces the attention rows of the GPU it runs on by
+measured ones.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import triton
 
+if TYPE_CHECKING:
+    from nest_fast.kernels._attention import Spec
+
 __all__ = [
     "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "PROGRAMS", "AggregationConfig", "AggregationRow",
     "AttentionConfig", "AttentionRow", "architecture", "attention", "bias_gelu", "block_aggregate", "layer_norm",
-    "multiprocessors", "norm_pool",
+    "multiprocessors", "norm_pool", "row_architecture",
 ]  # fmt: skip
 
 ANY = math.inf
+MOST = 6  # candidates: where none is clean, compiling more of them would only cost time
 
-# At most so many programs of a kernel that leaves one row of partial sums for each. Constants, so that sums have the
-# same bits on every GPU; enough of them to keep every multiprocessor's memory pipeline full.
+# At most so many programs of a kernel that leaves one row of partial sums for each. Constants, so that sums do not
+# depend on how many multiprocessors there are; enough of them to keep every one's memory pipeline full.
 PROGRAMS = {"bias_gelu": 2048, "layer_norm": 1024, "norm_pool": 2048}
 
 
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """The architecture whose rows of the tables serve ``device``; the interpreter on the CPU counts as sm_90."""
-    if device.type != "cuda":
-        return 90
-    major, _ = torch.cuda.get_device_capability(device)
+def architecture() -> int:
+    """The compute capability of the current device, 90 for 9.0; the interpreter counts as an H100."""
+    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def row_architecture(architecture: int) -> int:
+    """The architecture whose rows of the tables serve ``architecture``."""
     # What is neither Hopper nor data-centre Blackwell has sm_80's matrix instructions (sm_86, sm_89, sm_120).
-    return {9: 90, 10: 100}.get(major, 80)
+    return {9: 90, 10: 100}.get(architecture // 10, 80)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -72,9 +77,9 @@ def _row(*, queries: float, keys: float, head_dim: int, **config) -> AttentionRo
     return AttentionRow(queries, keys, head_dim, AttentionConfig(**config))
 
 
-# (kernel, architecture, operands) -> rows, of which the first that fits counts. Operands are "half" (fp16, bf16),
-# "tf32" or "ieee", with "+" where a bias or mask is added. Without a list with "+" the one without counts; an
-# architecture without either has sm_80's.
+# (kernel, architecture, operands) -> rows; all that fit are candidates, the first is the best. Operands are "half"
+# (fp16, bf16), "tf32" or "ieee", with "+" where a bias or mask is added. Without a list with "+" the one without it
+# counts; an architecture without either has sm_80's.
 ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
     ("bwd", 80, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="queries"),
@@ -86,8 +91,11 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=128, keys=128, head_dim=32, block_m=64, block_n=32, num_warps=4, resident="queries"),
         _row(queries=192, keys=192, head_dim=32, block_m=64, block_n=32, num_warps=4, resident=None),
         _row(queries=256, keys=256, head_dim=32, block_m=64, block_n=32, num_warps=4, resident="queries"),
+        _row(queries=256, keys=256, head_dim=32, block_m=64, block_n=16, num_warps=4, resident="queries"),
+        _row(queries=256, keys=256, head_dim=32, block_m=128, block_n=16, num_warps=8, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 80, "half+"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="queries"),
@@ -97,15 +105,18 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=64, keys=64, head_dim=64, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 80, "ieee"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=ANY, head_dim=64, block_m=32, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
     ],
     ("bwd", 80, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
     ],
     ("bwd", 90, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="queries"),
@@ -117,8 +128,10 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=144, keys=144, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=160, keys=160, head_dim=32, block_m=64, block_n=64, num_warps=4, resident=None),
         _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="queries"),
+        _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=16, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 90, "half+"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="queries"),
@@ -129,6 +142,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=128, keys=128, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 90, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident="queries"),
@@ -137,6 +151,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=64, block_m=64, block_n=64, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 100, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="queries"),
@@ -146,34 +161,42 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=64, keys=64, head_dim=128, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=256, keys=16, head_dim=64, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="queries"),
+        _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=32, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("bwd", 100, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident="queries"),
         _row(queries=32, keys=32, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("dbias", 80, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
     ],
     ("dbias", 80, "ieee"): [
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
     ],
     ("dbias", 80, "tf32"): [
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
     ],
     ("dbias", 90, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
         _row(queries=32, keys=32, head_dim=128, block_m=32, block_n=32, num_warps=8, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("dbias", 100, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
         _row(queries=32, keys=32, head_dim=128, block_m=32, block_n=32, num_warps=8, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 80, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="keys"),
@@ -185,17 +208,20 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=ANY, keys=ANY, head_dim=32, block_m=128, block_n=64, num_warps=8, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=64, block_m=64, block_n=32, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=128, block_n=64, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 80, "ieee"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=2, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=64, block_m=32, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=16, num_warps=8, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=8, resident=None),
     ],
     ("fwd", 80, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=2, resident="keys"),
         _row(queries=32, keys=32, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
         _row(queries=64, keys=64, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 90, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="keys"),
@@ -204,6 +230,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=ANY, keys=ANY, head_dim=64, block_m=64, block_n=128, num_warps=4, resident="keys"),
         _row(queries=208, keys=208, head_dim=128, block_m=64, block_n=128, num_warps=4, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 90, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=2, resident="keys"),
@@ -211,6 +238,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=64, keys=64, head_dim=128, block_m=64, block_n=64, num_warps=4, resident="keys"),
         _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=128, num_warps=4, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=32, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 100, "half"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=1, resident="keys"),
@@ -219,6 +247,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=ANY, keys=ANY, head_dim=32, block_m=64, block_n=128, num_warps=4, resident="keys"),
         _row(queries=160, keys=160, head_dim=128, block_m=64, block_n=128, num_warps=4, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident="keys"),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
     ("fwd", 100, "tf32"): [
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=2, resident="keys"),
@@ -226,20 +255,24 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=64, keys=64, head_dim=128, block_m=64, block_n=64, num_warps=4, resident="keys"),
         _row(queries=256, keys=256, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="keys"),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=64, block_n=64, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
     ],
 }
 
 
-def attention(
-    kernel: str, queries: int, keys: int, head_dim: int, operands: str, adds: bool, device: torch.device
-) -> AttentionConfig:
-    """The configuration of ``kernel`` ("fwd", "bwd", "dbias") for so many ``queries`` over the same ``keys``."""
-    here = architecture(device)
-    names = [operands + "+", operands] if adds else [operands]
-    key = next(k for a in (here, 80) for name in names if (k := (kernel, a, name)) in ATTENTION)
-    return next(
-        row.config for row in ATTENTION[key] if queries <= row.queries and keys <= row.keys and head_dim <= row.head_dim
+def attention(kernel: str, spec: Spec, dtype: torch.dtype, *shape_and_architecture: Any) -> tuple[AttentionConfig, ...]:
+    """Candidates for ``kernel`` ("fwd", "bwd", "dbias")."""
+    operands = ("tf32" if spec.TF32 else "ieee") if dtype == torch.float32 else "half"
+    names = [operands + "+", operands] if spec.ADDS else [operands]
+    rows = next(
+        ATTENTION[kernel, here, name]
+        for here in (row_architecture(shape_and_architecture[-1]), 80)
+        for name in names
+        if (kernel, here, name) in ATTENTION
     )
+    queries, keys = spec.HEADS * spec.N, spec.N
+    fit = (row for row in rows if queries <= row.queries and keys <= row.keys and row.head_dim >= spec.HEAD_DIM)
+    return tuple(dict.fromkeys(row.config for row in fit))[:MOST]
 
 
 # --- block_aggregate, norm_pool ---------------------------------------------------------------------------------------
@@ -272,48 +305,66 @@ def _channels(channels: int, **config) -> AggregationRow:
     return AggregationRow(channels, AggregationConfig(**config))
 
 
-# (architecture, operands) -> rows, of which the first that fits counts: no spill in training either, then the most
-# pixels. Operands are as for attention; an architecture without a list has sm_80's.
+# (architecture, operands) -> rows; all that fit are candidates, the first is the best: no spill in training either,
+# then the most pixels. Operands are as for attention; an architecture without a list has sm_80's.
 AGGREGATION: dict[tuple[int, str], list[AggregationRow]] = {
     (80, "half"): [
         _channels(192, tile_pixels=128, tile_k=32, tile_c=64, num_stages=3),
         _channels(256, tile_pixels=128, tile_k=32, tile_c=256, num_stages=3),
         _channels(512, tile_pixels=64, tile_k=32, tile_c=256, num_stages=3),
+        _channels(512, tile_pixels=32, tile_k=32, tile_c=128, num_stages=2, maxnreg=255),
     ],
-    (80, "tf32"): [_channels(512, tile_pixels=32, tile_k=32, tile_c=128, num_stages=2, maxnreg=255)],
-    (80, "ieee"): [_channels(512, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2, maxnreg=255)],
+    (80, "tf32"): [
+        _channels(512, tile_pixels=32, tile_k=32, tile_c=128, num_stages=2, maxnreg=255),
+        _channels(512, tile_pixels=16, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
+    ],
+    (80, "ieee"): [
+        _channels(512, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
+        _channels(512, tile_pixels=16, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
+    ],
     (90, "half"): [
         _channels(192, tile_pixels=128, tile_k=32, tile_c=128, num_stages=3),
         _channels(256, tile_pixels=128, tile_k=64, tile_c=256, num_stages=3),
         _channels(512, tile_pixels=64, tile_k=64, tile_c=256, num_stages=3),
+        _channels(512, tile_pixels=32, tile_k=32, tile_c=256, num_stages=3),
     ],
     (90, "tf32"): [
         _channels(256, tile_pixels=64, tile_k=32, tile_c=256, num_stages=2, maxnreg=255),
         _channels(512, tile_pixels=32, tile_k=32, tile_c=256, num_stages=2, maxnreg=255),
+        _channels(512, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
     ],
     (100, "half"): [
         _channels(192, tile_pixels=128, tile_k=32, tile_c=128, num_stages=3),
         _channels(384, tile_pixels=64, tile_k=32, tile_c=128, num_stages=3),
         _channels(512, tile_pixels=32, tile_k=32, tile_c=256, num_stages=3),
+        _channels(512, tile_pixels=32, tile_k=32, tile_c=128, num_stages=2, maxnreg=255),
     ],
     (100, "tf32"): [
         _channels(192, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2),
         _channels(512, tile_pixels=32, tile_k=32, tile_c=128, num_stages=2, maxnreg=255),
+        _channels(512, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
     ],
 }
 
 
-def block_aggregate(channels: int, operands: str, device: torch.device) -> AggregationConfig:
-    """The configuration of the fused forward for so many output ``channels``."""
-    rows = AGGREGATION.get((architecture(device), operands)) or AGGREGATION[80, operands]
-    return next(row.config for row in rows if channels <= row.channels)
+def block_aggregate(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[AggregationConfig, ...]:
+    """Candidates for the fused forward with so many output ``channels``."""
+    here = row_architecture(shape_and_architecture[-1])
+    rows = AGGREGATION.get((here, operands)) or AGGREGATION[80, operands]
+    return tuple(row.config for row in rows if channels <= row.channels)
 
 
-def norm_pool(channels: int) -> dict[str, int]:
+def norm_pool(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Pixels in a tile and warps: 4 values for each thread, which leaves room for the others it keeps in registers."""
     padded = triton.next_power_of_2(channels)
     pixels = max(4 if padded <= 512 else 2, 512 // padded)
-    return {"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}
+    return _or_more_warps({"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}, kernel == "bwd")
+
+
+def _or_more_warps(tile: dict[str, int], bounded: bool) -> tuple[dict[str, int], ...]:
+    """The tile, then with twice the warps. Bounded: left alone, the compiler spills a little to have more warps."""
+    wider = {**tile, "num_warps": 2 * tile["num_warps"]}
+    return ({**tile, "maxnreg": 96}, {**tile, "maxnreg": 128}, {**wider, "maxnreg": 96}) if bounded else (tile, wider)
 
 
 # --- add_layer_norm, layer_norm_mean, bias_gelu -----------------------------------------------------------------------
@@ -321,13 +372,14 @@ def norm_pool(channels: int) -> dict[str, int]:
 MAX_LAYER_NORM_CHANNELS = 4096  # a tile holds whole rows
 
 
-def layer_norm(channels: int) -> dict[str, int]:
+def layer_norm(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Whole rows in a tile, and warps: eight values for each thread, which half precision loads at once."""
     padded = max(16, triton.next_power_of_2(channels))
-    return {"TILE_ROWS": max(1, 1024 // padded), "TILE_C": padded, "num_warps": max(4, padded // 256)}
+    tile = {"TILE_ROWS": max(1, 1024 // padded), "TILE_C": padded, "num_warps": max(4, padded // 256)}
+    return _or_more_warps(tile, kernel == "add_layer_norm_bwd")
 
 
-def bias_gelu(channels: int) -> dict[str, int]:
+def bias_gelu(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Eight values for each thread. 128 columns are whole cache lines, and divide the widths of MLPs."""
     columns = min(128, max(16, triton.next_power_of_2(channels)))
-    return {"TILE_ROWS": 1024 // columns, "TILE_C": columns, "num_warps": 4}
+    return _or_more_warps({"TILE_ROWS": 1024 // columns, "TILE_C": columns, "num_warps": 4}, bounded=False)

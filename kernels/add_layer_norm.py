@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import load, load_row, normalise, round_to
 
 __all__ = ["add_layer_norm_bwd", "add_layer_norm_fwd"]
@@ -146,14 +147,17 @@ def add_layer_norm_fwd(
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() == 0:
         return total, normed, mean, rstd
-    rows, tile = x.shape[:-1].numel(), _configs.layer_norm(C)
+    rows = x.shape[:-1].numel()
     branch_scale, branch_bias = (v if v is None else v.contiguous() for v in (branch_scale, branch_bias))
-    with torch.cuda.device_of(x):
-        _add_layer_norm_fwd_kernel[(triton.cdiv(rows, tile["TILE_ROWS"]),)](
-            x.contiguous(), (branch.contiguous(), branch_scale, branch_bias),
-            (weight.contiguous(), bias.contiguous(), eps), (total, normed), (mean, rstd),
-            rows, rows // x.shape[0], C, **tile,
-        )  # fmt: skip
+    args = (
+        x.contiguous(), (branch.contiguous(), branch_scale, branch_bias),
+        (weight.contiguous(), bias.contiguous(), eps), (total, normed), (mean, rstd), rows, rows // x.shape[0], C,
+    )  # fmt: skip
+
+    def run(tile, start):
+        start(_add_layer_norm_fwd_kernel, triton.cdiv(rows, tile["TILE_ROWS"]), *args, **tile)
+
+    launch(_configs.layer_norm, ("add_layer_norm_fwd", C, x.dtype, dtype, normed_dtype), x, run)
     return total, normed, mean, rstd
 
 
@@ -187,17 +191,22 @@ def add_layer_norm_bwd(
     dbranch = None if same else torch.empty(total.shape, dtype=branch_dtype, device=total.device)
     if total.numel() == 0:
         return dx, dbranch, torch.zeros((sums, C), dtype=torch.float32, device=total.device)
-    rows, tile = total.shape[:-1].numel(), _configs.layer_norm(C)
-    tile_rows = tile["TILE_ROWS"]
-    # With 32 rows or more to a program the partial sums are a small part of what is moved.
-    tiles = triton.cdiv(max(32, triton.cdiv(rows, _configs.PROGRAMS["layer_norm"])), tile_rows)
-    programs = triton.cdiv(rows, tiles * tile_rows)
-    partial = torch.empty((programs, sums, C), dtype=torch.float32, device=total.device)
+    rows, weight = total.shape[:-1].numel(), weight.contiguous()
     dtotal, dnormed, branch_scale = (t if t is None else t.contiguous() for t in (dtotal, dnormed, branch_scale))
-    with torch.cuda.device_of(total):
-        _add_layer_norm_bwd_kernel[(programs,)](
-            (dtotal, dnormed), (total, mean, rstd), branch_scale, weight.contiguous(), (dx, dbranch, partial),
+
+    def run(tile, start):
+        tile_rows = tile["TILE_ROWS"]
+        # With 32 rows or more to a program the partial sums are a small part of what is moved.
+        tiles = triton.cdiv(max(32, triton.cdiv(rows, _configs.PROGRAMS["layer_norm"])), tile_rows)
+        programs = triton.cdiv(rows, tiles * tile_rows)
+        partial = torch.empty((programs, sums, C), dtype=torch.float32, device=total.device)
+        start(
+            _add_layer_norm_bwd_kernel, programs,
+            (dtotal, dnormed), (total, mean, rstd), branch_scale, weight, (dx, dbranch, partial),
             rows, rows // total.shape[0], tiles, C, SUMS=sums, **tile,
-            maxnreg=96,  # left alone, the compiler spills a little to have more warps
         )  # fmt: skip
-        return dx, dbranch, partial.sum(0)
+        return partial
+
+    parts = (dtotal is None, dnormed is None, dbranch is None, sums)
+    partial = launch(_configs.layer_norm, ("add_layer_norm_bwd", C, total.dtype, x_dtype, *parts), total, run)
+    return dx, dbranch, partial.sum(0)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import load, load_row, round_to
 
 __all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
@@ -142,12 +143,14 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool
     if x.numel() == 0:
         return out
     C, rows = x.shape[-1], x.shape[:-1].numel()
-    tile = _configs.bias_gelu(C)
-    column_tiles = triton.cdiv(C, tile["TILE_C"])
-    with torch.cuda.device_of(x):
-        _bias_gelu_fwd_kernel[(triton.cdiv(rows, tile["TILE_ROWS"]) * column_tiles,)](
-            x.contiguous(), bias if bias is None else bias.contiguous(), out, rows, column_tiles, C, TANH=tanh, **tile
-        )  # fmt: skip
+    x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
+
+    def run(tile, start):
+        column_tiles = triton.cdiv(C, tile["TILE_C"])
+        programs = triton.cdiv(rows, tile["TILE_ROWS"]) * column_tiles
+        start(_bias_gelu_fwd_kernel, programs, x, bias, out, rows, column_tiles, C, TANH=tanh, **tile)
+
+    launch(_configs.bias_gelu, ("fwd", C, tanh, x.dtype, dtype), x, run)
     return out
 
 
@@ -168,16 +171,20 @@ def bias_gelu_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, torch.zeros(C, dtype=torch.float32, device=x.device) if need_dbias else None
-    tile = _configs.bias_gelu(C)
-    tile_rows, column_tiles = tile["TILE_ROWS"], triton.cdiv(C, tile["TILE_C"])
-    # With 32 rows or more to a program the partial sums are a small part of what is moved.
-    most = triton.cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
-    tiles = triton.cdiv(max(32, triton.cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
-    programs = triton.cdiv(rows, tiles * tile_rows)
-    partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None
-    with torch.cuda.device_of(x):
-        _bias_gelu_bwd_kernel[(programs * column_tiles,)](
-            dout.contiguous(), x.contiguous(), bias if bias is None else bias.contiguous(),
-            dx, partial, rows, column_tiles, tiles, C, TANH=tanh, **tile,
+    dout, x, bias = dout.contiguous(), x.contiguous(), bias if bias is None else bias.contiguous()
+
+    def run(tile, start):
+        tile_rows, column_tiles = tile["TILE_ROWS"], triton.cdiv(C, tile["TILE_C"])
+        # With 32 rows or more to a program the partial sums are a small part of what is moved.
+        most = triton.cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
+        tiles = triton.cdiv(max(32, triton.cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
+        programs = triton.cdiv(rows, tiles * tile_rows)
+        partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None
+        start(
+            _bias_gelu_bwd_kernel, programs * column_tiles,
+            dout, x, bias, dx, partial, rows, column_tiles, tiles, C, TANH=tanh, **tile,
         )  # fmt: skip
-        return dx, None if partial is None else partial.sum(0)
+        return partial
+
+    partial = launch(_configs.bias_gelu, ("bwd", C, tanh, x.dtype, need_dbias), x, run)
+    return dx, None if partial is None else partial.sum(0)

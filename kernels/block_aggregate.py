@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import dot, load, piece, round_to, zeros
 from nest_fast.kernels.norm_pool import (
     Norm,
@@ -293,21 +294,26 @@ def block_aggregate_fwd(
     x = x if x.stride(3) == 1 else x.contiguous()
     weight = conv_weight.permute(0, 2, 3, 1).contiguous()
     precision = _precision(x.dtype)
-    config = _configs.block_aggregate(C, precision, x.device)
-    rows, columns, walk = cut(B * (H // 2), W, config.tile_pixels, _configs.multiprocessors(x.device))
-    programs = triton.cdiv(walk.pairs, walk.share) * walk.tiles
-    ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
     reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    tile = Tile(
-        rows, columns, config.tile_k, config.num_stages, config.tile_windows, precision == "tf32",
-        tl.int32 if reach < 2**30 else tl.int64,
-    )  # fmt: skip
-    with torch.cuda.device_of(x):
-        _block_aggregate_fwd_kernel[(programs,)](
-            Blocks(x, x.stride(0), x.stride(1), x.stride(2), grid[1], *block), weight,
-            Norm(conv_bias, norm_weight, norm_bias, eps), None if pos_embed is None else pos_embed.contiguous(),
-            out, ring, (y, mean, rstd, argmax), image_of(H, W, out_block), walk,
-            C_IN=C_in, SPEC=Spec(C, channel_pieces(C, config.tile_c), 0 if same else 1, training), TILE=tile,
-            num_warps=config.num_warps, maxnreg=config.maxnreg,
+    offset = tl.int32 if reach < 2**30 else tl.int64
+    blocks, image = Blocks(x, x.stride(0), x.stride(1), x.stride(2), grid[1], *block), image_of(H, W, out_block)
+    norm, saved = Norm(conv_bias, norm_weight, norm_bias, eps), (y, mean, rstd, argmax)
+    pos_embed = None if pos_embed is None else pos_embed.contiguous()
+    multiprocessors = _configs.multiprocessors(x.device)
+
+    def run(config, start):
+        rows, columns, walk = cut(B * (H // 2), W, config.tile_pixels, multiprocessors)
+        programs = triton.cdiv(walk.pairs, walk.share) * walk.tiles
+        ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
+        tile = Tile(
+            rows, columns, config.tile_k, config.num_stages, config.tile_windows, precision == "tf32", offset,
         )  # fmt: skip
+        spec = Spec(C, channel_pieces(C, config.tile_c), 0 if same else 1, training)
+        start(
+            _block_aggregate_fwd_kernel, programs,
+            blocks, weight, norm, pos_embed, out, ring, saved, image, walk,
+            C_IN=C_in, SPEC=spec, TILE=tile, num_warps=config.num_warps, maxnreg=config.maxnreg,
+        )  # fmt: skip
+
+    launch(_configs.block_aggregate, (C, precision, C_in, W, x.dtype, same, training), x, run)
     return out, y, mean, rstd, argmax

@@ -36,6 +36,7 @@ from nest_fast.kernels._attention_stream import (
     block_attention_dq_stream_kernel,
     block_attention_fwd_stream_kernel,
 )
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import dot, piece, pieces, round_to, tiles_and_tail
 
 __all__ = ["MAX_HEAD_DIM", "MAX_SEQ", "block_attention_bwd", "block_attention_fwd"]
@@ -256,12 +257,15 @@ def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, T
     return None if bias is None else bias.contiguous(), mask, 1 if mask is None else mask.shape[0]
 
 
-def _config(kernel: str, q: Tensor, spec: Spec) -> tuple[_configs.AttentionConfig, dict[str, int]]:
-    """The launch configuration, no larger than the sequence, and what the compiler is told of it."""
-    operands = ("tf32" if spec.TF32 else "ieee") if q.dtype == torch.float32 else "half"
-    queries = spec.HEADS * spec.N
-    config = _configs.attention(kernel, queries, spec.N, spec.HEAD_DIM, operands, spec.ADDS, q.device)
-    return config, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def _kinds(addends: tuple[Tensor | None, Tensor | None, int]) -> tuple[bool, torch.dtype | None]:
+    """What the kernels are compiled for beside a Spec."""
+    bias, mask, _ = addends
+    return bias is None, None if mask is None else mask.dtype
+
+
+def _options(config: _configs.AttentionConfig) -> dict[str, int]:
+    """What the compiler is told."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def _pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
@@ -301,18 +305,21 @@ def block_attention_fwd(
     spec, addends = _spec(q, heads // per_block, scale, adds), _addends(bias, mask)
     q, k, v = (_dense(x) for x in (q, k.expand_as(q), v.expand_as(q)))
     args = ((_view(q), _view(k), _view(v)), _view(out), lse, addends, scale, T, per_block)
-    config, options = _config("fwd", q, spec)
-    with torch.cuda.device_of(q):
+
+    def run(config, start):
         if config.resident == "keys":
-            _block_attention_fwd_kernel[(programs,)](
-                *args, SPEC=spec, KEY_PIECES=_pieces(N, config.block_n), BLOCK_M=config.block_m,
-                M_TILES=tiles_and_tail(queries, config.block_m), **options,
+            start(
+                _block_attention_fwd_kernel, programs, *args,
+                SPEC=spec, KEY_PIECES=_pieces(N, config.block_n), BLOCK_M=config.block_m,
+                M_TILES=tiles_and_tail(queries, config.block_m), **_options(config),
             )  # fmt: skip
         else:
-            tiles = triton.cdiv(queries, config.block_m)
-            block_attention_fwd_stream_kernel[(programs * tiles,)](
-                *args, SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **options
-            )
+            start(
+                block_attention_fwd_stream_kernel, programs * triton.cdiv(queries, config.block_m), *args,
+                SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
+            )  # fmt: skip
+
+    launch(_configs.attention, ("fwd", spec, q.dtype, *_kinds(addends)), q, run)
     return out, lse
 
 
@@ -351,33 +358,43 @@ def block_attention_bwd(
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k.expand_as(q), v.expand_as(q), out))
     dout_view, qkv, out_view = _view(dout), (_view(q), _view(k), _view(v)), _view(out)
     rest = (addends, scale, (T, per_block))
-    config, options = _config("bwd", q, spec)
-    with torch.cuda.device_of(q):
+
+    def run(config, start):
         if config.resident == "queries":
-            _block_attention_bwd_kernel[(programs,)](
+            start(
+                _block_attention_bwd_kernel, programs,
                 dout_view, qkv, out_view, lse, (_view(dq), _view(dk), _view(dv)), *rest,
                 SPEC=spec, QUERY_PIECES=_pieces(queries, config.block_m), BLOCK_N=config.block_n,
-                N_TILES=tiles_and_tail(N, config.block_n), **options,
+                N_TILES=tiles_and_tail(N, config.block_n), **_options(config),
             )  # fmt: skip
-        else:
-            statistics = (lse, torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device))
-            tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **options}
-            block_attention_dq_stream_kernel[(programs * triton.cdiv(queries, config.block_m),)](
-                dout_view, qkv, out_view, statistics, _view(dq), *rest, **tiles
-            )
-            block_attention_dkv_stream_kernel[(programs * triton.cdiv(N, config.block_n),)](
-                dout_view, qkv, statistics, (_view(dk), _view(dv)), *rest, **tiles
-            )
-        if not need_dbias or bias is None:
-            return dq, dk, dv, None
+            return
+        statistics = (lse, torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device))
+        tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
+        start(
+            block_attention_dq_stream_kernel, programs * triton.cdiv(queries, config.block_m),
+            dout_view, qkv, out_view, statistics, _view(dq), *rest, **tiles,
+        )  # fmt: skip
+        start(
+            block_attention_dkv_stream_kernel, programs * triton.cdiv(N, config.block_n),
+            dout_view, qkv, statistics, (_view(dk), _view(dv)), *rest, **tiles,
+        )  # fmt: skip
+
+    launch(_configs.attention, ("bwd", spec, q.dtype, *_kinds(addends)), q, run)
+    if not need_dbias or bias is None:
+        return dq, dk, dv, None
+    one_head = spec._replace(HEADS=1)
+
+    def run_dbias(config, start):
         # The sum over all blocks in two stages: enough partial sums to fill a device, then theirs.
-        spec = spec._replace(HEADS=1)
-        config, options = _config("dbias", q, spec)
         tiles_each = triton.cdiv(N, config.block_m) * triton.cdiv(N, config.block_n)
         splits = min(B * T, triton.cdiv(1024, heads * tiles_each))
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)
-        _block_attention_dbias_kernel[(splits * heads * tiles_each,)](
+        start(
+            _block_attention_dbias_kernel, splits * heads * tiles_each,
             dout_view, qkv, out_view, lse, partial, addends, scale, (T, heads, B * T),
-            SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits, **options,
+            SPEC=one_head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits, **_options(config),
         )  # fmt: skip
-        return dq, dk, dv, partial.sum(0).to(bias.dtype)
+        return partial
+
+    partial = launch(_configs.attention, ("dbias", one_head, q.dtype, *_kinds(addends)), q, run_dbias)
+    return dq, dk, dv, partial.sum(0).to(bias.dtype)

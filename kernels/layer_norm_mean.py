@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import load, load_row, normalise, round_to
 
 __all__ = ["layer_norm_mean_bwd", "layer_norm_mean_fwd"]
@@ -153,16 +154,19 @@ def layer_norm_mean_fwd(
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() == 0:
         return out.fill_(float("nan")), normed_mean.zero_(), mean, rstd
-    tile = _configs.layer_norm(C)
-    parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
-    partial = None if parts == 1 else torch.empty((B, parts, C), dtype=torch.float32, device=x.device)
-    affine, outs = (weight.contiguous(), bias.contiguous()), (out, normed_mean)
-    with torch.cuda.device_of(x):
-        _layer_norm_mean_fwd_kernel[(B * parts,)](
-            x.contiguous(), affine, eps, outs, (mean, rstd), partial, tokens, parts, tiles, C, **tile
+    x, affine, outs = x.contiguous(), (weight.contiguous(), bias.contiguous()), (out, normed_mean)
+
+    def run(tile, start):
+        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
+        partial = None if parts == 1 else torch.empty((B, parts, C), dtype=torch.float32, device=x.device)
+        start(
+            _layer_norm_mean_fwd_kernel, B * parts,
+            x, affine, eps, outs, (mean, rstd), partial, tokens, parts, tiles, C, **tile,
         )  # fmt: skip
         if partial is not None:
-            _layer_norm_mean_join_kernel[(B,)](partial, affine, outs, tokens, parts, C, **tile)
+            start(_layer_norm_mean_join_kernel, B, partial, affine, outs, tokens, parts, C, **tile)
+
+    launch(_configs.layer_norm, ("layer_norm_mean_fwd", C, x.dtype), x, run)
     return out, normed_mean, mean, rstd
 
 
@@ -182,12 +186,16 @@ def layer_norm_mean_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, torch.zeros((2, C), dtype=torch.float32, device=x.device)
-    tile = _configs.layer_norm(C)
-    parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
-    with torch.cuda.device_of(x):
-        _layer_norm_mean_bwd_kernel[(B * parts,)](
-            dout.contiguous(), x.contiguous(), (mean, rstd), weight.contiguous(), dx, tokens, parts, tiles, C, **tile
+    dout, x, weight = dout.contiguous(), x.contiguous(), weight.contiguous()
+
+    def run(tile, start):
+        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
+        start(
+            _layer_norm_mean_bwd_kernel, B * parts,
+            dout, x, (mean, rstd), weight, dx, tokens, parts, tiles, C, **tile,
         )  # fmt: skip
-        # A token's gradient is its image's, so that the sums over tokens are the forward's.
-        dout = dout.float()
-        return dx, torch.stack([(dout * normed_mean).sum(0), dout.sum(0)])
+
+    launch(_configs.layer_norm, ("layer_norm_mean_bwd", C, x.dtype), x, run)
+    # A token's gradient is its image's, so that the sums over tokens are the forward's.
+    dout = dout.float()
+    return dx, torch.stack([(dout * normed_mean).sum(0), dout.sum(0)])

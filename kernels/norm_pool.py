@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import both, load, load_row, piece, pieces, round_to, zeros
 
 __all__ = [
@@ -372,15 +373,18 @@ def norm_pool_fwd(
     mean, rstd, argmax = empty_statistics(out, H, W, training)
     if out.numel() == 0:
         return out, mean, rstd, argmax
-    tile = _configs.norm_pool(C)
-    strips, tiles = triton.cdiv(H // 2, STRIP), triton.cdiv(W // 2, tile["TILE_PIXELS"])
-    with torch.cuda.device_of(y):
-        _norm_pool_fwd_kernel[(B * strips * tiles,)](
-            _pixels(y), Norm(conv_bias, norm_weight, norm_bias, eps),
-            None if pos_embed is None else pos_embed.contiguous(),
-            out, (mean, rstd), argmax, image_of(H, W, out_block), strips, tiles,
-            SPEC=Spec(C, channel_pieces(C), 0 if same else 1, training), STRIP=STRIP, **tile,
+    spec, image = Spec(C, channel_pieces(C), 0 if same else 1, training), image_of(H, W, out_block)
+    pixels, norm = _pixels(y), Norm(conv_bias, norm_weight, norm_bias, eps)
+    pos_embed = None if pos_embed is None else pos_embed.contiguous()
+
+    def run(tile, start):
+        strips, tiles = triton.cdiv(H // 2, STRIP), triton.cdiv(W // 2, tile["TILE_PIXELS"])
+        start(
+            _norm_pool_fwd_kernel, B * strips * tiles,
+            pixels, norm, pos_embed, out, (mean, rstd), argmax, image, strips, tiles, SPEC=spec, STRIP=STRIP, **tile,
         )  # fmt: skip
+
+    launch(_configs.norm_pool, ("fwd", C, y.dtype, same, training), y, run)
     return out, mean, rstd, argmax
 
 
@@ -409,15 +413,18 @@ def norm_pool_bwd(
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if dy.numel() == 0:
         return dy, torch.zeros((3, C), dtype=torch.float32, device=y.device)
-    tile = _configs.norm_pool(C)
-    tiles = triton.cdiv(triton.cdiv(pixels, tile["TILE_PIXELS"]), _configs.PROGRAMS["norm_pool"])
-    programs = triton.cdiv(pixels, tile["TILE_PIXELS"] * tiles)
-    partial = torch.empty((programs, 3, C), dtype=torch.float32, device=y.device)
-    with torch.cuda.device_of(y):
-        _norm_pool_bwd_kernel[(programs,)](
-            dout.contiguous(), _pixels(y), Norm(conv_bias, norm_weight, None, 0.0), (mean, rstd), argmax, dy, partial,
-            image_of(y.shape[1], y.shape[2], out_block), pixels, tiles,
-            SPEC=Spec(C, channel_pieces(C), 0 if same else 1, True), **tile,
-            maxnreg=96,  # left alone, the compiler spills a little to have more warps
+    spec, image = Spec(C, channel_pieces(C), 0 if same else 1, True), image_of(y.shape[1], y.shape[2], out_block)
+    dout, rows, norm = dout.contiguous(), _pixels(y), Norm(conv_bias, norm_weight, None, 0.0)
+
+    def run(tile, start):
+        tiles = triton.cdiv(triton.cdiv(pixels, tile["TILE_PIXELS"]), _configs.PROGRAMS["norm_pool"])
+        programs = triton.cdiv(pixels, tile["TILE_PIXELS"] * tiles)
+        partial = torch.empty((programs, 3, C), dtype=torch.float32, device=y.device)
+        start(
+            _norm_pool_bwd_kernel, programs,
+            dout, rows, norm, (mean, rstd), argmax, dy, partial, image, pixels, tiles, SPEC=spec, **tile,
         )  # fmt: skip
-        return dy, partial.sum(0)
+        return partial
+
+    partial = launch(_configs.norm_pool, ("bwd", C, y.dtype, same), y, run)
+    return dy, partial.sum(0)

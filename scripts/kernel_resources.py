@@ -1,8 +1,8 @@
 """What the kernels cost on a GPU, found by compiling them without one.
 
 ``python scripts/kernel_resources.py`` prints registers, spills, shared memory and instruction counts of every shipped
-launch configuration for sm_80, sm_90 and sm_100; ``--json FILE`` writes them. The launchers run on meta tensors under a
-driver that names the architecture and launches nothing, so what is compiled is what they would launch.
+launch; ``--json FILE`` writes them. The launchers run on meta tensors under a driver that names the architecture, says
+what a compiled kernel spills and launches nothing, so they choose among their candidates as they would on such a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,11 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import torch
 import triton
+from stub_driver import SHARED_BYTES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nest_fast.kernels import _configs
+from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
@@ -39,9 +41,8 @@ from nest_fast.kernels.block_attention import block_attention_bwd, block_attenti
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 
-ARCHITECTURES = (80, 90, 100)
-# sm_80's rows also serve sm_86, sm_89 and sm_120, which have 99 KiB a block.
-SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+ARCHITECTURES = tuple(SHARED_BYTES)
+TUNED = (80, 90, 100)  # those with rows of their own in the tables
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -93,10 +94,25 @@ class Pass(NamedTuple):
 
 
 class _OfflineDriver:
-    """As much of a triton driver as compiling asks for."""
+    """As much of a triton driver as compiling and choosing ask for."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_BYTES[self.architecture]}
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
+        return lambda *args: None
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """A module and a function, registers, words spilled and the most threads, as CUDA's driver has them."""
+        registers, stack = _resources(cubin)
+        return 1, 1, registers, stack // 4, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.architecture, 32)
@@ -110,23 +126,27 @@ class _OfflineDriver:
 
 @contextlib.contextmanager
 def compiling(architecture: int) -> Iterator[list]:
-    """Inside, launches on meta tensors compile for sm_<architecture> and are appended as (kernel name, compiled)."""
+    """Inside, launches on meta tensors compile for sm_<architecture> and are appended as (kernel name, compiled, which
+    of the candidates was chosen)."""
     compiled: list = []
-    run, device_architecture = JITFunction.run, _configs.architecture
+    run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel))
+        if not warmup:
+            (table, shape, _), config = next(reversed(_launch.CHOSEN.items()))
+            candidate = table(*shape, architecture).index(config)
+            compiled.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel, candidate))
         return kernel
 
     triton.runtime.driver.set_active(_OfflineDriver(architecture))
     JITFunction.run = compile_only
-    _configs.architecture = lambda device: architecture
+    _launch.CHOSEN.clear()
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        _configs.architecture = device_architecture
+        _launch.CHOSEN.clear()
         triton.runtime.driver._active = None
 
 
@@ -216,16 +236,11 @@ def _launch_pass(case: Pass) -> None:
 
 def figures(kernel) -> dict[str, int]:
     """Registers, spill bytes and shared memory of a compiled kernel, and how often instructions stand in it."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    opcodes, looped = _opcodes(sass)
+    registers, stack = _resources(kernel.asm["cubin"])
+    opcodes, looped = _opcodes(_tool(kernel.asm["cubin"], "nvdisasm", "-c"))
     return {
-        "registers": resources["REG"],
-        "spill_bytes": resources["STACK"],
+        "registers": registers,
+        "spill_bytes": stack,
         "shared_bytes": kernel.metadata.shared,
         "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "warps": kernel.metadata.num_warps,
@@ -255,8 +270,19 @@ def _opcodes(sass: str) -> tuple[list[str], list[str]]:
     return opcodes, opcodes[slice(*loop)]
 
 
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+@functools.lru_cache(maxsize=8)
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: what is spilled."""
+    usage = _tool(cubin, "cuobjdump", "--dump-resource-usage")
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return found["REG"], found["STACK"]
+
+
+def _tool(cubin: bytes, name: str, *args: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_TOOLS / name, *args, file.name], capture_output=True, text=True, check=True).stdout
 
 
 MODELS = [
@@ -286,9 +312,22 @@ PASSES = [
 ]
 
 
+def models(architecture: int) -> list[Case | Aggregation | Pass]:
+    """What the models launch in half precision, and window models with bias and mask."""
+    aggregations = [case for case in AGGREGATIONS if case.dtype == "bf16"]
+    if architecture < 80:  # without matrix instructions that Triton knows
+        return [*(case for case in aggregations if case.kind == "norm-pool"), *PASSES]
+    if architecture in (86, 89):  # as sm_80 but for ptxas and the shared memory: what takes most of both
+        return [*MODELS[:2], *(case for case in aggregations if case.C_out == 256)]
+    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *aggregations, *PASSES]
+
+
 def shipped(architecture: int) -> list[Case | Aggregation | Pass]:
-    """The models' shapes, window models' with bias and mask, the largest shape of every row of attention's table."""
-    cases: list[Case | Aggregation | Pass] = [*MODELS, *WINDOWS, *AGGREGATIONS, *PASSES]
+    """And, where the tables have rows of their own, float32 and the largest shape of every row of attention's."""
+    cases = models(architecture)
+    if architecture not in TUNED:
+        return cases
+    cases += [*WINDOWS, *AGGREGATIONS]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION
@@ -301,11 +340,14 @@ def shipped(architecture: int) -> list[Case | Aggregation | Pass]:
     return list(dict.fromkeys(cases))
 
 
-def every_shape() -> Iterator[Case]:
-    """Every size that pads differently, with and without bias and mask: about an hour."""
+def every_shape(architecture: int) -> Iterator[Case]:
+    """Every size that pads differently, with and without bias and mask: about an hour for an architecture."""
     for biased, dtype, kind in itertools.product((False, True), ("bf16", "tf32", "fp32"), ("fwd", "bwd")):
         for N, head_dim in itertools.product((16, 32, 64, 80, 96, 128, 144, 160, 192, 208, 224, 256), (32, 64, 128)):
             yield Case(kind, N, head_dim, dtype, biased=biased)
+
+
+CASES = {"models": models, "shipped": shipped, "every": every_shape}
 
 
 def broken_bars(architecture: int, case: Case | Aggregation | Pass, row: dict[str, int]) -> list[str]:
@@ -313,7 +355,7 @@ def broken_bars(architecture: int, case: Case | Aggregation | Pass, row: dict[st
     broken = []
     if row["spill_bytes"]:
         broken.append(f"spills {row['spill_bytes']} bytes")
-    if row["shared_bytes"] > SHARED_LIMIT[architecture]:
+    if row["shared_bytes"] > SHARED_BYTES[architecture]:
         broken.append(f"wants {row['shared_bytes']} bytes of shared memory")
     if row["tensor_memory"] > 512:
         broken.append(f"wants {row['tensor_memory']} columns of tensor memory")
@@ -340,22 +382,28 @@ def sources() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--every-shape", action="store_true", help="not only what is shipped: every size that pads")
+    parser.add_argument("--json", type=Path, help="where to write the figures, what is zero left out")
+    parser.add_argument("--cases", choices=CASES, default="shipped", help="which shapes; every one takes hours")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="cases in whose name, sm_90 fwd-N196-d32-bf16, this regex is")
     args = parser.parse_args()
-    table: dict = {"triton": triton.__version__, "sources": sources(), "figures": {}, "broken": {}}
+    names = {
+        name: [f"sm_{architecture} {case.name}" for architecture in ARCHITECTURES for case in CASES[name](architecture)]
+        for name in ("models", "shipped")
+    }
+    table: dict = {
+        "triton": triton.__version__, "sources": sources(), "figures": {}, "broken": {}, "cases": names,
+    }  # fmt: skip
     for architecture in args.architectures:
-        for case in every_shape() if args.every_shape else shipped(architecture):
+        for case in CASES[args.cases](architecture):
             if not re.search(args.only, f"sm_{architecture} {case.name}"):
                 continue
             with compiling(architecture) as compiled:
                 launch(case)
-            for kernel_name, kernel in compiled:
-                row = figures(kernel)
+            for kernel_name, kernel, candidate in compiled:
+                row = {"candidate": candidate, **figures(kernel)}
                 name = f"sm_{architecture} {case.name} {kernel_name}"
-                table["figures"][name] = row
+                table["figures"][name] = {key: value for key, value in row.items() if value}
                 if broken := broken_bars(architecture, case, row):
                     table["broken"][name] = broken
                 print(name, *(f"{k} {v}" for k, v in row.items() if v), *broken, sep="  ", flush=True)

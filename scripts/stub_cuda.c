@@ -4,13 +4,15 @@
 
 #define API __attribute__((visibility("default")))
 #define MAX_PARAMETERS 128
+#define MAX_FUNCTIONS 8
 
 // What the device is; set from outside.
 API struct {
   int capability[2];
-  int shared_bytes;     // a block may have
-  int local_bytes;      // that the next functions use: what the compiler spilled
-} stub_device = {{9, 0}, 232448, 0};
+  int shared_bytes;                // that a block may have
+  int functions;                   // loaded so far
+  int local_bytes[MAX_FUNCTIONS];  // of each, what the compiler spilled; none of those after
+} stub_device = {{9, 0}, 232448};
 
 // Sizes in bytes of the parameters of the next launch, which the driver is not told; set from outside.
 API struct {
@@ -76,13 +78,14 @@ API CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 }
 API CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  *function = (CUfunction)1;
+  *function = (CUfunction)(size_t)++stub_device.functions;
   return CUDA_SUCCESS;
 }
 API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  size_t n = (size_t)function - 1;
   switch (attribute) {
     case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
-    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = stub_device.local_bytes; break;
+    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = n < MAX_FUNCTIONS ? stub_device.local_bytes[n] : 0; break;
     default: *value = 0;
   }
   return CUDA_SUCCESS;

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import triton
 from triton.backends.nvidia import driver as nvidia
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime.jit import JITFunction
 
 # A block's shared memory in bytes, by compute capability; CUDA's programming guide, "Technical Specifications".
@@ -31,7 +32,12 @@ _SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
 
 
 class _Device(ctypes.Structure):
-    _fields_ = [("capability", ctypes.c_int * 2), ("shared_bytes", ctypes.c_int), ("local_bytes", ctypes.c_int)]
+    _fields_ = [
+        ("capability", ctypes.c_int * 2),
+        ("shared_bytes", ctypes.c_int),
+        ("functions", ctypes.c_int),
+        ("local_bytes", ctypes.c_int * 8),
+    ]
 
 
 class _Parameters(ctypes.Structure):
@@ -88,11 +94,14 @@ class Stub:
         self.launched = _Launched.in_dll(self._library, "stub_launched")
         self._parameters = _Parameters.in_dll(self._library, "stub_parameters")
 
-    def become(self, architecture: int) -> None:
-        """The device is sm_<architecture> from now on."""
+    def become(self, architecture: int, shared_bytes: int = 0, local_bytes: Sequence[int] = ()) -> None:
+        """From now on the device is sm_<architecture>, whose blocks may have so much shared memory instead of its own;
+        and of the next kernels that are loaded the first spills so many bytes, and so on."""
         self.device.capability[:] = divmod(architecture, 10)
-        self.device.shared_bytes = SHARED_BYTES[architecture]
+        self.device.shared_bytes = shared_bytes or SHARED_BYTES[architecture]
+        self.device.functions, self.device.local_bytes[:] = 0, [*local_bytes, *[0] * (8 - len(local_bytes))]
         self._parameters.count = 0
+        max_shared_mem.cache_clear()
         triton.runtime.driver.set_active(_Driver(architecture))
 
     @contextlib.contextmanager

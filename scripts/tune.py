@@ -18,7 +18,7 @@ import torch
 import triton
 from kernel_resources import DTYPES, Case
 
-from nest_fast.kernels import _configs
+from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels._configs import ANY, ATTENTION, AttentionConfig, AttentionRow
 from nest_fast.kernels.block_attention import MAX_HEAD_DIM, block_attention_bwd, block_attention_fwd
 
@@ -26,6 +26,7 @@ OPERANDS = {"half": "bf16", "tf32": "tf32", "ieee": "fp32"}
 # What is measured, each for all that is smaller and not covered before: (query rows over the same keys, keys).
 SIZES = [(16, 16), (32, 32), (64, 64), (256, 16), (128, 128), (208, 208), (256, 256)]
 HEAD_DIMS = [32, 64, 128]
+KEPT = 2  # of the fastest: the second is for a Triton that spills with the first
 TOLERANCE = {"half": 2e-2, "tf32": 5e-3, "ieee": 1e-4}  # of the largest value, between two configurations
 
 
@@ -84,6 +85,7 @@ def candidates(job: Job) -> list[AttentionConfig]:
 
 def use(job: Job, architecture: int, config: AttentionConfig) -> None:
     """Make the launchers take ``config`` for ``job``."""
+    _launch.CHOSEN.clear()
     ATTENTION[job.kernel, architecture, job.operands] = [AttentionRow(ANY, ANY, MAX_HEAD_DIM, config)]
 
 
@@ -97,7 +99,7 @@ def dry_run(job: Job, architecture: int, limit: int | None) -> None:
         except triton.TritonError as error:
             print(f"  {config} does not compile: {type(error).__name__}")
             continue
-        for name, kernel in compiled:
+        for name, kernel, _ in compiled:
             if (job.kernel == "dbias") == name.endswith("dbias"):
                 row = kernel_resources.figures(kernel)
                 print(f"  {config} {name}", *(f"{k} {v}" for k, v in row.items() if v), flush=True)
@@ -142,21 +144,21 @@ def measure(job: Job, architecture: int) -> dict[AttentionConfig, float]:
 
 def tune(kernels: list[str], operands: list[str]) -> None:
     """Measure all jobs on the current GPU and write their winners into kernels/_configs.py."""
-    architecture = _configs.architecture(torch.device("cuda", torch.cuda.current_device()))
+    architecture = _configs.row_architecture(_configs.architecture())
     shipped, tuned = dict(ATTENTION), {}
     for job in jobs(kernels, operands):
         ATTENTION.clear()
         ATTENTION.update(shipped)
         torch.backends.cuda.matmul.fp32_precision = "tf32" if job.operands.startswith("tf32") else "ieee"
         times = measure(job, architecture)
-        best = min(times, key=times.__getitem__)
-        print(f"{job}: {best} {times[best]:.1f} us, of {len(times)} candidates", flush=True)
+        ranked = sorted(times, key=times.__getitem__)
+        print(f"{job}: {ranked[0]} {times[ranked[0]]:.1f} us, of {len(times)} candidates", flush=True)
         rows = tuned.setdefault((job.kernel, architecture, job.operands), [])
-        rows.append(AttentionRow(job.rows, job.keys, job.head_dim, best))
+        rows += [AttentionRow(job.rows, job.keys, job.head_dim, config) for config in ranked[:KEPT]]
         if (job.rows, job.keys) == SIZES[-1]:
             # More rows than this are the heads of a multi-query block: only a kernel that keeps none takes any number.
-            any_rows = {c: t for c, t in times.items() if c.resident != "queries"}
-            rows.append(AttentionRow(ANY, ANY, job.head_dim, min(any_rows, key=any_rows.__getitem__)))
+            any_rows = [config for config in ranked if config.resident != "queries"]
+            rows += [AttentionRow(ANY, ANY, job.head_dim, config) for config in any_rows[:KEPT]]
     write_table(shipped | tuned)
 
 
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=["fwd", "bwd", "dbias"], choices=["fwd", "bwd", "dbias"])
     parser.add_argument("--operands", nargs="+", default=names, choices=names)
     parser.add_argument("--dry-run", action="store_true", help="list and compile the candidates; no GPU needed")
-    parser.add_argument("--architecture", type=int, default=90, choices=kernel_resources.ARCHITECTURES)
+    parser.add_argument("--architecture", type=int, default=90, choices=kernel_resources.TUNED)
     parser.add_argument("--limit", type=int, help="compile at most so many candidates of each")
     args = parser.parse_args()
     if not args.dry_run:

@@ -138,7 +138,7 @@ def test_is_as_accurate_as_pytorch_as_triton_is_shipped(monkeypatch, C_out, grid
     """The widest image is wider than the tile. The backward's tile has a test of its own."""
     monkeypatch.setattr(_configs, "multiprocessors", lambda _: 2)
     if DEVICE == "cpu":
-        monkeypatch.setattr(_configs, "norm_pool", lambda channels: {"TILE_PIXELS": 128, "num_warps": 4})
+        monkeypatch.setattr(_configs, "norm_pool", lambda *_: ({"TILE_PIXELS": 128, "num_warps": 4},))
     shape = Shape(1, grid, block, 24, C_out)
     check("triton", shape, "same", inputs(shape, torch.bfloat16))
 
@@ -203,7 +203,7 @@ def test_of_any_shape_in_triton_with_small_tiles(monkeypatch, B, block, C, C_out
     """Four columns by two rows, 64 channels: tiles beside and below each other, and one more for the last channels."""
     if DEVICE == "cpu":
         config = _configs.AggregationConfig(tile_pixels=8, tile_k=128, tile_c=64, num_stages=1, tile_windows=2)
-        monkeypatch.setattr(_configs, "block_aggregate", lambda *_: config)
+        monkeypatch.setattr(_configs, "block_aggregate", lambda *_: (config,))
         monkeypatch.setattr(_configs, "multiprocessors", lambda _: 5)
     check_any_shape("triton", B, (1, 1), block, C, C_out, dtype, padding, missing, seed=0)
 

@@ -124,7 +124,7 @@ def test_block_attention_is_as_accurate_in_every_configuration(shape, block_m, b
 
     def attention(kernel, *_):
         resident = {"fwd": "keys", "bwd": "queries"}.get(kernel)
-        return _configs.AttentionConfig(block_m, block_n, 4, None if streams else resident)
+        return (_configs.AttentionConfig(block_m, block_n, 4, None if streams else resident),)
 
     monkeypatch.setattr(_configs, "attention", attention)
     check(*draw(*shape, torch.float32, bias=shape[2] == 49, mask="bool" if shape[2] == 49 else None), 0.2)

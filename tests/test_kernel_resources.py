@@ -1,27 +1,33 @@
-"""Every shipped launch configuration of the kernels, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""What the kernels are launched with, compiled without a GPU for every architecture and with every Triton supported.
 
-``python tests/test_kernel_resources.py --update`` compiles again and writes what came out to kernel_resources.json:
-the commit that changes a kernel then shows what the change costs. The table names the sources and the Triton that it
-is of; where it is of these, a few kernels of every kind are compiled to see that it is true, and where not, all.
+``python tests/test_kernel_resources.py --update`` compiles again and writes what came out to kernel_resources.json: the
+commit that changes a kernel then shows what the change costs. The table has, for each Triton, the sources that its
+figures are of; where they are these, a few kernels of every kind are compiled to see that they are true, and where not,
+all. For the others of TRITONS: ``PYTHONPATH=<folder with that triton> python tests/test_kernel_resources.py --update``.
+``--only REGEX`` updates a part, and the table is of these sources when all parts are.
 """
 
 import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import triton
 
 # Of several processes that run tests one does all of these: compiling takes its time.
 pytestmark = pytest.mark.xdist_group("kernel_resources")
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kernel_resources.py"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# The first has the figures of every shape, the others those of the models'.
+TRITONS = ("3.7.1", "3.6.0", "3.8.0", "3.9.0")
 N = 196  # the models' blocks of 14 x 14
 
 
@@ -41,51 +47,64 @@ def table() -> dict:
 
 
 @functools.cache
-def compiled(only: str = "") -> dict:
+def script(*arguments: str) -> dict:
     """What scripts/kernel_resources.py finds, in a process of its own: this one's triton may be the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, str(SCRIPT), "--json", file.name, "--only", only]
+        command = [sys.executable, str(SCRIPT), "--json", file.name, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not (text := Path(file.name).read_text()):
             raise RuntimeError(done.stderr)
     return json.loads(text)
 
 
+def sample() -> dict:
+    return script("--only", SAMPLE)
+
+
+@functools.cache
 def current() -> dict:
-    """The table where it is of these kernels and this triton, otherwise all of them compiled."""
-    sample = compiled(SAMPLE)
-    return table() if all(table()[key] == sample[key] for key in ("triton", "sources")) else compiled()
+    """The figures of this Triton: the table's where it is of these kernels, otherwise all of them compiled."""
+    known = table().get(triton.__version__, {})
+    return known if known.get("sources") == sample()["sources"] else script()
 
 
 def figures(architecture: int, case: str) -> dict:
-    return current()["figures"][f"sm_{architecture} {case}"]
+    return {"HGMMA": 0, **current()["figures"][f"sm_{architecture} {case}"]}
 
 
 def test_no_configuration_spills_or_overflows_or_leaves_the_matrix_units():
-    for architecture in ARCHITECTURES:
-        assert any(name.startswith(f"sm_{architecture} ") for name in current()["figures"])
-    assert current()["broken"] == compiled(SAMPLE)["broken"] == {}
+    """Of the candidates at least one does not, on any architecture and with any Triton."""
+    assert current()["broken"] == sample()["broken"] == {}
+    for version in TRITONS:
+        known = table()[version]
+        assert {name.split()[0] for name in known["figures"]} == {f"sm_{number}" for number in ARCHITECTURES}
+        assert known["broken"] == {}, version
+        assert not any(row.get("spill_bytes", 0) for row in known["figures"].values()), version
+
+
+@pytest.mark.parametrize("version", TRITONS)
+def test_the_table_is_of_these_sources_and_complete(version):
+    assert table()[version]["sources"] == sample()["sources"], f"python {Path(__file__).name} --update"
+    listed = sample()["cases"]["shipped" if version == TRITONS[0] else "models"]
+    assert {name.rsplit(" ", 1)[0] for name in table()[version]["figures"]} == set(listed)
 
 
 def test_figures_are_those_of_the_checked_in_table():
-    if table()["triton"] != current()["triton"]:
-        pytest.skip(f"the table is triton {table()['triton']}'s, this is {current()['triton']}")
-    found = {**current()["figures"], **compiled(SAMPLE)["figures"]}
-    changed = {
-        name: (table()["figures"].get(name), row) for name, row in found.items() if table()["figures"].get(name) != row
-    }
+    if triton.__version__ not in table():
+        pytest.skip(f"the table is of triton {', '.join(table())}, this is {triton.__version__}")
+    known = table()[triton.__version__]["figures"]
+    changed = {name: (known[name], row) for name, row in sample()["figures"].items() if known.get(name, row) != row}
     assert not changed, f"if meant, python {Path(__file__).name} --update"
-    assert found.keys() == table()["figures"].keys(), f"if meant, python {Path(__file__).name} --update"
-    assert current() is table(), f"of other sources: python {Path(__file__).name} --update"
 
 
 def test_the_sample_has_every_kernel():
     def kernels(names):
         return {name.split()[-1] for name in names}
 
-    streamed = {name for name in kernels(table()["figures"]) if name.endswith(("_stream", "_dbias"))}
-    assert kernels(compiled(SAMPLE)["figures"]) == kernels(table()["figures"]) - streamed
+    known = table()[TRITONS[0]]["figures"]
+    streamed = {name for name in kernels(known) if name.endswith(("_stream", "_dbias"))}
+    assert kernels(sample()["figures"]) - streamed == kernels(known) - streamed
 
 
 @pytest.mark.parametrize(
@@ -145,13 +164,43 @@ def test_fused_aggregation_wastes_little_matrix_work(channels, edge):
             assert computed <= 1.35 * 256 * edge**2, (operands, walk)
 
 
+def update(found: dict, only: str) -> None:
+    """Write what was found with this Triton; with ``only``, beside what is known of these sources."""
+    del found["cases"]
+    known = table().get(found["triton"], {})
+    if only and known.get("sources") == found["sources"]:
+        for part in ("figures", "broken"):
+            kept = {name: row for name, row in known[part].items() if not re.search(only, name.rsplit(" ", 1)[0])}
+            found[part] = {**kept, **found[part]}
+    written = {**table(), found.pop("triton"): found}
+    TABLE.write_text(_lines(written) + "\n")
+
+
+def _lines(written: dict) -> str:
+    """JSON with a line for each kernel, in the order of their names."""
+
+    def rows(part: dict) -> str:
+        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(part[name])}" for name in sorted(part))
+        return f"{{\n{lines}\n  }}" if part else "{}"
+
+    blocks = [
+        f' "{version}": {{\n  "sources": "{known["sources"]}",\n  "figures": {rows(known["figures"])},\n'
+        f'  "broken": {rows(known["broken"])}\n }}'
+        for version, known in sorted(written.items())
+    ]
+    return "{\n" + ",\n".join(blocks) + "\n}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write what is compiled now to kernel_resources.json")
-    if parser.parse_args().update:
-        found = compiled()
-        TABLE.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{len(found['figures'])} kernels written to {TABLE}", *found["broken"].items(), sep="\n")
+    parser.add_argument("--only", default="", help="cases in whose name, sm_90 fwd-N196-d32-bf16, this regex is")
+    args = parser.parse_args()
+    if args.update:
+        found = script("--only", args.only, "--cases", "shipped" if triton.__version__ == TRITONS[0] else "models")
+        count, broken = len(found["figures"]), found["broken"]
+        update(found, args.only)
+        print(f"{count} kernels of triton {triton.__version__} written to {TABLE}", *broken.items(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,18 @@ Needs gcc and no GPU. With another Triton: ``PYTHONPATH=<folder with triton> pyt
 
 import ast
 import functools
+import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
+import triton
 
 from helpers.common import ROOT, run_python
+from nest_fast.kernels import _configs, _launch
+from nest_fast.kernels._attention import Spec
 
 # One process launches them all.
 pytestmark = pytest.mark.xdist_group("launches")
@@ -22,27 +28,31 @@ def launches():
     return json.loads(run_python("helpers/launches.py", env={**os.environ, "TRITON_INTERPRET": "0"}))
 
 
+def cases():
+    return launches()["cases"]
+
+
 def test_every_argument_arrives():
     """Pointers, integers of 32 and 64 bits, floats and what is compiled in; multiples of 16 are what Triton took for
     such; threads and shared memory are the compiler's."""
-    assert {case: row["wrong"] for case, row in launches().items() if row["wrong"]} == {}
-    assert max(row["shared"] for row in launches().values()) <= 227 << 10
+    assert {case: row["wrong"] for case, row in cases().items() if row["wrong"]} == {}
+    assert max(row["shared"] for row in cases().values()) <= 227 << 10
 
 
 def test_every_tensor_is_seen_by_a_kernel():
     """Those given to a launcher and those it returned."""
-    assert [case for case, row in launches().items() if row["missing"]] == []
+    assert [case for case, row in cases().items() if row["missing"]] == []
 
 
 def test_as_many_programs_as_there_is_work():
-    for case, row in launches().items():
+    for case, row in cases().items():
         assert row["grids"] == [[programs, 1, 1] for programs in row["programs"]], case
 
 
 def test_a_tensor_at_an_odd_address_is_not_taken_for_an_aligned_one():
-    assert launches()["block_attention_fwd"]["unpromised"] == launches()["add_layer_norm_fwd"]["unpromised"] == 0
-    assert launches()["block_attention_fwd, unaligned"]["unpromised"] == 3  # q, k and v
-    assert launches()["add_layer_norm_fwd, unaligned"]["unpromised"] == 1  # x
+    assert cases()["block_attention_fwd"]["unpromised"] == cases()["add_layer_norm_fwd"]["unpromised"] == 0
+    assert cases()["block_attention_fwd, unaligned"]["unpromised"] == 3  # q, k and v
+    assert cases()["add_layer_norm_fwd, unaligned"]["unpromised"] == 1  # x
 
 
 def test_no_kernel_is_left_out():
@@ -51,4 +61,47 @@ def test_no_kernel_is_left_out():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 decorated.add(node.name)
-    assert {kernel for row in launches().values() for kernel in row["kernels"]} == decorated
+    assert {kernel for row in cases().values() for kernel in row["kernels"]} == decorated
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "candidate", "loaded"),
+    [
+        ("the first is clean", 0, 1),
+        ("the first spills", 1, 2),
+        ("all spill", 1, 3),
+        ("the first does not compile", 1, 1),
+        ("the first does not fit", 1, 1),
+    ],
+)
+def test_the_first_candidate_that_suits_is_taken(where, candidate, loaded):
+    """Or the one that spills least; a second call compiles and loads nothing."""
+    assert launches()["choices"][where] == [candidate, loaded, 0]
+
+
+def test_where_no_candidate_fits_the_first_ones_error_is_raised():
+    assert launches()["choices"]["none fits"].startswith("OutOfResources: out of resource: shared memory")
+
+
+def test_a_choice_inside_a_cuda_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(_configs, "architecture", lambda: 90)
+    with pytest.raises(RuntimeError, match=r"^bias_gelu: expected a run .* got the first one inside"):
+        _launch._choose(_configs.bias_gelu, ("fwd", 8), SimpleNamespace(is_cuda=True), None)
+
+
+def test_every_launch_has_a_choice():
+    """Two to six candidates, those of the interpreter's architecture among them."""
+    shape = Spec(196, 32, 1, False, True, False)
+    for N, head_dim, adds, tf32, dtype in itertools.product(
+        (16, 49, 196, 256), (32, 64, 128), (False, True), (False, True), (torch.bfloat16, torch.float32)
+    ):
+        spec = shape._replace(N=N, HEAD_DIM=head_dim, ADDS=adds, TF32=tf32)
+        for kernel, architecture in itertools.product(("fwd", "bwd", "dbias"), (80, 86, 89, 90, 100, 120)):
+            assert 2 <= len(_configs.attention(kernel, spec, dtype, architecture)) <= 6
+    for operands, architecture in itertools.product(("half", "tf32", "ieee"), (80, 90, 100, 120)):
+        assert 2 <= len(_configs.block_aggregate(512, operands, architecture)) <= 6

@@ -8,12 +8,14 @@ import struct
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import stub_driver
 
+from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
@@ -222,6 +224,51 @@ def unpromised(launch):
     return sum(["tt.divisibility", 16] not in source.attrs.get(path, []) for path in pointers)
 
 
+# --- which candidate is taken -----------------------------------------------------------------------------------------
+
+
+def chosen(stub, call, **device):
+    """Which candidate ``call()`` takes on such a device; how many kernels were loaded to find out, and by a second
+    call; or the error."""
+    _launch.CHOSEN.clear()
+    stub.become(ARCHITECTURE, **device)
+    try:
+        call()
+        ((table, shape, _), config), loaded = next(iter(_launch.CHOSEN.items())), stub.device.functions
+        call()
+        return table(*shape, ARCHITECTURE).index(config), loaded, stub.device.functions - loaded
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        stub.become(ARCHITECTURE)
+
+
+def choices(stub):
+    def gradients(C):
+        x, row = empty(1, 8, C), empty(1, 8, dtype=FP32)
+        return lambda: add_layer_norm_bwd(None, x, x, row, row, None, empty(C), BF16, BF16, False)
+
+    def attends(N, *candidates):
+        q = empty(1, 1, N, 1, 16)
+        configs = [_configs.AttentionConfig(tile, tile, warps, resident) for tile, warps, resident in candidates]
+
+        def with_these():
+            with mock.patch.object(_configs, "attention", table):
+                return block_attention_fwd(q, q, q, None, None, 0.25)
+
+        table = mock.Mock(return_value=configs, __name__="attention")
+        return with_these
+
+    return {
+        "the first is clean": chosen(stub, gradients(16)),
+        "the first spills": chosen(stub, gradients(32), local_bytes=[16]),
+        "all spill": chosen(stub, gradients(64), local_bytes=[32, 8, 16]),
+        "the first does not compile": chosen(stub, attends(16, (8, 1, "keys"), (16, 2, "keys"))),
+        "the first does not fit": chosen(stub, attends(64, (64, 4, "keys"), (16, 1, None)), shared_bytes=4096),
+        "none fits": chosen(stub, attends(64, (64, 2, "keys"), (32, 1, None)), shared_bytes=64),
+    }
+
+
 def main():
     rows = {}
     with stub_driver.stub(ARCHITECTURE) as stub:
@@ -238,7 +285,8 @@ def main():
                 "unpromised": sum(unpromised(launch) for launch in launches),
                 "missing": sum(x is not None and x.data_ptr() not in arrived for x in (*case.given, *case.returned)),
             }
-    print(json.dumps(rows))
+        found = choices(stub)
+    print(json.dumps({"cases": rows, "choices": found}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""How kernels are launched: with the first of several configurations that suits this device and this Triton.
+
+The tables of _configs hold candidates in order of merit. What was best with one Triton spills registers with another,
+so the first launch of a shape on a device compiles them, one after the other, until one neither spills nor wants more
+than the device has; nothing is timed. The choice stays for the process. The interpreter takes the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nest_fast.kernels import _configs
+
+__all__ = ["CHOSEN", "launch"]
+
+# (table, shape, device) -> configuration.
+CHOSEN: dict[tuple[Callable, tuple, torch.device], Any] = {}
+
+
+def launch(table: Callable[..., Sequence], shape: tuple, x: Tensor, run: Callable[..., Any]) -> Any:
+    """``run(config, start)`` on x's device, with the configuration that suits it; returns what that returns.
+
+    Args:
+        table: of _configs; called with ``shape`` and the architecture it returns the candidates, the best first.
+        shape: what the kernels are compiled for, dtypes included: of these the choice is made once.
+        x: on the device.
+        run: allocates what depends on the configuration, and calls ``start(kernel, programs, *args, **constants)`` for
+            each kernel to launch. It does nothing else: to try a candidate it is called with a start that launches
+            nothing.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the choice is not made yet; no candidate can run here.
+    """
+    key = (table, shape, x.device)
+    with torch.cuda.device_of(x):
+        config = CHOSEN.get(key)
+        if config is None:
+            config = CHOSEN[key] = _choose(table, shape, x, run)
+        return run(config, _start)
+
+
+# Multiplications and additions are fused, as the tables' figures are counted; Triton 3.10 does not unless told to.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    kernel.run(*args, grid=(programs,), warmup=False, **constants, **_OPTIONS)
+
+
+def _choose(table: Callable[..., Sequence], shape: tuple, x: Tensor, run: Callable[..., Any]) -> Any:
+    """The first candidate that does not spill; if all do, the one that spills least."""
+    candidates = table(*shape, _configs.architecture())
+    if triton.knobs.runtime.interpret:
+        return candidates[0]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{table.__name__}: expected a run of this shape before a CUDA graph is captured, got the first one inside;"
+            " kernels are chosen and compiled then"
+        )
+    errors: list[Exception] = []
+    best, least = None, math.inf
+    for config in candidates:
+        spills = _spills(config, run, errors)
+        if spills < least:
+            best, least = config, spills
+        if spills == 0:
+            break
+    if best is None:
+        raise errors[0]
+    return best
+
+
+def _spills(config: Any, run: Callable[..., Any], errors: list[Exception]) -> float:
+    """Words that a thread of the kernels spills; infinite where one does not compile, or wants more than there is."""
+    spills: list[float] = []
+
+    def compile_only(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        try:
+            compiled = kernel.warmup(*args, grid=(programs,), **constants, **_OPTIONS)
+            _ = compiled.run  # loads it, which is refused if its shared memory, threads or registers do not fit
+            spills.append(compiled.n_spills)
+        except (triton.TritonError, RuntimeError) as error:
+            errors.append(error)
+            spills.append(math.inf)
+
+    run(config, compile_only)
+    return sum(spills)
