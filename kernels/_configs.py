@@ -355,10 +355,13 @@ def block_aggregate(channels: int, operands: str, *shape_and_architecture: Any) 
 
 
 def norm_pool(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
-    """Pixels in a tile and warps: 4 values for each thread, which leaves room for the others it keeps in registers."""
+    """Pixels in a tile and warps: a warp for each pixel, so that no sum over channels waits for other warps; where that
+    takes too many registers, 4 values for each thread."""
     padded = triton.next_power_of_2(channels)
     pixels = max(4 if padded <= 512 else 2, 512 // padded)
-    return _or_more_warps({"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}, kernel == "bwd")
+    whole = {"TILE_PIXELS": max(8, pixels), "num_warps": 8 if padded >= 128 else 4}
+    cut = {"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}
+    return whole, {**whole, "maxnreg": 128}, *_or_more_warps(cut, kernel == "bwd")
 
 
 def _or_more_warps(tile: dict[str, int], bounded: bool) -> tuple[dict[str, int], ...]:

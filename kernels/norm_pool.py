@@ -243,7 +243,7 @@ def _max_pool_gradient(dout_ptr, argmax_ptr, image, b, h, w, c, exists, SPEC: tl
     return dpool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "tiles"])
 def _norm_pool_bwd_kernel(
     dout_ptr,  # (B, T', N', C')
     y,  # Pixels (B, H, W, C')
