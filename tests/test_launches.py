@@ -17,6 +17,7 @@ import triton
 from helpers.common import ROOT, run_python
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels._attention import Spec
+from nest_fast.kernels.bias_gelu import bias_gelu_fwd
 
 # One process launches them all.
 pytestmark = pytest.mark.xdist_group("launches")
@@ -105,3 +106,15 @@ def test_every_launch_has_a_choice():
             assert 2 <= len(_configs.attention(kernel, spec, dtype, architecture)) <= 6
     for operands, architecture in itertools.product(("half", "tf32", "ieee"), (80, 90, 100, 120)):
         assert 2 <= len(_configs.block_aggregate(512, operands, architecture)) <= 6
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_takes_what_ran_before():
+    x, bias = torch.randn(64, 24, device="cuda"), torch.randn(24, device="cuda")
+    wanted = bias_gelu_fwd(x, bias, x.dtype, False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bias_gelu_fwd(x, bias, x.dtype, False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
