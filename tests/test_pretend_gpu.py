@@ -1,6 +1,7 @@
 """What a GPU would be given: whole models through its choices, with Triton's kernels in the interpreter."""
 
 import re
+import warnings
 from collections import Counter
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 import nest_fast
 from helpers import twins
 from helpers.pretend_gpu import pretend_gpu
-from nest_fast.ops import _backends
 from nest_fast.testing import relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
@@ -85,34 +85,41 @@ def as_reference(model):
 # --- reasons ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_before_8_0_has_the_passes_and_the_library_for_the_rest(recwarn):
+@pytest.mark.filterwarnings("ignore:block_attention runs")
+def test_a_gpu_before_8_0_has_the_passes_and_the_library_for_the_rest():
     model = twins.accelerated(twins.plain_model(**SMALLER))
     with pretend_gpu((7, 5)) as calls, torch.no_grad():
-        _backends._SAID.clear()
         model(twins.image())
         told = str(nest_fast.explain(model))
     assert {name for name, _ in calls} == {"add_layer_norm_triton_fwd", "bias_gelu_triton_fwd", "norm_pool_triton_fwd"}
     why = "it is for compute capability 8.0 and later, not for 7.5"
     assert why in told
-    assert f"block_attention runs scaled_dot_product_attention, since for triton {why}" in [
-        str(w.message) for w in recwarn
-    ]
 
 
+@pytest.mark.filterwarnings("ignore:.* runs (plain PyTorch|scaled_dot_product_attention)")
 @pytest.mark.parametrize(
     ("capability", "launch_error"), [((7, 0), ""), ((9, 0), "Triton cannot launch here: Failed to find C compiler.")]
 )
-def test_a_gpu_on_which_nothing_runs_has_plain_pytorch(capability, launch_error, recwarn):
+def test_a_gpu_on_which_nothing_runs_has_plain_pytorch(capability, launch_error):
     model = twins.accelerated(twins.plain_model(**SMALLER))
     plain = twins.plain_model(**SMALLER)
     with pretend_gpu(capability, launch_error) as calls, torch.no_grad():
-        _backends._SAID.clear()
         out = model(twins.image())
         told = str(nest_fast.explain(model))
     assert not calls
-    assert any((launch_error or "not for 7.0") in str(warning.message) for warning in recwarn)
     assert (launch_error or "not for 7.0") in told
     torch.testing.assert_close(out, plain(twins.image()))
+
+
+def test_auto_says_once_that_it_does_without_the_kernel():
+    x = torch.randn(1, 1, 16, 1, 16)
+    why = "Triton cannot launch here: no such thing as a launcher"
+    with pretend_gpu(launch_error=why):
+        with pytest.warns(UserWarning, match=f"^block_attention runs scaled_dot.*, since for triton {why}$"):
+            nest_fast.block_attention(x, x, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            nest_fast.block_attention(x, x, x)
 
 
 def test_an_implementation_asked_for_by_name_says_why_it_cannot_launch():
