@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import triton
 
+from nest_fast.kernels._primitives import next_power_of_2
+
 if TYPE_CHECKING:
     from nest_fast.kernels._attention import Spec
 
@@ -357,7 +359,7 @@ def block_aggregate(channels: int, operands: str, *shape_and_architecture: Any) 
 def norm_pool(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Pixels in a tile and warps: a warp for each pixel, so that no sum over channels waits for other warps; where that
     takes too many registers, 4 values for each thread."""
-    padded = triton.next_power_of_2(channels)
+    padded = next_power_of_2(channels)
     pixels = max(4 if padded <= 512 else 2, 512 // padded)
     whole = {"TILE_PIXELS": max(8, pixels), "num_warps": 8 if padded >= 128 else 4}
     cut = {"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}
@@ -377,12 +379,12 @@ MAX_LAYER_NORM_CHANNELS = 4096  # a tile holds whole rows
 
 def layer_norm(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Whole rows in a tile, and warps: eight values for each thread, which half precision loads at once."""
-    padded = max(16, triton.next_power_of_2(channels))
+    padded = max(16, next_power_of_2(channels))
     tile = {"TILE_ROWS": max(1, 1024 // padded), "TILE_C": padded, "num_warps": max(4, padded // 256)}
     return _or_more_warps(tile, kernel == "add_layer_norm_bwd")
 
 
 def bias_gelu(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """Eight values for each thread. 128 columns are whole cache lines, and divide the widths of MLPs."""
-    columns = min(128, max(16, triton.next_power_of_2(channels)))
+    columns = min(128, max(16, next_power_of_2(channels)))
     return _or_more_warps({"TILE_ROWS": 1024 // columns, "TILE_C": columns, "num_warps": 4}, bounded=False)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "both", "dot", "fma", "load", "load_row", "normalise", "piece", "pieces", "round_to",
-    "tiles_and_tail", "zeros",
+    "LN2", "LOG2E", "both", "cdiv", "dot", "fma", "load", "load_row", "next_power_of_2", "normalise", "piece", "pieces",
+    "round_to", "tiles_and_tail", "zeros",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -102,6 +102,17 @@ def _zeros(ROWS: tl.constexpr, SIZE: tl.constexpr):
     return tl.zeros([SIZE], tl.float32) if ROWS is None else tl.zeros([ROWS, SIZE], tl.float32)
 
 
+# triton.cdiv and triton.next_power_of_2 are for kernels too, which costs several times a launch's look-up on the host.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     """(start, size) of falling powers of two, none over ``largest``, that add up to ``length``: 208 → 128 + 64 + 16."""
     start, cut = 0, []
@@ -115,5 +126,5 @@ def pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
 def tiles_and_tail(length: int, tile: int) -> tuple[int, int]:
     """How many whole tiles, and the power of two, 16 (the smallest matrix tile) or more, that covers the rest or 0."""
     whole, rest = divmod(length, tile)
-    tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+    tail = max(16, next_power_of_2(rest)) if rest else 0
     return (whole + 1, 0) if tail == tile else (whole, tail)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import load, load_row, normalise, round_to
+from nest_fast.kernels._primitives import cdiv, load, load_row, normalise, round_to
 
 __all__ = ["add_layer_norm_bwd", "add_layer_norm_fwd"]
 
@@ -155,7 +155,7 @@ def add_layer_norm_fwd(
     )  # fmt: skip
 
     def run(tile, start):
-        start(_add_layer_norm_fwd_kernel, triton.cdiv(rows, tile["TILE_ROWS"]), *args, **tile)
+        start(_add_layer_norm_fwd_kernel, cdiv(rows, tile["TILE_ROWS"]), *args, **tile)
 
     launch(_configs.layer_norm, ("add_layer_norm_fwd", C, x.dtype, dtype, normed_dtype), x, run)
     return total, normed, mean, rstd
@@ -197,8 +197,8 @@ def add_layer_norm_bwd(
     def run(tile, start):
         tile_rows = tile["TILE_ROWS"]
         # With 32 rows or more to a program the partial sums are a small part of what is moved.
-        tiles = triton.cdiv(max(32, triton.cdiv(rows, _configs.PROGRAMS["layer_norm"])), tile_rows)
-        programs = triton.cdiv(rows, tiles * tile_rows)
+        tiles = cdiv(max(32, cdiv(rows, _configs.PROGRAMS["layer_norm"])), tile_rows)
+        programs = cdiv(rows, tiles * tile_rows)
         partial = torch.empty((programs, sums, C), dtype=torch.float32, device=total.device)
         start(
             _add_layer_norm_bwd_kernel, programs,

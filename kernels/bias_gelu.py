@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import load, load_row, round_to
+from nest_fast.kernels._primitives import cdiv, load, load_row, round_to
 
 __all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
 
@@ -146,8 +146,8 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool
     x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
 
     def run(tile, start):
-        column_tiles = triton.cdiv(C, tile["TILE_C"])
-        programs = triton.cdiv(rows, tile["TILE_ROWS"]) * column_tiles
+        column_tiles = cdiv(C, tile["TILE_C"])
+        programs = cdiv(rows, tile["TILE_ROWS"]) * column_tiles
         start(_bias_gelu_fwd_kernel, programs, x, bias, out, rows, column_tiles, C, TANH=tanh, **tile)
 
     launch(_configs.bias_gelu, ("fwd", C, tanh, x.dtype, dtype), x, run)
@@ -174,11 +174,11 @@ def bias_gelu_bwd(
     dout, x, bias = dout.contiguous(), x.contiguous(), bias if bias is None else bias.contiguous()
 
     def run(tile, start):
-        tile_rows, column_tiles = tile["TILE_ROWS"], triton.cdiv(C, tile["TILE_C"])
+        tile_rows, column_tiles = tile["TILE_ROWS"], cdiv(C, tile["TILE_C"])
         # With 32 rows or more to a program the partial sums are a small part of what is moved.
-        most = triton.cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
-        tiles = triton.cdiv(max(32, triton.cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
-        programs = triton.cdiv(rows, tiles * tile_rows)
+        most = cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
+        tiles = cdiv(max(32, cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
+        programs = cdiv(rows, tiles * tile_rows)
         partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None
         start(
             _bias_gelu_bwd_kernel, programs * column_tiles,

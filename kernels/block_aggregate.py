@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import dot, load, piece, round_to, zeros
+from nest_fast.kernels._primitives import cdiv, dot, load, next_power_of_2, piece, round_to, zeros
 from nest_fast.kernels.norm_pool import (
     Norm,
     Spec,
@@ -239,13 +239,13 @@ def _block_aggregate_fwd_kernel(
 
 def cut(pairs: int, width: int, pixels: int, programs: int) -> tuple[int, int, Walk]:
     """Rows and columns of a tile of so many pixels, and the walk that keeps so many programs busy."""
-    columns = min(triton.next_power_of_2(width), pixels // 2)
+    columns = min(next_power_of_2(width), pixels // 2)
     # Where the width does not fit, neighbours overlap by what a window reaches beyond its two columns.
     windows = width // 2 if columns >= width else columns // 2 - 1
-    tiles = triton.cdiv(width // 2, windows)
+    tiles = cdiv(width // 2, windows)
     rows = pixels // columns
-    share = triton.cdiv(pairs * tiles, programs)
-    share = triton.cdiv(share + 1, rows // 2) * (rows // 2) - 1  # with the pair that it repeats it fills whole tiles
+    share = cdiv(pairs * tiles, programs)
+    share = cdiv(share + 1, rows // 2) * (rows // 2) - 1  # with the pair that it repeats it fills whole tiles
     return rows, columns, Walk(pairs, share, tiles, windows)
 
 
@@ -303,7 +303,7 @@ def block_aggregate_fwd(
 
     def run(config, start):
         rows, columns, walk = cut(B * (H // 2), W, config.tile_pixels, multiprocessors)
-        programs = triton.cdiv(walk.pairs, walk.share) * walk.tiles
+        programs = cdiv(walk.pairs, walk.share) * walk.tiles
         ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
         tile = Tile(
             rows, columns, config.tile_k, config.num_stages, config.tile_windows, precision == "tf32", offset,

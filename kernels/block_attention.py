@@ -37,7 +37,7 @@ from nest_fast.kernels._attention_stream import (
     block_attention_fwd_stream_kernel,
 )
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import dot, piece, pieces, round_to, tiles_and_tail
+from nest_fast.kernels._primitives import cdiv, dot, piece, pieces, round_to, tiles_and_tail
 
 __all__ = ["MAX_HEAD_DIM", "MAX_SEQ", "block_attention_bwd", "block_attention_fwd"]
 
@@ -315,7 +315,7 @@ def block_attention_fwd(
             )  # fmt: skip
         else:
             start(
-                block_attention_fwd_stream_kernel, programs * triton.cdiv(queries, config.block_m), *args,
+                block_attention_fwd_stream_kernel, programs * cdiv(queries, config.block_m), *args,
                 SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
             )  # fmt: skip
 
@@ -371,11 +371,11 @@ def block_attention_bwd(
         statistics = (lse, torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device))
         tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
         start(
-            block_attention_dq_stream_kernel, programs * triton.cdiv(queries, config.block_m),
+            block_attention_dq_stream_kernel, programs * cdiv(queries, config.block_m),
             dout_view, qkv, out_view, statistics, _view(dq), *rest, **tiles,
         )  # fmt: skip
         start(
-            block_attention_dkv_stream_kernel, programs * triton.cdiv(N, config.block_n),
+            block_attention_dkv_stream_kernel, programs * cdiv(N, config.block_n),
             dout_view, qkv, statistics, (_view(dk), _view(dv)), *rest, **tiles,
         )  # fmt: skip
 
@@ -386,8 +386,8 @@ def block_attention_bwd(
 
     def run_dbias(config, start):
         # The sum over all blocks in two stages: enough partial sums to fill a device, then theirs.
-        tiles_each = triton.cdiv(N, config.block_m) * triton.cdiv(N, config.block_n)
-        splits = min(B * T, triton.cdiv(1024, heads * tiles_each))
+        tiles_each = cdiv(N, config.block_m) * cdiv(N, config.block_n)
+        splits = min(B * T, cdiv(1024, heads * tiles_each))
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)
         start(
             _block_attention_dbias_kernel, splits * heads * tiles_each,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import load, load_row, normalise, round_to
+from nest_fast.kernels._primitives import cdiv, load, load_row, normalise, round_to
 
 __all__ = ["layer_norm_mean_bwd", "layer_norm_mean_fwd"]
 
@@ -126,11 +126,11 @@ def _layer_norm_mean_bwd_kernel(
 
 def _parts(batch: int, tokens: int, rows: int) -> tuple[int, int]:
     """How many programs share an image's tokens, and how many tiles of ``rows`` each of them has."""
-    all_tiles = triton.cdiv(tokens, rows)
+    all_tiles = cdiv(tokens, rows)
     # Fewer than four tiles in a part would make the parts' sums as much work as the tokens.
-    most = min(triton.cdiv(all_tiles, 4), triton.cdiv(_configs.PROGRAMS["layer_norm"], batch))
-    tiles = triton.cdiv(all_tiles, most)
-    return triton.cdiv(all_tiles, tiles), tiles
+    most = min(cdiv(all_tiles, 4), cdiv(_configs.PROGRAMS["layer_norm"], batch))
+    tiles = cdiv(all_tiles, most)
+    return cdiv(all_tiles, tiles), tiles
 
 
 def layer_norm_mean_fwd(

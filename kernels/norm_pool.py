@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import both, load, load_row, piece, pieces, round_to, zeros
+from nest_fast.kernels._primitives import both, cdiv, load, load_row, next_power_of_2, piece, pieces, round_to, zeros
 
 __all__ = [
     "MAX_CHANNELS", "Image", "Norm", "Spec", "channel_pieces", "empty_statistics", "image_of", "layer_norm",
@@ -320,8 +320,8 @@ def _norm_pool_bwd_kernel(
 
 def channel_pieces(channels: int, largest: int = MAX_CHANNELS) -> tuple[tuple[int, int], ...]:
     """Pieces that cover the channels, at most four unless ``largest`` cuts them: 192 → 128 + 64."""
-    unit = max(16, triton.next_power_of_2(channels) // 8)
-    return pieces(triton.cdiv(channels, unit) * unit, largest)
+    unit = max(16, next_power_of_2(channels) // 8)
+    return pieces(cdiv(channels, unit) * unit, largest)
 
 
 def image_of(height: int, width: int, out_block: tuple[int, int]) -> Image:
@@ -378,7 +378,7 @@ def norm_pool_fwd(
     pos_embed = None if pos_embed is None else pos_embed.contiguous()
 
     def run(tile, start):
-        strips, tiles = triton.cdiv(H // 2, STRIP), triton.cdiv(W // 2, tile["TILE_PIXELS"])
+        strips, tiles = cdiv(H // 2, STRIP), cdiv(W // 2, tile["TILE_PIXELS"])
         start(
             _norm_pool_fwd_kernel, B * strips * tiles,
             pixels, norm, pos_embed, out, (mean, rstd), argmax, image, strips, tiles, SPEC=spec, STRIP=STRIP, **tile,
@@ -417,8 +417,8 @@ def norm_pool_bwd(
     dout, rows, norm = dout.contiguous(), _pixels(y), Norm(conv_bias, norm_weight, None, 0.0)
 
     def run(tile, start):
-        tiles = triton.cdiv(triton.cdiv(pixels, tile["TILE_PIXELS"]), _configs.PROGRAMS["norm_pool"])
-        programs = triton.cdiv(pixels, tile["TILE_PIXELS"] * tiles)
+        tiles = cdiv(cdiv(pixels, tile["TILE_PIXELS"]), _configs.PROGRAMS["norm_pool"])
+        programs = cdiv(pixels, tile["TILE_PIXELS"] * tiles)
         partial = torch.empty((programs, 3, C), dtype=torch.float32, device=y.device)
         start(
             _norm_pool_bwd_kernel, programs,
