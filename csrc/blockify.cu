@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <string>
 
 #include "blockify_ops.h"
 
@@ -107,8 +108,20 @@ void fill(IndexMap map, const Tensor& in, const std::optional<Tensor>& pos, cons
   }
 }
 
+// Why `device`, which is the current one or has a context, cannot run what is here, or "": it needs machine code or PTX
+// for the device, and a driver that is new enough for the runtime. One kernel answers for all.
+std::string cuda_why_not(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, fill_kernel<uint32_t, 1, false>);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // else the next launch would find it
+  return cudaGetErrorString(error);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nest_fast, CUDA, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(nest_fast, CompositeExplicitAutograd, m) { m.impl("cuda_why_not", TORCH_BOX(&cuda_why_not)); }
 
 }  // namespace nest_fast

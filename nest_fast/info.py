@@ -42,29 +42,34 @@ def _cpu_extension() -> str:
     from nest_fast.ops import _extension
 
     if _extension.cpu_error is not None:
-        return f"not loaded: {_extension.cpu_error}"
+        return f"not loaded: {_extension.cpu_error}; {_extension.COSTS['cpu']}"
     return f"loaded, its kernels use {_extension.cpp_isa or 'nothing: no AVX2, or no GCC 11 that built it'}"
 
 
 def _cuda_extension() -> str:
+    import torch
+
     from nest_fast.ops import _extension
 
-    return "loaded" if _extension.cuda_error is None else f"not loaded: {_extension.cuda_error}"
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    said = ["loaded"] if _extension.cuda_error is None else [f"not loaded: {_extension.cuda_error}"]
+    without = [why_not for why_not in map(_extension.cuda_why_not, devices) if why_not is not None]
+    if without:
+        said += [*([] if _extension.cuda_error else without), _extension.COSTS["cuda"]]
+    return "; ".join(dict.fromkeys(said))
 
 
 def _triton() -> str:
-    from nest_fast.ops import _extension
-
-    if not _extension.has_triton:
-        return "not installed"
-    if _extension.triton_interpreted:
-        return "interpreted (TRITON_INTERPRET=1)"
     import torch
 
-    from nest_fast.ops import _gpu
+    from nest_fast.ops import _extension, _gpu
 
+    if not _extension.has_triton:
+        return "not installed" + (f"; {_extension.COSTS['triton']}" if torch.cuda.is_available() else "")
+    if _extension.triton_interpreted:
+        return "interpreted (TRITON_INTERPRET=1)"
     error = _gpu.launch_error() if torch.cuda.is_available() else ""
-    return f"not used: {error}" if error else "for CUDA tensors"
+    return f"not used: {error}; {_extension.COSTS['triton']}" if error else "for CUDA tensors"
 
 
 def _line(what: Callable[[], str]) -> str:

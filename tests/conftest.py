@@ -1,6 +1,10 @@
 """One process-wide choice before triton is imported: without a CUDA device its kernels run in the interpreter."""
 
 import os
+import re
+import sys
+import sysconfig
+import warnings
 
 import hypothesis
 import pytest
@@ -29,3 +33,35 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# Whose code only passes a deprecated call on.
+LIBRARIES = re.compile(rf"<|{re.escape(sysconfig.get_path('stdlib'))}|.*/(site|dist)-packages/")
+
+
+def _is_ours(frame):
+    """Whether nest_fast made the call that warns: its code is the first that is neither a library's nor generated."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "nest_fast":
+            return True
+        if not LIBRARIES.match(frame.f_code.co_filename):
+            return False
+        frame = frame.f_back
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_call_of_ours(monkeypatch):
+    """Fails where nest_fast calls what torch, Triton or Python deprecates, wherever they say the warning comes from.
+
+    A filter of warnings sees only that place, inside the library as often as not.
+    """
+    show = warnings.showwarning
+
+    def raise_ours(message, category, *rest):
+        deprecated = issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning)
+        if (deprecated or "deprecated" in str(message)) and _is_ours(sys._getframe(1)):
+            raise AssertionError(f"nest_fast causes {category.__name__}: {message}")
+        show(message, category, *rest)
+
+    monkeypatch.setattr(warnings, "showwarning", raise_ours)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
 from helpers.common import CPP_ISA, ROOT, run_python
+from nest_fast import blockify
 from nest_fast.ops import _extension
 
 OPS = torch.ops.nest_fast
@@ -62,7 +64,68 @@ def test_cuda_part_is_loaded_only_beside_a_cuda_torch():
 
 def test_import_without_the_compiled_parts(copied_package):
     cpu, _ = report(copied_package)
-    assert cpu == "nest_fast/_C_cpu.abi3.so is not built (the install says why: pip install -v, line 'nest_fast:')"
+    assert cpu == "nest_fast/_C_cpu.abi3.so is not built: nest_fast was not installed (pip install)"
+
+
+def test_what_is_missing_is_said_with_its_reason_and_price(copied_package):
+    """At the first use of auto, once; by explain, so by accelerate's report; and by info."""
+    (copied_package / "nest_fast" / "_C_cpu.abi3.txt").write_text("no C++ compiler: c++ not found\n")
+    code = """
+import warnings
+import torch, nest_fast
+from nest_fast import info
+from nest_fast.ops import blockify
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    missing = nest_fast.explain(nest_fast.nest_tiny()).missing
+    assert not said
+    for _ in range(2):
+        nest_fast.block_attention(*torch.randn(3, 1, 1, 4, 1, 32))
+        blockify(torch.randn(1, 4, 4, 3), 2)
+[warning] = said
+assert warning.filename == "<string>", warning
+print(warning.message)
+print(missing[0])
+print(info.report().partition("extension, CPU   not loaded: ")[2].splitlines()[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(copied_package)}
+    said = run_python("-c", code, cwd=copied_package, env=environment).splitlines()
+    why = "nest_fast/_C_cpu.abi3.so is not built: no C++ compiler: c++ not found"
+    assert said == [f"{why}; {_extension.COSTS['cpu']}"] * 3
+
+
+@pytest.fixture
+def gpu_without_code(monkeypatch):
+    """Fake tensors on a GPU that the CUDA part, as if it were loaded, has no code for; what it was asked."""
+    asked = []
+    library = torch.library.Library("nest_fast", "IMPL")
+    answer = "no kernel image is available for execution on the device"
+    library.impl("cuda_why_not", lambda device: asked.append(device) or answer, "CompositeExplicitAutograd")
+    monkeypatch.setattr(_extension, "cuda_error", None)
+    monkeypatch.setattr(_extension, "_CUDA_WHY_NOT", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    yield asked
+    library._destroy()
+
+
+@pytest.mark.skipif(_extension.cuda_error is None, reason="the CUDA part is loaded and answers itself")
+def test_a_gpu_without_code_is_asked_once_and_is_a_reason(gpu_without_code):
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 8, 3, device="cuda:1")
+        why = "_C_cuda.abi3.so has nothing for Tesla V100, compute capability 7.0: no kernel image is available"
+        with pytest.raises(RuntimeError, match=f"'cuda' cannot run blockify here: nest_fast/{why}"):
+            blockify(x, 4, impl="cuda")
+        with pytest.warns(UserWarning, match=f"{why}.*; GPUs run plain PyTorch for blockify"):
+            assert blockify(x, 4).shape == (2, 4, 16, 3)
+        assert blockify(x, 4).shape == (2, 4, 16, 3)
+    assert gpu_without_code == [1]
+
+
+@pytest.mark.gpu
+def test_the_gpu_that_is_here_has_code():
+    assert _extension.cuda_why_not(0) is None
 
 
 def test_import_with_a_broken_compiled_part(copied_package):
@@ -107,26 +170,37 @@ def setup_py():
     return module
 
 
-@pytest.mark.parametrize(
-    ("hide", "environment", "reason"),
-    [
-        ("torch", {}, "torch is not in the build environment (pip install --no-build-isolation uses yours)"),
-        ("", {"CXX": "/nowhere/c++"}, "no C++ compiler: /nowhere/c++ not found"),
-    ],
-)
-def test_build_leaves_out_what_it_cannot_build_and_says_why(setup_py, tmp_path, hide, environment, reason):
-    code = f"""
-import runpy, sys
-sys.modules.update(dict.fromkeys({hide.split()!r}))
-sys.argv = ["setup.py", "build_ext", "--build-lib", {str(tmp_path)!r}]
-runpy.run_path("setup.py", run_name="__main__")
-"""
-    environment = {**os.environ, **environment}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_build_leaves_out_what_it_cannot_build_and_says_why(setup_py, tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "CXX": "/nowhere/c++"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("nest_fast:")]
+    reason = "no C++ compiler: /nowhere/c++ not found"
     assert said == [f"nest_fast: left out _C_{part}.abi3.so: {reason}" for part in ("cpu", "cuda")]
-    assert not list(tmp_path.rglob("*.so"))
+    assert {path.name: path.read_text() for path in tmp_path.glob("nest_fast/*")} == {
+        f"_C_{part}.abi3.txt": f"{reason}\n" for part in ("cpu", "cuda")
+    }
+
+
+def torch_of(folder, monkeypatch, cuda):
+    """A torch where build isolation hides it: not in sys.path, but in the interpreter's own folder."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "version.py").write_text(f"__version__ = '2.14.1'\ncuda: Optional[str] = {cuda}\n")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr("site.getusersitepackages", lambda: str(folder / "none"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
+    return folder / "torch"
+
+
+def test_build_asks_for_a_torch_only_where_there_is_none(setup_py, monkeypatch, tmp_path):
+    torch = torch_of(tmp_path, monkeypatch, "None")
+    assert setup_py.find_torch() == torch
+    assert setup_py.build_requirements() == []
+    shutil.rmtree(torch)
+    with pytest.raises(setup_py.CompileError, match=r"no torch to build against \(pip install 'torch>=2.11'\)"):
+        setup_py.find_torch()
+    assert setup_py.build_requirements() == ["torch>=2.11"]
 
 
 def test_missing_nvcc_is_named(setup_py, monkeypatch, tmp_path):
@@ -135,19 +209,42 @@ def test_missing_nvcc_is_named(setup_py, monkeypatch, tmp_path):
         setup_py.find_nvcc()
 
 
-def test_architectures(setup_py, monkeypatch, tmp_path):
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_86\\ncompute_89\\ncompute_90\\n'\n")
+def nvcc_of(folder, release):
+    nvcc = folder / "nvcc"
+    known = "\\n".join(f"compute_{number}" for number in (75, 80, 86, 89, 90))
+    nvcc.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && echo 'Cuda compilation tools, release {release}, V{release}.88' && exit\n"
+        f"printf '{known}\\n'\n"
+    )
     nvcc.chmod(0o755)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    known = setup_py.gencode(str(nvcc))
-    assert "'code=[sm_80]'" in known
+    return str(nvcc)
+
+
+def test_architectures(setup_py, monkeypatch, tmp_path):
+    nvcc = nvcc_of(tmp_path, "12.9")
+
+    def given(wanted):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        return setup_py.gencode(nvcc)
+
+    known = given("")
+    lowest = "-gencode=arch=compute_75,'code=[sm_75,compute_75]' -gencode=arch=compute_80,'code=[sm_80]' "
+    assert known.startswith(lowest)
     assert known.endswith("-gencode=arch=compute_90,'code=[sm_90,compute_90]'")
     assert "100" not in known
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
-    assert setup_py.gencode(str(nvcc)) == (
-        "-gencode=arch=compute_80,'code=[sm_80]' -gencode=arch=compute_90a,'code=[sm_90a,compute_90a]'"
-    )
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(setup_py.CompileError, match=r"TORCH_CUDA_ARCH_LIST: expected versions .*, got 'Hopper'"):
-        setup_py.gencode(str(nvcc))
+    both = "-gencode=arch=compute_80,'code=[sm_80]' -gencode=arch=compute_90a,'code=[sm_90a,compute_90a]'"
+    assert given("8.0 9.0a+PTX") == given(" 8.0; 9.0a+PTX;") == both
+    assert given("Hopper;") == given("Hopper+PTX") == given("9.0+PTX")
+    with pytest.raises(setup_py.CompileError, match=r"TORCH_CUDA_ARCH_LIST: expected versions .* got 'Maxwell'"):
+        given("8.0;Maxwell")
+
+
+@pytest.mark.parametrize(("cuda", "newer"), [("'12.6'", True), ("'13.2'", False), ("None", False)])
+def test_a_driver_too_old_for_nvccs_runtime_is_foreseen(setup_py, monkeypatch, tmp_path, cuda, newer):
+    torch = torch_of(tmp_path, monkeypatch, cuda)
+    nvcc = nvcc_of(tmp_path, "13.0")
+    if newer:
+        with pytest.raises(setup_py.CompileError, match=r"expected one of CUDA 12 or older, .* CUDA 12.6, got 13.0"):
+            setup_py.check_nvcc(nvcc, torch)
+    else:
+        setup_py.check_nvcc(nvcc, torch)

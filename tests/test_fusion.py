@@ -283,7 +283,7 @@ def test_explain_names_missing_compiled_parts(monkeypatch):
 
     monkeypatch.setattr(_extension, "cpu_error", "nest_fast/_C_cpu.abi3.so is not built")
     explained = nest_fast.explain(small_nest())
-    assert explained.missing == ("nest_fast/_C_cpu.abi3.so is not built",)
+    assert explained.missing == (f"nest_fast/_C_cpu.abi3.so is not built; {_extension.COSTS['cpu']}",)
     assert all("is not built" in row.why for row in explained)
 
 

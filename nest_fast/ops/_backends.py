@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nest_fast.ops import _extension, _gpu, _modes
 
-__all__ = ["Backend", "Rules", "choose_pass", "reasons", "say_once", "where"]
+__all__ = ["Backend", "Rules", "choose_pass", "missing", "reasons", "say_missing", "say_once", "where"]
 
 # A reason, a template of ``given`` and the ``name`` of its first tensor or a function of ``given``; and whether it
 # holds.
@@ -171,9 +172,29 @@ _SAID: set[str] = set()
 
 def say_once(op: str, instead: str, backend: Backend, given: Any) -> None:
     """Warn at the line that called the operation; the operation calls the function that calls this one."""
+    if not torch.compiler.is_compiling():
+        _warn_once(f"{op} runs {instead}, since for {backend.name} {'; '.join(backend.why_not(given))}")
+
+
+def say_missing(x: Tensor) -> None:
+    """As :func:`say_once`, where the compiled part for x's device is missing: once for all operations."""
     if torch.compiler.is_compiling():
         return
-    message = f"{op} runs {instead}, since for {backend.name} {'; '.join(backend.why_not(given))}"
+    for what in missing(x.device):
+        _warn_once(what)
+
+
+def missing(device: torch.device) -> list[str]:
+    """Why the compiled part for ``device`` is missing and what that costs; nothing where it is there."""
+    error = None
+    if device.type == "cpu":
+        error = _extension.cpu_error
+    elif device.type == "cuda":
+        error = _extension.cuda_why_not(device.index or 0)
+    return [] if error is None else [f"{error}; {_extension.COSTS[device.type]}"]
+
+
+def _warn_once(message: str) -> None:
     if message not in _SAID:
         _SAID.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "COSTS",
     "Library",
     "cpp_isa",
     "cpu_error",
     "cuda_error",
+    "cuda_why_not",
     "has_amx",
     "has_triton",
     "onednn_dtypes",
@@ -32,7 +34,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def _load(name: str) -> str | None:
     path = _PACKAGE / name
     if not path.is_file():
-        return f"nest_fast/{name} is not built (the install says why: pip install -v, line 'nest_fast:')"
+        left_out = path.with_suffix(".txt")  # setup.py writes it
+        why = left_out.read_text().strip() if left_out.is_file() else "nest_fast was not installed (pip install)"
+        return f"nest_fast/{name} is not built: {why}"
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
@@ -42,6 +46,13 @@ def _load(name: str) -> str | None:
 
 cpu_error = _load("_C_cpu.abi3.so")
 cuda_error = _load("_C_cuda.abi3.so") if torch.version.cuda is not None else "this torch is built without CUDA"
+
+# What there is instead of a part that is missing, and what that costs where it was measured.
+COSTS = {
+    "cpu": "CPUs run plain PyTorch (the cost is not measured)",
+    "cuda": "GPUs run plain PyTorch for blockify, unblockify and patchify (the cost is not measured)",
+    "triton": "GPUs run plain PyTorch for everything between the matmuls (the cost is not measured)",
+}
 
 
 class Library(torch.library.Library):
@@ -65,6 +76,7 @@ class Library(torch.library.Library):
 _LIB = Library()
 _LIB.define("cpp_isa() -> str")
 _LIB.define("cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
+_LIB.define("cuda_why_not(int device) -> str")
 
 
 def _isa() -> str:
@@ -75,6 +87,33 @@ def _isa() -> str:
 
 
 cpp_isa = _isa()
+
+
+_CUDA_WHY_NOT: dict[int, str | None] = {}
+
+
+def cuda_why_not(device: int) -> str | None:
+    """Why the CUDA part has no kernel for the GPU of this index, in its driver's words; None where it has."""
+    if cuda_error is not None:
+        return cuda_error
+    if device not in _CUDA_WHY_NOT:
+        _CUDA_WHY_NOT[device] = _ask(device)
+    return _CUDA_WHY_NOT[device]
+
+
+def _ask(device: int) -> str | None:
+    if not torch.cuda.is_available():  # a fake tensor, of a program for another machine
+        return None
+    with torch._C._DisableTorchDispatch():
+        why_not = torch.ops.nest_fast.cuda_why_not(device)
+    if not why_not:
+        return None
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return f"nest_fast/_C_cuda.abi3.so has nothing for {name}, compute capability {major}.{minor}: {why_not}"
+
+
+# Dynamo calls it and keeps the answer; torch.compiler.assume_constant_result marks it so, too, but imports Dynamo.
+cuda_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 has_triton = importlib.util.find_spec("triton") is not None
 # Triton reads the same variable: under it kernels are interpreted, on CPU tensors too.

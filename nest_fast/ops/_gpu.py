@@ -9,7 +9,6 @@ import torch
 __all__ = ["capability", "launch_error"]
 
 
-@torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device, such as (9, 0)."""
     return _capability(device)
@@ -18,10 +17,14 @@ def capability(device: torch.device) -> tuple[int, int]:
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
-@torch.compiler.assume_constant_result
 def launch_error() -> str:
     """Why Triton cannot launch kernels on this machine's GPUs, in a line; empty if it can."""
     return _launch_error()
+
+
+# Dynamo calls them and keeps the answers; torch.compiler.assume_constant_result marks them so, too, but imports Dynamo.
+for _function in (capability, launch_error):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

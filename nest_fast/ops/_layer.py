@@ -45,6 +45,15 @@ AUTO = Backend(
 )
 
 
+def choose(auto: Backend, given: Sequence[Any]) -> str:
+    """What "auto" is: "cpp", or "parts", one operation after the other, each with a choice of its own."""
+    if auto.can(given):
+        return "cpp"
+    if given[0].is_cpu:
+        _backends.say_missing(given[0])
+    return "parts"
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
     head_dim = max(x.shape[-1] // num_heads, 1) + extra_dim
     q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
     given = AttentionGiven(q, q, q, None, None, 0.0)
-    impl = choose_attention(given)
+    impl = choose_attention(given, say=False)
     best = "triton" if x.is_cuda else "cpp"
     why = [] if impl == best else ATTENTION[best].why_not(given)
     return f"block_attention: {_KERNELS[impl]}", "; ".join(why)
@@ -66,7 +66,7 @@ def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
 def aggregation(x: Tensor, conv_weight: Tensor) -> Plan:
     """For block_aggregate of ``x`` ``(B, T, N, C)``."""
     given = AggregateGiven(x, conv_weight, None, conv_weight, conv_weight, None)
-    impl = choose_aggregate(given)
+    impl = choose_aggregate(given, say=False)
     why = AGGREGATE["two_step" if x.is_cuda else "cpp"].why_not(given) if impl == "reference" else []
     return f"block_aggregate: {_KERNELS[impl]}", "; ".join(why)
 
@@ -78,9 +78,11 @@ def patches(x: Tensor) -> Plan:
 
 
 def missing() -> list[str]:
-    """Compiled parts and packages that this machine could use but does not have."""
-    said = _backends.reasons(_backends.EXTENSION, ())
+    """Compiled parts and packages that this machine could use but does not have, and what that costs."""
+    said = _backends.missing(torch.device("cpu")) or _backends.reasons(_backends.EXTENSION, ())
     if torch.cuda.is_available():
-        said += [_extension.cuda_error] if _extension.cuda_error else []
-        said += _backends.reasons(_backends.TRITON_INSTALLED, ()) or [_gpu.launch_error()] * bool(_gpu.launch_error())
-    return said
+        for device in range(torch.cuda.device_count()):
+            said += _backends.missing(torch.device("cuda", device))
+        why = _backends.reasons(_backends.TRITON_INSTALLED, ()) or list(filter(None, [_gpu.launch_error()]))
+        said += [f"{one}; {_extension.COSTS['triton']}" for one in why]
+    return list(dict.fromkeys(said))

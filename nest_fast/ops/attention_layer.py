@@ -85,7 +85,7 @@ def attention_layer(
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
     given = Given(x, *weights, bias, mask, windows, cosine, post_norm)
     if impl == "auto":
-        impl = "cpp" if AUTO.can(given) else "parts"
+        impl = _layer.choose(AUTO, given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("attention_layer", given)
     if impl == "reference":

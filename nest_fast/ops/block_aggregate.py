@@ -187,12 +187,15 @@ BACKENDS = {
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
 
-def choose(given: Given) -> str:
+def choose(given: Given, say: bool = True) -> str:
+    """What "auto" is; whether it may ``say`` once what it does without."""
     if _modes.needs_plain(given):
         return "reference"
     kind = given.x.device.type
     if kind == "cpu":
         if not BACKENDS["cpp"].can(given):
+            if say:
+                _backends.say_missing(given.x)
             return "reference"
         # The matrix unit, which only the library uses, gains more than Winograd's algorithm saves.
         amx = _extension.has_amx and _modes.autocast_dtype(given.x) == torch.bfloat16
@@ -201,7 +204,8 @@ def choose(given: Given) -> str:
         impl = _on_gpu(given.x)
         if BACKENDS[impl].can(given):
             return impl
-        _backends.say_once("block_aggregate", "plain PyTorch", BACKENDS[impl], given)
+        if say:
+            _backends.say_once("block_aggregate", "plain PyTorch", BACKENDS[impl], given)
     return "reference"
 
 

@@ -139,13 +139,16 @@ BACKENDS = {
 }
 
 
-def choose(given: Given) -> str:
+def choose(given: Given, say: bool = True) -> str:
+    """What "auto" is; whether it may ``say`` once what it does without."""
     if _modes.needs_plain(given):
         return "reference"
     kind = given.q.device.type
     if kind == "cpu":
         if BACKENDS["cpp"].can(given):
             return "cpp"
+        if say:
+            _backends.say_missing(given.q)
         # PyTorch's fused attention for CPUs has no second derivative (nor has compiled code), and its gradient is
         # wrong where a row's largest score is so large that the logarithm of the sum is rounded away.
         compiled = torch.compiler.is_compiling() and given.bias is None and given.mask is None
@@ -153,7 +156,8 @@ def choose(given: Given) -> str:
     if kind == "cuda":
         if BACKENDS["triton"].can(given):
             return "triton"
-        _backends.say_once("block_attention", "scaled_dot_product_attention", BACKENDS["triton"], given)
+        if say:
+            _backends.say_once("block_attention", "scaled_dot_product_attention", BACKENDS["triton"], given)
     return "sdpa"
 
 

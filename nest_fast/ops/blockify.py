@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -150,28 +148,26 @@ def _check_pos_embed(x: Tensor, pos_embed: Tensor, wanted: tuple) -> tuple[Tenso
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 
-def _kernels(name: str, kind: str, error: Callable[[], str | None]) -> Backend:
-    """The compiled kernels for a ``kind`` of device; ``error`` says why their part did not load, None if it did."""
+def _kernels(name: str, kind: str) -> Backend:
+    """The compiled kernels for a ``kind`` of device."""
     return Backend(
         name,
         (
             *_backends.PLAIN,
             ("x is on {given[0].device}", lambda given: given[0].device.type != kind),
-            (lambda given: str(error()), lambda given: given[0].device.type == kind and error() is not None),
+            (lambda given: str(_missing(given[0])), lambda given: given[0].device.type == kind and _missing(given[0])),
         ),
     )
 
 
-BACKENDS = {
-    "cpp": _kernels("cpp", "cpu", lambda: _extension.cpu_error),
-    "cuda": _kernels("cuda", "cuda", lambda: _extension.cuda_error),
-}
-
-
-def _has_kernel(x: Tensor) -> bool:
+def _missing(x: Tensor) -> str | None:
+    """Why no compiled kernel is there for x's device."""
     if x.is_cpu:
-        return _extension.cpu_error is None
-    return x.is_cuda and _extension.cuda_error is None
+        return _extension.cpu_error
+    return _extension.cuda_why_not(x.get_device()) if x.is_cuda else f"x is on {x.device}"
+
+
+BACKENDS = {"cpp": _kernels("cpp", "cpu"), "cuda": _kernels("cuda", "cuda")}
 
 
 def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: object) -> Tensor | None:
@@ -186,7 +182,10 @@ def _run(op: torch._ops.OpOverload, impl: str, moves: bool, x: Tensor, *args: ob
     functorch = eager and torch._C._are_functorch_transforms_active()
     recorded = eager and torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args)
     if impl == "auto":
-        if functorch or not _has_kernel(x) or (not eager and torch.onnx.is_in_onnx_export()):
+        if functorch or (not eager and torch.onnx.is_in_onnx_export()):
+            return None
+        if _missing(x) is not None:
+            _backends.say_missing(x)
             return None
         # _modes.needs_plain, written out
         if eager and (

@@ -62,7 +62,7 @@ def mlp_layer(
     C = _check(*given, activation, branch_scale, impl)
     asked = Given(*given, post_norm)
     if impl == "auto":
-        impl = "cpp" if AUTO.can(asked) else "parts"
+        impl = _layer.choose(AUTO, asked)
     elif impl in BACKENDS:
         BACKENDS[impl].require("mlp_layer", asked)
     if impl == "reference":
