@@ -127,6 +127,8 @@ def machine() -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
+    if not rows:
+        return "No run of `make test-versions` is published yet."
     lines = ["| torch | Triton | Python | tests | date |", "|---|---|---|---|---|"]
     for row in rows:
         if "passed" in row:
