@@ -23,14 +23,16 @@ inline constexpr int64_t kBiasTasks = 64;   // at least so many, where there are
 inline int64_t columns_of(int64_t tokens) { return round_up(tokens, kTableLanes); }
 
 // bias (heads, N, N) and mask (groups, N, N), fp32 and contiguous, as tables of whole vectors, for a backward
-// transposed. Without a mask, that of shifted windows.
+// transposed; and scales (heads,), which are read where they are. Without a mask, that of shifted windows.
 class ScoreTables {
  public:
   AddedScores added{};
 
-  ScoreTables(const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const Windows& windows,
-              int64_t blocks, int64_t heads, int64_t tokens, bool transposed) {
+  ScoreTables(const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+              const std::optional<Tensor>& scales, const Windows& windows, int64_t blocks, int64_t heads,
+              int64_t tokens, bool transposed) {
     added.tokens = tokens, added.columns = columns_of(tokens);
+    if (scales) added.scales = vector_of<float>("scales", *scales, ScalarType::Float, heads);
     if (bias) {
       const float* scores = scores_of("bias", *bias, tokens);
       STD_TORCH_CHECK(bias->size(0) == heads, "bias: expected ", heads, " heads, got ", bias->size(0));

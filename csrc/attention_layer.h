@@ -64,13 +64,26 @@ struct Heads {
   }
 };
 
+// Packed rows of qkv whose q and k have length 1, beside those from which they come, and the gradients of either. The
+// heads' scales are q's, and dscales, null where it is not wanted, has their gradient (slices of so many rows, heads).
+struct UnitVectors {
+  Heads heads;
+  int64_t rows, slice_rows;
+  const void* qkv;
+  void *unit, *dqkv;
+  const float* scales;
+  float* dscales;
+};
+
+// Without a norm it is the branch alone: nothing is added to it.
 struct AttentionLayer {
   Linear qkv, proj;
   Norm norm;
+  Residual<void> residual;
   Heads heads;
   AddedScores added;
   int64_t x_stride, blocks_at_once;
-  float scale, branch_scale;
+  float scale;
   const void* x;
   void* out;
   const int64_t* index;      // the row of x and out that each row of the blocks is, negative for none; or null
@@ -83,6 +96,8 @@ struct AttentionLayerKernels {
   void (*linear)(const LinearLayer&, int64_t begin, int64_t end);                            // tiles of rows
   void (*linear_backward)(const LinearBackward&, const Chunk&, int64_t begin, int64_t end);  // the same
   void (*attention_layer)(const AttentionLayer&, int64_t begin, int64_t end);                // blocks
+  void (*unit_vectors)(const UnitVectors&, int64_t begin, int64_t end);                      // rows
+  void (*unit_vectors_backward)(const UnitVectors&, int64_t begin, int64_t end);             // slices of rows
   BlockAttentionKernels attention;
 };
 

@@ -1,5 +1,5 @@
 // Block-local attention on the CPU and its backward: registration, checks, and the choice of the vector instructions.
-// block_attention-inl.h has the computation.
+// block_attention-inl.h and block_attention_backward-inl.h have the computation.
 
 #include "block_attention.h"
 
@@ -17,7 +17,7 @@
 #include "threads.h"
 #include "windows.h"
 
-#define NEST_FAST_KERNELS "block_attention-inl.h"
+#define NEST_FAST_KERNELS "block_attention_backward-inl.h"
 #include "foreach_isa.h"
 
 namespace nest_fast {
@@ -66,7 +66,8 @@ void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: expect
 
 ScoreTables tables_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const Tensor& q,
                       bool transposed) {
-  return ScoreTables(bias, mask, Windows(IntHeaderOnlyArrayRef()), q.size(1), q.size(3), q.size(2), transposed);
+  const Windows none{IntHeaderOnlyArrayRef()};
+  return ScoreTables(bias, mask, std::nullopt, none, q.size(1), q.size(3), q.size(2), transposed);
 }
 
 // q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. bias (heads, N, N) and mask

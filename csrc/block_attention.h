@@ -25,18 +25,20 @@ struct AttentionInputs {
   Input q, k, v;
   int64_t blocks, tokens, heads, dim;
   float scale;
+
+  float scale_of(const float* scales, int64_t head) const { return scales ? scales[head] : scale; }
 };
 
 // What is added to the scores: tables (tokens, columns), zeros in the columns behind the tokens. bias has one for each
-// head; block b has number mask_of[b % groups] of masks, none where that is negative. Either is null where there is
-// none. A row of lse then has two numbers, its largest score and the logarithm of its sum: the score may be so large
-// that the sum of the two is the score.
+// head; block b has number mask_of[b % groups] of masks, none where that is negative; scales is a factor for each head
+// in the place of the scale. Each is null where there is none. A row of lse then has two numbers, its largest score and
+// the logarithm of its sum: the score may be so large that the sum of the two is the score.
 struct AddedScores {
-  const float *bias = nullptr, *masks = nullptr;
+  const float *bias = nullptr, *masks = nullptr, *scales = nullptr;
   const int32_t* mask_of = nullptr;
   int64_t groups = 1, tokens = 0, columns = 0, first_block = 0;  // the number of the first block that is counted
 
-  bool any() const { return bias || mask_of; }
+  bool any() const { return bias || mask_of || scales; }
 
   // The tables of a head of a block, and how many these are.
   int tables_of(int64_t block, int64_t head, const float* (&tables)[2]) const {
@@ -56,7 +58,8 @@ struct BlockAttention : AttentionInputs {
 
 // Its backward: out and lse as the forward left them. dk or dv with one head is the sum over q's. A task is
 // `task_heads` heads, those that share a gradient, of `task_blocks` of all blocks; tables are (keys, columns of
-// queries), and dbias, null where it is not wanted, has such a table for each head of each `task_blocks`.
+// queries), and dbias, null where it is not wanted, has such a table for each head of each `task_blocks`. With scales
+// dq is without its head's.
 struct BlockAttentionBackward : AttentionInputs {
   Input out, dout;
   Output dq, dk, dv;

@@ -108,7 +108,6 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
   const auto [row, a, hidden] = scratch(round_up(p.fc1.in, kNR), at_once * in_floats, at_once * hidden_floats);
   for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
     const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
-    T* out = static_cast<T*>(p.out) + first * p.fc2.out;
     pack_tiles<Op>(tiles, x, p.x_stride, p.fc1.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
       T* saved = p.hidden ? static_cast<T*>(p.hidden) + (first + tiles.first(tile)) * p.fc1.out : nullptr;
@@ -116,9 +115,7 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
       store_packed<Op>(c, tiles.size(tile), column, p.fc1, p.activation, hidden + tile * hidden_floats, saved);
     });
     multiply_tiles<Op>(tiles, hidden, p.fc2, [&](int64_t tile, int64_t column, const float* c) {
-      const int64_t first_row = tiles.first(tile);
-      store_rows<T>(c, tiles.size(tile), column, p.fc2, {x + first_row * p.x_stride, p.x_stride, p.branch_scale},
-                    out + first_row * p.fc2.out, p.fc2.out);
+      store_indexed<T>(c, tiles.size(tile), column, p.fc2, p.residual, p.out, nullptr, first + tiles.first(tile));
     });
   });
 }

@@ -33,20 +33,24 @@ Activation activation_of(const std::string& name) {
   return kGeluTanh;
 }
 
-// x + branch_scale * fc2(activation(fc1(norm(x)))) for rows x (rows, features); and for the gradient fc1's output
-// (rows, hidden), empty without `training`.
-std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
-                                         std::optional<Tensor> fc1_bias, std::string activation, Tensor fc2_weight,
-                                         std::optional<Tensor> fc2_bias, double branch_scale, bool training) {
+// x + branch_scale * fc2(activation(fc1(norm(x)))), or without a norm fc2(activation(fc1(x))), for rows x (rows,
+// features); and for the gradient fc1's output (rows, hidden), empty without `training`.
+std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                         double eps, Tensor fc1_weight, std::optional<Tensor> fc1_bias,
+                                         std::string activation, Tensor fc2_weight, std::optional<Tensor> fc2_bias,
+                                         double branch_scale, bool training) {
   const ScalarType dtype = x.scalar_type();
   const MlpLayerKernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t rows = x.size(0), features = x.size(1);
   MlpLayer p{};
   p.x = rows_of("x", x, dtype, features, p.x_stride);
   p.rows = rows;
-  p.norm = norm_of(norm_weight, norm_bias, eps, features);
+  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_bias: expected as norm_weight, None or not");
+  if (norm_weight) {
+    p.norm = norm_of(*norm_weight, *norm_bias, eps, features);
+    p.residual = {p.x, p.x_stride, static_cast<float>(branch_scale)};
+  }
   p.activation = activation_of(activation);
-  p.branch_scale = static_cast<float>(branch_scale);
   Tensor out = torch::stable::new_empty(x, {rows, features});
   Tensor hidden = torch::stable::new_empty(x, {training ? rows : 0, fc1_weight.size(0)});
   p.out = out.mutable_data_ptr();

@@ -10,12 +10,13 @@ namespace nest_fast {
 
 enum Activation { kGelu, kGeluTanh };
 
+// Without a norm it is the branch alone: nothing is added to it.
 struct MlpLayer {
   Linear fc1, fc2;
   Norm norm;
+  Residual<void> residual;
   Activation activation;
   int64_t rows, x_stride;
-  float branch_scale;
   const void* x;
   void* out;
   void* hidden;  // fc1's output, or null where it is not wanted

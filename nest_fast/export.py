@@ -133,11 +133,11 @@ def _block_attention_triton(
 
 
 def _attention_layer(
-    x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, bias, mask, numbers, *rest
+    x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, bias, mask, scales, *rest
 ) -> tuple[Tensor, ...]:
-    tokens, heads, kv_heads, scale, branch_scale, training = rest
+    numbers, tokens, heads, kv_heads, scale, branch_scale, training = rest
     C, windows = x.shape[1], reference.Windows.of_numbers(numbers)
-    y = _layer_norm(x, norm_weight, norm_bias, eps)
+    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
     if windows is None:
         y = y.reshape(-1, 1, tokens, C)
     else:
@@ -146,6 +146,8 @@ def _attention_layer(
             mask = reference.window_mask(windows, x.device)
     qkv = F.linear(y, qkv_weight, qkv_bias)
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, C // heads)).split((heads, kv_heads, kv_heads), 3)
+    if scales is not None:
+        q, k, scale = F.normalize(q, dim=-1) * scales.unsqueeze(-1).to(q.dtype), F.normalize(k, dim=-1), 1.0
     groups = 1 if mask is None else mask.shape[0]
     q, k, v = (x.reshape(-1, groups, *x.shape[2:]) for x in (q, k, v))
     out, lse = _block_attention(q, k, v, bias, mask, scale)
@@ -153,15 +155,18 @@ def _attention_layer(
     out = F.linear(attended, proj_weight, proj_bias)
     if windows is not None:
         out = reference.from_windows(out.reshape(-1, windows.blocks, tokens, C), windows).reshape(-1, C)
-    return x + branch_scale * out, *_kept(training, qkv.reshape(-1, qkv.shape[-1]), attended, lse.flatten(0, 1))
+    out = out if norm_weight is None else x + branch_scale * out
+    return out, *_kept(training, qkv.reshape(-1, qkv.shape[-1]), attended, lse.flatten(0, 1))
 
 
 def _mlp_layer(
     x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, branch_scale, training
 ) -> tuple[Tensor, ...]:
-    hidden = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)
+    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
+    hidden = F.linear(y, fc1_weight, fc1_bias)
     y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return x + branch_scale * F.linear(y, fc2_weight, fc2_bias), *_kept(training, hidden)
+    out = F.linear(y, fc2_weight, fc2_bias)
+    return out if norm_weight is None else x + branch_scale * out, *_kept(training, hidden)
 
 
 def _block_aggregate(

@@ -87,20 +87,23 @@ def test_opcheck(training):
     _, tensors, _ = draw(2, 3, 5, 24, 3)
     x, norm_weight, norm_bias, *weights = (t.requires_grad_(training) for t in tensors)
     call = (x.view(-1, 24), norm_weight, norm_bias, 1e-6, *weights)
-    torch.library.opcheck(OPS.attention_layer_cpp.default, (*call, None, None, [], 5, 3, 3, 0.3, 0.5, training))
+    torch.library.opcheck(OPS.attention_layer_cpp.default, (*call, None, None, None, [], 5, 3, 3, 0.3, 0.5, training))
     bias, windows = torch.randn(3, 9, 9).requires_grad_(training), [3, 5, 3, 3, 1, 0, 0, 0]
-    torch.library.opcheck(OPS.attention_layer_cpp.default, (*call, bias, None, windows, 9, 3, 3, 0.3, 0.5, training))
+    call = (*call, bias, None)
+    torch.library.opcheck(OPS.attention_layer_cpp.default, (*call, None, windows, 9, 3, 3, 0.3, 0.5, training))
+    call, scales = (call[0], None, None, *call[3:]), torch.rand(3).requires_grad_(training)
+    torch.library.opcheck(OPS.attention_layer_cpp.default, (*call, scales, windows, 9, 3, 3, 0.3, 0.5, training))
 
 
 @needs_cpp
 def test_opcheck_of_the_backward():
     rows, packed = torch.randn(30, 24), torch.randn(30, 72)
     qkv, proj = torch.randn(72, 24), torch.randn(24, 24)
-    call = (rows, rows, packed, rows, torch.randn(6, 3, 5), qkv, proj, None, None, [], 5, 3, 3, 0.3)
+    call = (rows, rows, packed, rows, torch.randn(6, 3, 5), qkv, proj, None, None, None, [], 5, 3, 3, 0.3)
     for mask in ([True] * 5, [True, False, False, True, False], [False, False, True, False, True], [False] * 5):
-        torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, (*call, [*mask, False]))
-    added = torch.randn(6, 3, 5, 2).abs(), qkv, proj, torch.randn(3, 5, 5), torch.randn(2, 5, 5), []
-    for mask in ([True] * 6, [False] * 5 + [True]):
+        torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, (*call, [*mask, False, False]))
+    added = torch.randn(6, 3, 5, 2).abs(), qkv, proj, torch.randn(3, 5, 5), torch.randn(2, 5, 5), torch.rand(3)
+    for mask in ([True] * 7, [False] * 6 + [True]):
         torch.library.opcheck(OPS.attention_layer_cpp_bwd.default, (*call[:4], *added, *call[10:], mask))
 
 
@@ -129,12 +132,23 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(layer):
     x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias = layer[1]
     rows, packed, lse = x.view(-1, 24), torch.zeros(30, 72), torch.zeros(6, 3, 5)
 
-    def forward(rows=rows, norm=norm_weight, qkv=qkv, bias=qkv_bias, tokens=5, heads=3, kv=3, added=None, windows=()):
-        call = (rows, norm, norm_bias, 1e-6, qkv, bias, proj, proj_bias, added, None, windows)
+    def forward(
+        rows=rows,
+        norm=norm_weight,
+        qkv=qkv,
+        bias=qkv_bias,
+        tokens=5,
+        heads=3,
+        kv=3,
+        added=None,
+        windows=(),
+        scales=None,
+    ):
+        call = (rows, norm, norm_bias, 1e-6, qkv, bias, proj, proj_bias, added, None, scales, windows)
         return OPS.attention_layer_cpp(*call, tokens, heads, kv, 0.3, 1.0, False)
 
-    def backward(packed=packed, attended=rows, lse=lse, qkv=qkv, mask=(True,) * 5 + (False,)):
-        call = (rows, rows, packed, attended, lse, qkv, proj, None, None, [], 5, 3, 3, 0.3)
+    def backward(packed=packed, attended=rows, lse=lse, qkv=qkv, mask=(True,) * 5 + (False,) * 2):
+        call = (rows, rows, packed, attended, lse, qkv, proj, None, None, None, [], 5, 3, 3, 0.3)
         return OPS.attention_layer_cpp_bwd(*call, mask)
 
     for message, wrong in {
@@ -153,7 +167,11 @@ def test_refuses_bad_arguments_that_would_be_read_out_of_bounds(layer):
         "windows: expected a shift less than the window": lambda: forward(windows=[5, 6, 1, 5, 1, 0, 0, 0]),
         "windows: expected positive sizes": lambda: forward(windows=[5, 6, 0, 5, 0, 0, 0, 0]),
         "windows: expected a grid that divides the image": lambda: forward(windows=[5, 6, 1, 5, 0, 0, 0, 1]),
-        "output_mask: expected no gradient of a bias": lambda: backward(mask=[True] * 6),
+        "output_mask: expected no gradient of a bias": lambda: backward(mask=[True] * 7),
+        "output_mask: expected no gradient of scales": lambda: backward(mask=[True] * 5 + [False, True]),
+        "scales: expected 3 contiguous elements": lambda: forward(scales=torch.ones(2)),
+        "scales: expected none where one key head": lambda: forward(scales=torch.ones(3), kv=1),
+        "norm_bias: expected as norm_weight, None or not": lambda: forward(norm=None),
         "lse: expected 90": lambda: backward(lse=lse[:5]),
         "qkv: expected 2 dimensions, the last 72": lambda: backward(packed=rows),
         "attended: expected dtype Float, got Half": lambda: backward(attended=rows.half()),

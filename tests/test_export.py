@@ -99,11 +99,14 @@ def decomposition_cases():
             yield OPS.block_attention_cpp_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
         yield OPS.block_attention_triton_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
     for training in (False, True):
-        yield OPS.attention_layer_cpp, (*layer, r(8, 8), None, None, None, [], 5, 2, 1, 0.4, 0.7, training)
+        yield OPS.attention_layer_cpp, (*layer, r(8, 8), None, None, None, None, [], 5, 2, 1, 0.4, 0.7, training)
         for windows in ([], [5, 6, 3, 2, 1, 1, 1, 0]):
             bias, mask = r(2, 6, 6), None if windows else r(5, 6, 6)
-            call = (*layer, r(8, 8), None, bias, mask, windows, 6, 2, 1, 0.4, 0.7, training)
+            call = (*layer, r(8, 8), None, bias, mask, None, windows, 6, 2, 1, 0.4, 0.7, training)
             yield OPS.attention_layer_cpp, call
+        alone = r(30, 8), None, None, 1e-6, r(24, 8), r(24), r(8, 8), None, r(2, 6, 6), None, r(2)
+        yield OPS.attention_layer_cpp, (*alone, [5, 6, 3, 2, 0, 0, 0, 0], 6, 2, 2, 0.4, 0.7, training)
+        yield OPS.mlp_layer_cpp, (*alone[:4], r(16, 8), r(16), "gelu", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_cpp, (*layer, "gelu_tanh", r(8, 16), None, 0.7, training)
         for same in (False, True):
             yield OPS.block_aggregate_cpp_fwd, (*image, same, training)

@@ -113,6 +113,15 @@ def test_slope_of_gelu_everywhere(isa, activation):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_with_the_norm_last_is_as_accurate_as_pytorch(isa, dtype):
+    function, tensors, options = draw(2, 4, 49, 64, 256, dtype=dtype)
+    options |= {"post_norm": True, "branch_scale": 1.7}
+    assert_accurate(function, tensors, options)
+    assert_accurate_gradients(function, tensors, options)
+
+
+@needs_cpp
 def test_saves_little_for_the_gradient():
     """fc1's output; x and what comes after x are there anyway."""
     assert_saves_little(*draw(2, 4, 16, 64, 256), 4, 0.5)

@@ -254,6 +254,12 @@ def half(*tensors, **options):
     return attention_layer(*tensors, bias=bias, **options)
 
 
+def second_half(*tensors, **options):
+    """As Swin's second version has it."""
+    *tensors, bias, scale = tensors
+    return attention_layer(*tensors, bias=bias, scale=scale, cosine=True, post_norm=True, **options)
+
+
 def kernel_case(name, dtype=torch.float32, B=2):
     size, window, shift, pad_first, C, heads = KERNEL[name]
     tensors, _ = inputs(size, window, C, heads, B, dtype)
@@ -268,6 +274,17 @@ def test_inside_windows_is_as_accurate_as_pytorch(isa, dtype, name):
     tensors, options = kernel_case(name, dtype)
     assert_accurate(half, tensors, options)
     assert_accurate_gradients(half, tensors, options | {"branch_scale": 1.7})
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["shifted", "padded first"])
+def test_cosine_attention_is_as_accurate_as_pytorch(isa, dtype, name):
+    """With the LayerNorm last; values and the gradient of every input, the heads' factors among them."""
+    tensors, options = kernel_case(name, dtype)
+    tensors.append(1 + 4 * torch.rand(options["num_heads"]).to(dtype))
+    assert_accurate(second_half, tensors, options)
+    assert_accurate_gradients(second_half, tensors, options | {"branch_scale": 1.7})
 
 
 @needs_cpp
@@ -306,12 +323,13 @@ def test_inside_windows_of_any_shape(isa, data):
 @needs_cpp
 def test_inside_windows_repeats_bit_by_bit(isa):
     """With any number of threads, that of the bias included; each image alike beside any others."""
-    for name, B in (("shifted", 1), ("padded last", 5), ("rectangles", 9)):
+    for function, name, B in ((half, "shifted", 1), (second_half, "padded last", 5), (half, "rectangles", 9)):
         tensors, options = kernel_case(name, B=B)
+        tensors += [torch.rand(options["num_heads"])] if function is second_half else []
         dout = torch.randn_like(tensors[0])
-        call = lambda *t: half(*t, **options, impl="cpp")  # noqa: B023, E731
+        call = lambda *t: function(*t, **options, impl="cpp")  # noqa: B023, E731
         results = with_threads(lambda: gradients(call, tensors, dout), (1, 2, 64))  # noqa: B023
-        for what, *same in zip(("out", *NAMES), *results, strict=True):
+        for what, *same in zip(("out", *NAMES, "scale"), *results, strict=False):
             if not what.startswith("norm"):  # PyTorch's, a sum for each thread
                 assert all(torch.equal(same[0], other) for other in same[1:]), what
         assert torch.equal(call(tensors[0][-1:], *tensors[1:]), results[0][0][-1:])

@@ -65,12 +65,19 @@ def layer_backward(
 ) -> dict[str, Tensor | None]:
     """The gradients of ``x + branch_scale * branch(layer_norm(x))`` for rows ``x`` ``(rows, C)``, by name.
 
+    Without a LayerNorm's weight they are those of ``branch(x)``.
+
     ``parameters`` names what else the branch has, the weights and biases of its two linear layers first.
     ``branch_backward`` is called with the gradient of the branch's output, the branch's input, which is computed again,
     and a mask of the gradients that are needed: of that input and of ``parameters``. It returns these. A gradient that
     is not needed is None and not computed.
     """
     C, norm = kept.x.shape[1], ("x", "norm_weight", "norm_bias")
+    if kept.norm_weight is None:
+        names = ("x", *parameters)
+        mask = [kept.needed[name] for name in names]
+        given = branch_backward(_layout.dense_rows(dout), kept.x, mask)
+        return {name: dx if wanted else None for name, dx, wanted in zip(names, given, mask, strict=True)}
     norm_mask, mask = ([kept.needed[name] for name in names] for names in (norm, parameters))
     y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
     dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale

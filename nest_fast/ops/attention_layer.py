@@ -83,7 +83,7 @@ def attention_layer(
     kv_heads = 1 if multi_query else num_heads
     C = _check(x, *weights, num_heads, kv_heads, windows, bias, mask, scale, cosine, branch_scale, impl)
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
-    given = Given(x, *weights, bias, mask, windows, cosine, post_norm)
+    given = Given(x, *weights, bias, mask, scale if isinstance(scale, Tensor) else None, multi_query)
     if impl == "auto":
         impl = _layer.choose(AUTO, given)
     elif impl in BACKENDS:
@@ -105,8 +105,7 @@ def attention_layer(
     if impl == "cpp":
         out, *_ = _CPP(
             _layout.dense_rows(x).reshape(-1, C),
-            norm_weight.float().contiguous(),
-            norm_bias.float().contiguous(),
+            *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
             _layout.dense_rows(qkv_weight),
             _layout.dense(qkv_bias),
@@ -114,12 +113,14 @@ def attention_layer(
             _layout.dense(proj_bias),
             as_scores(bias),
             as_scores(mask),
+            scale.float().contiguous() if isinstance(scale, Tensor) else None,
             [] if windows is None else windows.numbers,
             x.shape[2] if windows is None else windows.tokens,
-            *(num_heads, kv_heads, scale, branch_scale),
+            *(num_heads, kv_heads, 1.0 if isinstance(scale, Tensor) else scale, branch_scale),
             _modes.wants_gradients(given),
         )
-        return out.view(x.shape)
+        out = out.view(x.shape)
+        return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
     y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     y = linear(y if windows is None else into_windows(y, windows), qkv_weight, qkv_bias)
     q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
@@ -201,15 +202,13 @@ class Given(NamedTuple):
     proj_bias: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
-    windows: Windows | None
-    cosine: bool
-    post_norm: bool
+    scale: Tensor | None
+    multi_query: bool
 
 
 _CPP_RULES: Rules = (
     NO_GRADIENT_OF_A_MASK,
-    ("it has no cosine attention", lambda given: given.cosine),
-    ("it has the LayerNorm first", lambda given: given.post_norm),
+    ("it has no cosine attention to one key head", lambda given: given.scale is not None and given.multi_query),
 )
 BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
 AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
@@ -224,17 +223,19 @@ def _rows(rows, windows):
     return rows if cut is None else rows // cut.rows * (cut.blocks * cut.tokens)
 
 
-def _fake(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, windows, tokens, heads, *rest):
-    C, kept = x.shape[1], _rows(x.shape[0], windows) if rest[-1] else 0
-    numbers = (2,) if bias is not None or mask is not None or any(windows[4:6]) else ()
+def _fake(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, scales, *rest):
+    windows, tokens, heads, *_, training = rest
+    C, kept = x.shape[1], _rows(x.shape[0], windows) if training else 0
+    numbers = (2,) if any(x is not None for x in (bias, mask, scales)) or any(windows[4:6]) else ()
     lse = x.new_empty((kept // tokens, heads, tokens, *numbers), dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty((kept, qkv.shape[0])), x.new_empty((kept, C)), lse
 
 
-def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, bias, mask, windows, tokens, *rest):
-    *output_mask, need_dbias = rest[-1]
+def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, bias, mask, scales, *rest):
+    *output_mask, need_dbias, need_dscales = rest[-1]
     dbias = bias.new_empty(bias.shape) if need_dbias else nothing_like(x)
-    return *fake_branch_backward(x, (qkv_weight, proj_weight), output_mask), dbias
+    dscales = scales.new_empty(scales.shape) if need_dscales else nothing_like(x)
+    return *fake_branch_backward(x, (qkv_weight, proj_weight), output_mask), dbias, dscales
 
 
 def _gradients(kept, dout):
@@ -247,48 +248,51 @@ def _gradients(kept, dout):
         return into_windows(x.unflatten(0, (-1, windows.rows)), windows).flatten(0, 2)
 
     def branch_backward(dbranch, y, mask):
-        saved = kept.qkv, kept.attended, kept.lse, kept.qkv_weight, kept.proj_weight, kept.bias, kept.mask
-        sizes = kept.windows, kept.tokens, kept.heads, kept.kv_heads
-        dy, *others = _CPP_BWD(into(dbranch), into(y), *saved, *sizes, kept.scale, mask)
+        saved = kept.qkv, kept.attended, kept.lse, kept.qkv_weight, kept.proj_weight
+        scores, sizes = (kept.bias, kept.mask, kept.scales), (kept.windows, kept.tokens, kept.heads, kept.kv_heads)
+        dy, *others = _CPP_BWD(into(dbranch), into(y), *saved, *scores, *sizes, kept.scale, mask)
         if windows is not None and mask[0]:
             dy = from_windows(dy.unflatten(0, (-1, windows.blocks, windows.tokens)), windows).flatten(0, 1)
         return dy, *others
 
-    return layer_backward(kept, dout, ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias"), branch_backward)
+    parameters = "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias", "scales"
+    return layer_backward(kept, dout, parameters, branch_backward)
 
 
 def _attention_flops(x_shape, tokens, count):
     return _flops.attention((1, 1, tokens, x_shape[0] // max(tokens, 1), x_shape[1]), count)
 
 
-def _cpp_flops(
-    x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, windows, tokens, *_, out_shape=None
-):
+def _cpp_flops(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, scales, *rest, **unused):
+    windows, tokens, *_ = rest
     rows = (_rows(x[0], windows), x[1])
     return _flops.linear(rows, qkv) + _attention_flops(rows, tokens, 2) + _flops.linear(rows, proj)
 
 
-def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, bias, mask, windows, tokens, *_, out_shape=None):
+def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, bias, mask, scales, windows, tokens, *_, out_shape=None):
     dx, dqkv, _, dproj, *_ = out_shape
     linears = _flops.linear_gradients(x, qkv, dx, dqkv) + _flops.linear_gradients(x, proj, x, dproj)
     return linears + _attention_flops(x, tokens, 4)
 
 
 _CPP = operation(
-    "attention_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? bias, Tensor? mask, SymInt[] windows,"
-    " SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training)"
+    "attention_layer_cpp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight,"
+    " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? bias, Tensor? mask, Tensor? scales,"
+    " SymInt[] windows, SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training)"
     " -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
     fake=_fake,
-    saved=("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "bias", "mask", "qkv", "attended", "lse"),
+    saved=(
+        *("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "bias", "mask", "scales"),
+        *("qkv", "attended", "lse"),
+    ),
     gradients=_gradients,
     flops=_cpp_flops,
 )
 _CPP_BWD = operation(
     "attention_layer_cpp_bwd(Tensor dout, Tensor x, Tensor qkv, Tensor attended, Tensor lse, Tensor qkv_weight,"
-    " Tensor proj_weight, Tensor? bias, Tensor? mask, SymInt[] windows, SymInt tokens, int heads, int kv_heads,"
-    " float scale, bool[6] output_mask) -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias, Tensor dproj_weight,"
-    " Tensor dproj_bias, Tensor dbias)",
+    " Tensor proj_weight, Tensor? bias, Tensor? mask, Tensor? scales, SymInt[] windows, SymInt tokens, int heads,"
+    " int kv_heads, float scale, bool[7] output_mask) -> (Tensor dx, Tensor dqkv_weight, Tensor dqkv_bias,"
+    " Tensor dproj_weight, Tensor dproj_bias, Tensor dbias, Tensor dscales)",
     fake=_bwd_fake,
     backward_of="attention_layer",
     flops=_bwd_flops,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layer, _layout, _modes
-from nest_fast.ops._backends import Backend, Rules
-from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layout, _modes
+from nest_fast.ops._layer import AUTO, BACKENDS, IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
@@ -60,11 +57,10 @@ def mlp_layer(
     """
     given = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*given, activation, branch_scale, impl)
-    asked = Given(*given, post_norm)
     if impl == "auto":
-        impl = _layer.choose(AUTO, asked)
+        impl = _layer.choose(AUTO, given)
     elif impl in BACKENDS:
-        BACKENDS[impl].require("mlp_layer", asked)
+        BACKENDS[impl].require("mlp_layer", given)
     if impl == "reference":
         return reference.mlp_layer(
             *given, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
@@ -72,8 +68,7 @@ def mlp_layer(
     if impl == "cpp":
         out, _ = _CPP(
             _layout.dense_rows(x).reshape(-1, C),
-            norm_weight.float().contiguous(),
-            norm_bias.float().contiguous(),
+            *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
             _layout.dense_rows(fc1_weight),
             _layout.dense(fc1_bias),
@@ -83,7 +78,8 @@ def mlp_layer(
             branch_scale,
             _modes.wants_gradients(given),
         )
-        return out.view(x.shape)
+        out = out.view(x.shape)
+        return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
     y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     y = linear(y, fc1_weight, fc1_bias, activation=activation)
     if branch_scale == 1.0 and not post_norm:
@@ -123,25 +119,6 @@ def _check(
     return C
 
 
-# --- choice -----------------------------------------------------------------------------------------------------------
-
-
-class Given(NamedTuple):
-    x: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
-    post_norm: bool
-
-
-_CPP_RULES: Rules = (("it has the LayerNorm first", lambda given: given.post_norm),)
-BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
-AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
-
-
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -172,8 +149,8 @@ def _bwd_flops(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
 
 
 _CPP = operation(
-    "mlp_layer_cpp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
-    " str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
+    "mlp_layer_cpp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight,"
+    " Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
     " -> (Tensor out, Tensor hidden)",
     fake=_fake,
     saved=("x", "norm_weight", "norm_bias", "fc1_weight", "fc2_weight", "hidden"),

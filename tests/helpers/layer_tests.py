@@ -134,7 +134,7 @@ def test_of_any_strides_whose_rows_are_a_view(layer, impl):
 
 
 # Of the tensors; a layer may have more than the first seven.
-NAMES = ("x", "norm_weight", "norm_bias", "weight", "bias", "weight 2", "bias 2", "bias of the scores")
+NAMES = ("x", "norm_weight", "norm_bias", "weight", "bias", "weight 2", "bias 2", "bias of the scores", "scales")
 
 
 def assert_accurate_gradients(function, tensors, options, slack=0.0):
