@@ -115,25 +115,25 @@ def test_a_hook_on_one_module(event, kind):
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("event", ["forward", "forward pre"])
-def test_a_hook_that_changes_values_on_one_module(event, kind):
-    plain, other = twins(kind)
-    failures = []
-    for name in heard_modules(kind, plain):
-        if name.endswith("pool") and kind == "NesT":
-            continue
-        outs = []
-        for model in (plain, other):
+def test_a_hook_that_changes_values_on_one_module(event):
+    def result(value):
+        return 0.7 * value if isinstance(value, torch.Tensor) else (0.7 * value[0], *value[1:])
 
-            def result(value):
-                return 0.7 * value if isinstance(value, torch.Tensor) else (0.7 * value[0], *value[1:])
+    def changed_by_a_hook(model, name):
+        handle = listen(model, name, event, result)
+        out = run(model, image(), backward=False).out[0]
+        handle.remove()
+        return out
 
-            handle = listen(model, name, event, result)
-            outs.append(run(model, image(), backward=False).out[0])
-            handle.remove()
-        if (error := distance(outs[1], outs[0])) > 1e-4:
-            failures.append(f"{name}: off by {error:.1e}")
+    plain, others, failures = twin("plain"), {kind: twin(kind) for kind in FAST}, []
+    for name in heard_modules("plain", plain):
+        wanted = changed_by_a_hook(plain, name)
+        for kind, other in others.items():
+            if name not in heard_modules(kind, plain) or (name.endswith("pool") and kind == "NesT"):
+                continue
+            if (error := distance(changed_by_a_hook(other, name), wanted)) > 1e-4:
+                failures.append(f"{kind}: {name}: off by {error:.1e}")
     assert not failures, "\n".join(failures)
 
 
@@ -619,26 +619,26 @@ TRACERS = {
 MAY_REFUSE = ("jit.trace", "jit.script", "jit.script and freeze", "fx features", "fx", "make_fx, symbolic")
 
 
-@pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize("name", TRACERS)
-def test_tracers_and_modes(name, kind):
-    plain, other = twins(kind, **(SHALLOW if name == "compile" else {"depths": 1}))
+def test_tracers_and_modes(name):
+    options = SHALLOW if name == "compile" else {"depths": 1}
     try:
-        wanted = TRACERS[name](plain, image())
+        wanted = TRACERS[name](twin("plain", **options), image())
     except Exception as error:
         pytest.fail(f"plain model: {type(error).__name__}: {error}") if name not in MAY_REFUSE else None
         return
-    try:
-        got = TRACERS[name](other, image())
-    except Exception as error:
-        said = str(error).strip().split("\n")
-        refused = name in MAY_REFUSE and (kind == "NesT" or any("restore" in line for line in said[:3] + said[-3:]))
-        if not refused:
-            raise
-        return
-    tolerance = 0.05 if name == "dynamic quantisation" else None
-    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
-        assert_close(a, b, name, tolerance=tolerance)
+    for kind in FAST:
+        try:
+            got = TRACERS[name](twin(kind, **options), image())
+        except Exception as error:
+            said = str(error).strip().split("\n")
+            refused = name in MAY_REFUSE and (kind == "NesT" or any("restore" in line for line in said[:3] + said[-3:]))
+            if not refused:
+                raise
+            continue
+        tolerance = 0.05 if name == "dynamic quantisation" else None
+        for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+            assert_close(a, b, f"{kind}: {name}", tolerance=tolerance)
 
 
 @pytest.mark.parametrize("kind", FAST)
@@ -726,22 +726,23 @@ UNFUSED = ("jvp", "jacfwd", "hessian", "grad of grad", "forward mode by hand")
 
 
 # torch.func.hessian takes no randomness.
-@pytest.mark.parametrize("kind", FAST)
 @pytest.mark.parametrize(
     ("name", "mode"), [(n, m) for n in FUNC for m in ("eval", "train") if (n, m) != ("hessian", "train")]
 )
-def test_torch_func(name, mode, kind):
-    plain, other = twins(kind, **RATES)
+def test_torch_func(name, mode):
+    def leaves(model):
+        torch.manual_seed(0)
+        return tree_leaves(FUNC[name](model.train(mode == "train"), image()))
+
+    plain = twin("plain", **RATES)
     if name in UNFUSED:
         for layer in layers(plain):
             layer.attn.fused_attn = False
-    results = []
-    for model in (plain, other):
-        torch.manual_seed(0)
-        results.append(tree_leaves(FUNC[name](model.train(mode == "train"), image())))
-    floor = 1e-3 * max(leaf.norm().item() for leaf in results[0])
-    for a, b in zip(results[1], results[0], strict=True):
-        assert_close(a, b, name, floor=floor)
+    wanted = leaves(plain)
+    floor = 1e-3 * max(leaf.norm().item() for leaf in wanted)
+    for kind in FAST:
+        for a, b in zip(leaves(twin(kind, **RATES)), wanted, strict=True):
+            assert_close(a, b, f"{kind}: {name}", floor=floor)
 
 
 @pytest.mark.parametrize("kind", FAST)
