@@ -99,6 +99,11 @@ def test_a_run_leaves_checkpoints_logs_and_curves_and_learns(folder, tmp_path, c
     assert "expected a folder without a run, or --resume" in capsys.readouterr().err
 
 
+# Processes that are copies of one, started once in a worker (helpers/kill_and_resume.py).
+forked = pytest.mark.xdist_group("forkserver")
+
+
+@forked
 def test_killed_runs_end_in_bitwise_the_same_weights(folder, tmp_path):
     found = kill_and_resume(["--data", folder, *TINY, *EVERYTHING, "--workers", 1], tmp_path, 2, 0.01, seed=0)
     assert any(kill.saved % 8 > 0 for kill in found)  # in mid-epoch
@@ -140,6 +145,7 @@ def test_a_signal_during_validation_is_not_lost(folder, tmp_path, monkeypatch):
     assert not differences(plain / "last.pt", tmp_path / "cut" / "last.pt")
 
 
+@forked
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_and_one_goes_on(folder, tmp_path, how):
     """The same images, mixed alike, in every step: losses differ by the order of sums. Stopped, then one goes on."""

@@ -81,39 +81,39 @@ import torch, torch.distributed as dist
 sys.path.insert(0, {folder!r})
 from test_training import batch, create, gradients_of
 
-how, rank, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{{path}}", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = create().train()
 images, labels = batch()
-if how == "ddp":
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-else:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for level in model.levels:
-        for layer in level.transformer_encoder:
-            fully_shard(layer, mesh=mesh)
-    wrapped = fully_shard(model, mesh=mesh)
 half = slice(3 * rank, 3 * rank + 3)
-torch.nn.functional.cross_entropy(wrapped(images[half]), labels[half]).backward()
-full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-if rank == 0:
-    torch.save(torch.cat([g.flatten() for g in full]), path + ".grad")
+for how in ("ddp", "fsdp2"):
+    torch.manual_seed(0)
+    model = create().train()
+    if how == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for level in model.levels:
+            for layer in level.transformer_encoder:
+                fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    torch.nn.functional.cross_entropy(wrapped(images[half]), labels[half]).backward()
+    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    if rank == 0:
+        torch.save(torch.cat([g.flatten() for g in full]), f"{{path}}.{{how}}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_find_the_gradients_of_one(how, tmp_path):
+def test_two_processes_find_the_gradients_of_one(tmp_path):
     """Halves of the batch in two processes: gradients averaged (DDP), or sharded as the parameters are, too (FSDP2)."""
     code = textwrap.dedent(WORKER.format(folder=os.path.dirname(__file__)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, how, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,4 +125,5 @@ def test_two_processes_find_the_gradients_of_one(how, tmp_path):
     torch.manual_seed(0)
     images, labels = batch()
     wanted = gradients_of(create().train(), images.cpu(), labels.cpu())
-    torch.testing.assert_close(torch.load(tmp_path / "store.grad"), wanted, rtol=1e-4, atol=1e-6)
+    for how in ("ddp", "fsdp2"):
+        torch.testing.assert_close(torch.load(tmp_path / f"store.{how}"), wanted, rtol=1e-4, atol=1e-6)
