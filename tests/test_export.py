@@ -1,6 +1,7 @@
 """Exported models: plain PyTorch for ONNX and for who has no nest_fast, kernels for who has the extension only."""
 
 import copy
+import functools
 import importlib.util
 import os
 import shutil
@@ -52,6 +53,19 @@ def accelerated_timm():
 
 def exported(model, x):
     return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+
+
+@functools.cache
+def traced():
+    """A model of two levels, its program for inference, and that in plain PyTorch: what takes seconds, once."""
+    torch.manual_seed(0)
+    model = small()
+    with torch.no_grad():
+        program = exported(model, torch.randn(2, 3, 32, 32))
+        return model, program, program.run_decompositions(nest_fast.export.decompositions())
+
+
+one_process = pytest.mark.xdist_group("export")  # that of traced()
 
 
 def operations(program):
@@ -162,13 +176,16 @@ def test_any_aggregation_is_decomposed(sizes, block, dtype, same, training):
     assert wanted[4].shape == got[4].shape
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@one_process
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "the authors', grad"])
 def test_a_program_of_plain_pytorch(grad):
-    model, x = small(**AUTHORS), torch.randn(2, 3, 32, 32)
-    with torch.set_grad_enabled(grad):
-        program = exported(model, x)
+    if grad:
+        model = small(**AUTHORS)
+        program = exported(model, torch.randn(2, 3, 32, 32))
+        plain = program.run_decompositions(nest_fast.export.decompositions())
+    else:
+        model, program, plain = traced()
     assert operations(program) or cpu_error is not None
-    plain = program.run_decompositions(nest_fast.export.decompositions())
     assert not operations(plain)
     for batch in (1, 3):
         x = torch.randn(batch, 3, 32, 32)
@@ -185,10 +202,10 @@ print(program.module()(torch.zeros(3, 3, 32, 32)).shape)
 """
 
 
+@one_process
 @without_extension
 def test_a_saved_program_says_what_it_needs(tmp_path):
-    model, x = small(), torch.randn(2, 3, 32, 32)
-    program = exported(model, x)
+    _, program, plain = traced()
     traces = [node.meta.get("stack_trace") for node in program.graph.nodes]
     nest_fast.export.save(program, tmp_path / "kernels.pt2", extra_files={"labels": "cat, dog"})
     assert [node.meta.get("stack_trace") for node in program.graph.nodes] == traces
@@ -199,7 +216,6 @@ def test_a_saved_program_says_what_it_needs(tmp_path):
     assert extra["labels"] == "cat, dog"
     with pytest.raises(AssertionError, match=r"this program needs `import nest_fast` before torch\.export\.load"):
         run_python("-c", LOAD.format(first=""), str(tmp_path / "kernels.pt2"))
-    plain = program.run_decompositions(nest_fast.export.decompositions())
     nest_fast.export.save(plain, str(tmp_path / "plain.pt2"))
     assert "[3, 5]" in run_python(
         "-c", LOAD.format(first="sys.modules['nest_fast'] = None"), str(tmp_path / "plain.pt2")
@@ -228,15 +244,17 @@ def runtimes(path):
 
 
 @installed("onnx", "onnxscript", "onnxruntime")
+@one_process
 @pytest.mark.parametrize("case", ["the authors' NesT, a rectangle", "accelerated timm", "a program with kernels"])
 def test_onnx(case, tmp_path):
     size = (32, 64) if "rectangle" in case else (32, 32)
-    model = accelerated_timm() if "timm" in case else small(img_size=size, **(AUTHORS if "authors" in case else {}))
-    x = torch.randn(2, 3, *size)
-    dynamic = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=64)},)}
-    what, args = model, (x,)
     if "program" in case:
-        what, args, dynamic = exported(model, x).run_decompositions(nest_fast.export.decompositions()), (), {}
+        model, _, what = traced()
+        args, dynamic = (), {}
+    else:
+        model = what = accelerated_timm() if "timm" in case else small(img_size=size, **AUTHORS)
+        args = (torch.randn(2, 3, *size),)
+        dynamic = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=64)},)}
     path = str(tmp_path / "model.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own
@@ -296,18 +314,18 @@ import nest_fast
         run_python("-c", code)
 
 
+@one_process
 @without_extension
 def test_an_inductor_package_runs_with_the_extension_only(tmp_path):
     """In Python without nest_fast, and in C++: examples/cpp is built and run."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler, which AOTInductor needs")
-    model, x = small(), torch.randn(2, 3, 32, 32)
+    model, program, _ = traced()
     package, images = str(tmp_path / "model.pt2"), str(tmp_path / "images.pt")
     with torch.no_grad():
-        program = exported(model, x)
         assert operations(program) >= {"nest_fast::attention_layer_cpp", "nest_fast::block_aggregate_cpp_fwd"}
         quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=quick)
+        torch._inductor.aoti_compile_and_package(copy.deepcopy(program), package_path=package, inductor_configs=quick)
     x = torch.randn(3, 3, 32, 32)
     torch.save(x, images)
     code = """
