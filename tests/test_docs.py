@@ -52,7 +52,14 @@ def run_command(text, cwd):
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def group(page):
+    """Two pages have one run between them."""
+    return "digits" if page.stem in ("train", "classify") else page.stem
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page.stem, marks=pytest.mark.xdist_group(group(page))) for page in PAGES]
+)
 def test_page(page, monkeypatch, tmp_path):
     import_timm()
     monkeypatch.chdir(tmp_path)
