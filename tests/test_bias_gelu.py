@@ -57,7 +57,7 @@ def test_is_as_accurate_as_pytorch(shape, bias, approximate, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("scale", "approximate"), [(1e-3, "none"), (100.0, "tanh"), (100.0, "none")])
 def test_is_as_accurate_as_pytorch_with_small_and_large_numbers(scale, approximate, dtype):
-    (x, bias), dout = draw((300, 100), dtype)
+    (x, bias), dout = draw((60, 100), dtype)
     check([scale * x, scale * bias], dout, approximate)
 
 

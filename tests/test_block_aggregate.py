@@ -1,5 +1,6 @@
 """block_aggregate: every impl against float64, its registration, its choosing, its errors."""
 
+import functools
 import math
 import sys
 
@@ -109,9 +110,9 @@ SHAPES = [
 
 # Every two of shape, dtype and padding.
 PAIRS = [(shape, dtype, PADDINGS[(i + j) % 2]) for i, shape in enumerate(SHAPES) for j, dtype in enumerate(DTYPES)]
-# Interpreted Triton is slow: each shape once, each dtype with each padding once.
+# Interpreted Triton is slow: each shape once, of the largest a quarter, each dtype with each padding once.
 ONCE = [
-    (SHAPES[0], "bf16", "symmetric"),
+    (SHAPES[0]._replace(grid=(2, 2)), "bf16", "symmetric"),
     (SHAPES[1], "fp16", "same"),
     (SHAPES[2], "fp32", "same"),
     (SHAPES[2], "bf16", "same"),
@@ -193,7 +194,7 @@ def test_of_any_shape_in_triton(impl_and_isa, **shape):
 @pytest.mark.parametrize(
     ("B", "block", "C", "C_out", "dtype", "padding", "missing"),
     [
-        (2, (3, 3), 20, 72, torch.bfloat16, "symmetric", ()),
+        (1, (3, 3), 20, 72, torch.bfloat16, "symmetric", ()),
         (1, (1, 5), 7, 64, torch.float32, "same", ("pos_embed",)),
         (3, (2, 1), 17, 8, torch.float16, "symmetric", ("conv_bias",)),
     ],
@@ -296,12 +297,22 @@ def test_of_any_strides(impl):
     torch.testing.assert_close(leaf.grad, dense.grad)
 
 
-@pytest.mark.parametrize("C", [1, 17, 32])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+EVERY_C_AND_DTYPE = [(C, dtype) for C in (1, 17, 32) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("impl_and_isa", "C", "dtype"),
+    [
+        (name, *case)
+        for name in IMPLS_AND_ISAS
+        for case in (EVERY_C_AND_DTYPE[::4] if name == "triton" else EVERY_C_AND_DTYPE)
+    ],
+    indirect=["impl_and_isa"],
+)
 def test_stays_inside_its_buffers(impl_and_isa, dtype, C):
     shape = Shape(2, (2, 2), (3, 1), C, C + 5)
-    tensors = inputs(shape, dtype)
-    dout = torch.randn(2, 1, 3, C + 5, device=DEVICE).to(dtype)
+    tensors = inputs(shape, DTYPES[dtype])
+    dout = torch.randn(2, 1, 3, C + 5, device=DEVICE).to(DTYPES[dtype])
     function = run(impl_and_isa, shape)
     leaves = [guarded(x).requires_grad_() for x in tensors]
     out = function(*leaves)
@@ -312,25 +323,29 @@ def test_stays_inside_its_buffers(impl_and_isa, dtype, C):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("where", ["x", "norm_bias"])
-def test_keeps_special_values_where_pytorch_does(impl_and_isa, value, where):
-    shape = Shape(2, (2, 4), (2, 3), 12, 20)
+def test_keeps_special_values_where_pytorch_does(impl_and_isa, where, padding):
+    """NaN and both infinities, each in an image or a channel of its own."""
+    shape = Shape(3, (2, 4), (2, 3), 12, 20)
     tensors = inputs(shape)
-    (tensors[0][1, 5, 2] if where == "x" else tensors[4])[3] = value
-    for padding in PADDINGS:
-        out, wanted = (run(i, shape, padding)(*tensors) for i in (impl_and_isa, "reference"))
-        for test in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(test(out), test(wanted))
+    for n, value in enumerate((math.nan, math.inf, -math.inf)):
+        (tensors[0][n, 5, 2] if where == "x" else tensors[4])[3 + n] = value
+    out, wanted = (run(i, shape, padding)(*tensors) for i in (impl_and_isa, "reference"))
+    for test in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(test(out), test(wanted))
+    assert all(image.isnan().any() and not image.isnan().all() for image in wanted)
 
 
 def test_repeats_bit_by_bit(impl_and_isa):
-    shape = Shape(3, (4, 2), (5, 3), 24, 40)
+    interpreted = impl_and_isa == "triton" and DEVICE == "cpu"  # by one thread, slowly
+    shape = Shape(2, (2, 2), (5, 3), 24, 40) if interpreted else Shape(3, (4, 2), (5, 3), 24, 40)
     tensors = inputs(shape, torch.bfloat16)
-    dout = torch.randn(3, 2, 15, 40, device=DEVICE).bfloat16()
+    dout = torch.randn(shape.B, shape.T // 4, 15, 40, device=DEVICE).bfloat16()
     # The convolution's gradients are the library's, which may divide its sums among threads.
     ours = [0, 1, 3, 4, 5, 6] if impl_and_isa == "cpp" else [0, 3, 4, 5, 6]
-    first, *others = with_threads(lambda: gradients(run(impl_and_isa, shape), tensors, dout))
+    compute = functools.partial(gradients, run(impl_and_isa, shape), tensors, dout)
+    first, *others = [compute(), compute()] if interpreted else with_threads(compute)
     for other in others:
         for n in ours:
             assert torch.equal(first[n], other[n]), ("out", *NAMES)[n]
@@ -371,7 +386,7 @@ def test_compiles_in_one_graph(impl):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function = run(impl, Shape(1, (2, 4), (2, 3), 12, 20))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for B in (2, 3, 4, 5, 7):
+    for B in (2, 3, 5) if impl == "triton" else (2, 3, 4, 5, 7):
         tensors = [x.requires_grad_() for x in inputs(Shape(B, (2, 4), (2, 3), 12, 20))]
         out, wanted = compiled(*tensors), function(*tensors)
         torch.testing.assert_close(out, wanted)

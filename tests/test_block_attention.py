@@ -1,5 +1,6 @@
 """block_attention as an operation: what each ``impl`` computes, how one is chosen, torch features, bad input."""
 
+import itertools
 import math
 import warnings
 from types import SimpleNamespace
@@ -30,9 +31,16 @@ def inputs(B=2, T=4, N=16, heads=2, d=16, kv_heads=None, dtype=torch.float32):
     return packed.split((heads, kv_heads, kv_heads), dim=3)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kv_heads", [3, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Interpreted Triton, whose kernels have a file of their own: each once.
+@pytest.mark.parametrize(
+    ("impl", "kv_heads", "dtype"),
+    [
+        (impl, kv_heads, dtype)
+        for impl in IMPLS
+        for kv_heads, dtype in itertools.product((3, 1), (torch.float32, torch.bfloat16))
+        if impl != "triton" or (kv_heads == 1) == (dtype == torch.bfloat16)
+    ],
+)
 def test_is_as_accurate_as_pytorch(impl, kv_heads, dtype):
     q, k, v = inputs(N=20, heads=3, d=24, kv_heads=kv_heads, dtype=dtype)
     dout = torch.randn_like(q)
@@ -143,7 +151,7 @@ def test_keeps_special_values_where_pytorch_does(impl):
 def test_opcheck(impl):
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
-        q, k, v = (x.detach().requires_grad_() for x in inputs(kv_heads=kv_heads))
+        q, k, v = (x.detach().requires_grad_() for x in inputs(T=2, kv_heads=kv_heads))
         torch.library.opcheck(op, (q, k, v, None, None, 0.25))
         if impl == "cpp":
             bias, mask = torch.randn(2, 16, 16).requires_grad_(), torch.randn(2, 16, 16)
@@ -164,7 +172,7 @@ def test_compiles_in_one_graph(impl):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: block_attention(*a, impl=impl), fullgraph=True, backend=counter)
     for B in (2, 3, 4, 5, 7):
-        arguments = inputs(B=B)
+        arguments = inputs(B=B, T=2)
         assert relative_error(compiled(*arguments), block_attention(*arguments, impl="reference")) < 1e-5
     assert counter.frame_count <= 2
 

@@ -90,18 +90,19 @@ def check_rounding(dout, q, k, v, bias, mask, scale):
         assert max_error(x, g) <= bound, f"{name}: error {max_error(x, g):.3e}, allowed {bound:.3e}"
 
 
-# (B, T, N, heads, head_dim) around every edge: N below, at and past a tile, head_dim that is no power of two.
-SHAPES = [
-    (1, 1, 196, 2, 32),
-    (1, 1, 196, 1, 64),
-    (2, 2, 16, 3, 32),
-    (2, 2, 15, 2, 16),
-    (1, 3, 17, 2, 24),
-    (1, 2, 49, 3, 32),
-    (2, 1, 64, 2, 48),
-    (1, 1, 100, 1, 80),
-    (1, 1, 256, 1, 32),
-    (1, 1, 225, 1, 128),
+# (B, T, N, heads, head_dim) around every edge: N below, at and past a tile, head_dim that is no power of two; each in
+# one of the half precisions, which share their rows of the tables; in float32, which streams, each row and edge once.
+CASES = [
+    ((1, 1, 196, 2, 32), ("bf16",)),
+    ((1, 1, 196, 1, 64), ("fp16",)),
+    ((2, 2, 16, 3, 32), ("bf16", "fp32")),
+    ((2, 2, 15, 2, 16), ("fp16", "fp32")),
+    ((1, 3, 17, 2, 24), ("bf16", "fp32")),
+    ((1, 2, 49, 3, 32), ("fp16", "fp32")),
+    ((2, 1, 64, 2, 48), ("bf16",)),
+    ((1, 1, 100, 1, 80), ("fp16", "fp32")),
+    ((1, 1, 256, 1, 32), ("fp16",)),
+    ((1, 1, 225, 1, 128), ("bf16",)),
 ]
 
 
@@ -109,16 +110,25 @@ def shape_id(shape):
     return "B{}-T{}-N{}-h{}-d{}".format(*shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [pytest.param(shape, DTYPES[d], id=f"{shape_id(shape)}-{d}") for shape, dtypes in CASES for d in dtypes],
+)
 def test_block_attention_is_as_accurate_as_sdpa(shape, dtype):
     check(*draw(*shape, dtype), shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize(
-    ("block_m", "block_n", "streams"), [(64, 128, False), (64, 32, False), (64, 64, True), (32, 128, True)]
+    ("block_m", "block_n", "streams", "shape"),
+    [
+        (64, 128, False, (1, 2, 49, 3, 32)),
+        (64, 32, False, (1, 2, 49, 3, 32)),
+        (64, 64, True, (1, 2, 49, 3, 32)),
+        (32, 128, True, (1, 2, 49, 3, 32)),
+        (64, 32, False, (1, 1, 196, 1, 32)),  # several pieces
+        (64, 64, True, (1, 1, 196, 1, 32)),  # several tiles
+    ],
 )
-@pytest.mark.parametrize("shape", [(1, 2, 49, 3, 32), (1, 1, 196, 1, 32)], ids=shape_id)
 def test_block_attention_is_as_accurate_in_every_configuration(shape, block_m, block_n, streams, monkeypatch):
     """Whatever the tables hold, now or after tuning, float32 goes through each kernel here."""
 
@@ -130,22 +140,37 @@ def test_block_attention_is_as_accurate_in_every_configuration(shape, block_m, b
     check(*draw(*shape, torch.float32, bias=shape[2] == 49, mask="bool" if shape[2] == 49 else None), 0.2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    ("bias", "mask"), [(True, None), (False, "bool"), (False, "additive"), (True, "bool"), (True, "additive")]
+    ("bias", "mask", "dtype"),
+    [
+        (True, None, "fp32"),
+        (True, None, "bf16"),
+        (False, "bool", "fp32"),
+        (False, "bool", "fp16"),
+        (False, "additive", "bf16"),
+        (True, "bool", "bf16"),
+        (True, "additive", "fp16"),
+        (True, "additive", "fp32"),
+    ],
 )
 def test_block_attention_adds_bias_and_mask(bias, mask, dtype):
-    check(*draw(1, 2, 49, 2, 32, dtype, bias=bias, mask=mask), 0.2)
+    check(*draw(1, 2, 49, 2, 32, DTYPES[dtype], bias=bias, mask=mask), 0.2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    "shape",
-    [(2, 3, 16, 3, 64), (1, 2, 16, 12, 64), (1, 1, 100, 3, 32)],  # heads stacked in one tile, in several, streamed
-    ids=shape_id,
+    ("shape", "dtype"),  # heads stacked in one tile, in several, streamed
+    [
+        ((2, 3, 16, 3, 64), "fp32"),
+        ((2, 3, 16, 3, 64), "bf16"),
+        ((1, 2, 16, 12, 64), "fp16"),
+        ((1, 2, 16, 12, 64), "fp32"),
+        ((1, 1, 100, 3, 32), "bf16"),
+        ((1, 1, 100, 3, 32), "fp32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else shape_id(value),
 )
 def test_block_attention_shares_one_key_head(shape, dtype):
-    check(*draw(*shape, dtype, kv_heads=1), shape[-1] ** -0.5)
+    check(*draw(*shape, DTYPES[dtype], kv_heads=1), shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-9, 4.0])
@@ -189,10 +214,10 @@ def test_block_attention_bwd_writes_into_given_gradients():
 
 
 def test_block_attention_takes_masks_by_group():
-    dout, q, k, v, _, mask = draw(1, 6, 17, 2, 16, torch.float32, mask="additive")
-    check_rounding(dout, q, k, v, None, mask[:3], 0.25)
-    grouped, _ = launch(dout, q, k, v, None, mask[:3], 0.25)
-    repeated, _ = launch(dout, q, k, v, None, mask[:3].repeat(2, 1, 1), 0.25)
+    dout, q, k, v, _, mask = draw(1, 4, 17, 2, 16, torch.float32, mask="additive")
+    check_rounding(dout, q, k, v, None, mask[:2], 0.25)
+    grouped, _ = launch(dout, q, k, v, None, mask[:2], 0.25)
+    repeated, _ = launch(dout, q, k, v, None, mask[:2].repeat(2, 1, 1), 0.25)
     assert all(map(torch.equal, grouped, repeated))
 
 
@@ -288,7 +313,7 @@ def test_block_attention_repeats_bit_by_bit():
     assert all(map(torch.equal, [*first, lse], [*again, lse_again]))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 70), st.integers(1, 3), st.integers(1, 40)),
     dtype=st.sampled_from(list(DTYPES.values())),

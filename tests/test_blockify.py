@@ -45,14 +45,18 @@ CPP_ISAS = (*ISAS, "baseline")
 IMPLS = [*(f"cpp {isa}" for isa in CPP_ISAS), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=IMPLS)
-def impl(request):
+def backend(request):
     impl, _, isa = request.param.partition(" ")
     error = {"cpp": _extension.cpu_error, "cuda": _extension.cuda_error}[impl]
     if error is not None:
         pytest.skip(error)
     with instructions(isa):
         yield impl
+
+
+impl = pytest.fixture(params=IMPLS)(backend)
+# What PyTorch does with an operation does not hang on the instructions of its kernel.
+any_isa = pytest.mark.parametrize("impl", [IMPLS[0], IMPLS[-1]], indirect=True)
 
 
 def device_of(impl):
@@ -137,9 +141,8 @@ def test_blockify_adds_infinities_nans_and_subnormals(dtype, impl):
     torch.testing.assert_close(out, reference.blockify(image, 2) + pos, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("isa", CPP_ISAS)
 @settings(max_examples=300)
-@given(data=st.data())
+@given(isa=st.sampled_from(CPP_ISAS), data=st.data())
 def test_of_any_shape_and_strides(isa, data):
     """Random sizes, permuted and offset memory, all three operations and the inverse of the third."""
     if _extension.cpu_error is not None:
@@ -443,12 +446,14 @@ def samples(device):
     ]
 
 
+@any_isa
 @pytest.mark.parametrize("index", range(6))
 def test_opcheck(index, impl):
     name, args = samples(device_of(impl))[index]
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
+@any_isa
 @pytest.mark.parametrize("index", range(6))
 def test_gradcheck_and_gradgradcheck(index, impl):
     name, args = samples(device_of(impl))[index]
@@ -513,6 +518,7 @@ def through(x, pos, impl="auto"):
     return patchify(y.permute(0, 3, 1, 2), 2, 2, impl=impl)
 
 
+@any_isa
 def test_compiles_in_one_graph(impl):
     device = device_of(impl)
     pos = torch.randn(1, 4, 16, 3, device=device)
@@ -529,6 +535,7 @@ def test_compiles_in_one_graph(impl):
     assert len(graphs) <= 3  # a static size, a dynamic one, and the batch of 1, which torch always treats by itself
 
 
+@any_isa
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_through_the_backward(dynamic, impl):
     device = device_of(impl)
