@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nest_fast import reference
 from nest_fast.ops import _checks, _flops, _layout, _modes
-from nest_fast.ops._layer import AUTO, BACKENDS, IMPLS, fake_branch_backward, layer_backward
+from nest_fast.ops._layer import AUTO, BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
@@ -58,7 +58,7 @@ def mlp_layer(
     given = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*given, activation, branch_scale, impl)
     if impl == "auto":
-        impl = _layer.choose(AUTO, given)
+        impl = choose(AUTO, given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("mlp_layer", given)
     if impl == "reference":
