@@ -23,8 +23,8 @@ def launch_error() -> str:
 
 
 # Dynamo calls them and keeps the answers; torch.compiler.assume_constant_result marks them so, too, but imports Dynamo.
-for _function in (capability, launch_error):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+launch_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
