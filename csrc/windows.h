@@ -16,10 +16,11 @@ struct Windows {
   Size2 image{0, 0}, window{0, 0}, shift{0, 0};
   bool pad_first = false, grid = false;
 
-  // {H, W, window's h, w, shift down, right, pad_first, grid}; empty: there are none.
+  // {H, W, window's h, w, shift down, right, pad_first, grid}; empty or zeros: there are none.
   explicit Windows(torch::headeronly::IntHeaderOnlyArrayRef list) {
     if (list.empty()) return;
     STD_TORCH_CHECK(list.size() == 8, "windows: expected 8 numbers or none, got ", list.size());
+    if (list[0] == 0 && list[2] == 0) return;
     image = {list[0], list[1]}, window = {list[2], list[3]}, shift = {list[4], list[5]};
     pad_first = list[6] != 0, grid = list[7] != 0;
     STD_TORCH_CHECK(image.h > 0 && image.w > 0 && window.h > 0 && window.w > 0, "windows: expected positive sizes");

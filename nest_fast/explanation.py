@@ -126,7 +126,8 @@ def _channels(half: fusion.Half) -> int:
     """The channels of the sub-layer's input, as far as its modules tell."""
     inside = getattr(half.body, "_modules", {})
     first = inside.get("qkv", inside.get("fc1"))
-    return getattr(first, "in_features", getattr(half.norm, "normalized_shape", (1,))[-1])
+    known = getattr(first, "in_features", None)
+    return known if known is not None else getattr(half.norm, "normalized_shape", (1,))[-1]
 
 
 def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:

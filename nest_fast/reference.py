@@ -104,13 +104,13 @@ class Windows(NamedTuple):
 
     @property
     def numbers(self) -> list[int]:
-        """All of it, as an operation of the extension takes it; an empty list stands for no windows."""
+        """All of it, as an operation of the extension takes it; zeros, or an empty list, stand for no windows."""
         return [*self.size, *self.window, *self.shift, int(self.pad_first), int(self.grid)]
 
     @staticmethod
     def of_numbers(numbers: Sequence[int]) -> Windows | None:
         """The inverse."""
-        if not numbers:
+        if not numbers or numbers[2] == 0:
             return None
         H, W, h, w, down, right, pad_first, grid = numbers
         return Windows((H, W), (h, w), (down, right), bool(pad_first), bool(grid))

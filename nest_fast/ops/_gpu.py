@@ -14,7 +14,10 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _capability(device)
 
 
-_capability = functools.cache(torch.cuda.get_device_capability)
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # Without a GPU it is a fake tensor's, of a program for another machine.
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def launch_error() -> str:
@@ -29,6 +32,8 @@ launch_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _launch_error() -> str:
+    if not torch.cuda.is_available():
+        return ""
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs, and this torch is built for AMD's"
     try:

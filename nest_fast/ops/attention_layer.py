@@ -114,7 +114,7 @@ def attention_layer(
             as_scores(bias),
             as_scores(mask),
             scale.float().contiguous() if isinstance(scale, Tensor) else None,
-            [] if windows is None else windows.numbers,
+            [0] * 8 if windows is None else windows.numbers,  # AOTInductor loses an empty list
             x.shape[2] if windows is None else windows.tokens,
             *(num_heads, kv_heads, 1.0 if isinstance(scale, Tensor) else scale, branch_scale),
             _modes.wants_gradients(given),
