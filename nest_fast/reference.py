@@ -102,10 +102,12 @@ class Windows(NamedTuple):
         """Tokens of a window, padding included."""
         return self.window[0] * self.window[1]
 
-    @property
-    def numbers(self) -> list[int]:
-        """All of it, as an operation of the extension takes it; zeros, or an empty list, stand for no windows."""
-        return [*self.size, *self.window, *self.shift, int(self.pad_first), int(self.grid)]
+    @staticmethod
+    def to_numbers(windows: Windows | None) -> list[int]:
+        """All of it, as an operation of the extension takes it; zeros for no windows: AOTInductor loses []."""
+        if windows is None:
+            return [0] * 8
+        return [*windows.size, *windows.window, *windows.shift, int(windows.pad_first), int(windows.grid)]
 
     @staticmethod
     def of_numbers(numbers: Sequence[int]) -> Windows | None:

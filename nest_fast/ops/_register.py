@@ -86,10 +86,9 @@ def _caller(op: Any, launcher: Callable[..., Any] | None) -> Any:
             return op(*args)
         if (
             launcher is not None
-            and _FOR_LAUNCHERS.issuperset(map(type, args))
-            and not torch._C._len_torch_dispatch_stack()
+            and _modes.is_eager()
             and not torch.autograd._profiler_enabled()
-            and torch._C._get_tracing_state() is None
+            and _FOR_LAUNCHERS.issuperset(map(type, args))
             and not any(isinstance(x, Tensor) and x.is_neg() for x in args)
         ):
             return launcher(*args)

@@ -67,7 +67,7 @@ def attention_layer(
         eps: added to the variance.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
-            it keeps qkv and the attention's output and computes the LayerNorm's again.
+            it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
 
     Returns:
         As ``x``.
@@ -114,7 +114,7 @@ def attention_layer(
             as_scores(bias),
             as_scores(mask),
             scale.float().contiguous() if isinstance(scale, Tensor) else None,
-            [0] * 8 if windows is None else windows.numbers,  # AOTInductor loses an empty list
+            Windows.to_numbers(windows),
             x.shape[2] if windows is None else windows.tokens,
             *(num_heads, kv_heads, 1.0 if isinstance(scale, Tensor) else scale, branch_scale),
             _modes.wants_gradients(given),

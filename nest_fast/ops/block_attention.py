@@ -46,8 +46,8 @@ def block_attention(
         impl: "auto" takes the best this machine has for these tensors; that is "reference", which has all derivatives,
             under ``torch.func``, and on a CPU where "cpp" cannot run and gradients are wanted. "reference" is plain
             PyTorch, "sdpa" is ``torch.nn.functional.scaled_dot_product_attention`` on 4-D views, "cpp" the extension's
-            CPU kernel, "triton" the CUDA kernel (on CPU tensors under ``TRITON_INTERPRET=1``), whose mask has no
-            gradient. Only "auto" may choose. The gradients of "sdpa" are PyTorch's, also where it errs: on a CPU, in
+            CPU kernel, "triton" the CUDA kernel (on CPU tensors under ``TRITON_INTERPRET=1``); a mask has no gradient
+            in either. Only "auto" may choose. The gradients of "sdpa" are PyTorch's, also where it errs: on a CPU, in
             rows that have the most negative number for every key.
 
     Returns:
