@@ -15,6 +15,8 @@ from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memo
 
 from nest_fast.ops._extension import cpp_isa
 
+os.environ.setdefault("NEST_FAST_TUNED", "off")  # what there is without tuning; a path measures what tune found
+
 START = time.monotonic()
 # Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends.
 CANNOT = ("impl: ", "No available kernel")

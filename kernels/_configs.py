@@ -2,8 +2,7 @@
 
 Found without a GPU, from what the compiler makes of each (scripts/kernel_resources.py): no spill, then the fewest
 instructions a sequence, weighed with the warps that fit on a multiprocessor. The best comes first; the others are for
-a Triton or a GPU with which the best one spills. scripts/tune.py replaces the attention rows of the GPU it runs on by
-measured ones.
+a Triton or a GPU with which the best one spills. Where nest_fast.tune measured on a GPU, that counts instead.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 The tables of _configs hold candidates in order of merit. What was best with one Triton spills registers with another,
 so the first launch of a shape on a device compiles them, one after the other, until one neither spills nor wants more
-than the device has; nothing is timed. The choice stays for the process. The interpreter takes the first.
+than the device has; nothing is timed. The choice stays for the process. The interpreter takes the first. Where
+somebody measured on this device which is the fastest (nest_fast.tune), that one is taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,29 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 
-__all__ = ["CHOSEN", "launch"]
+__all__ = ["CHOSEN", "fields", "launch", "measured", "name"]
 
 # (table, shape, device) -> configuration.
 CHOSEN: dict[tuple[Callable, tuple, torch.device], Any] = {}
+# device -> name of a table and a shape -> fields of the configuration that was measured to be the fastest.
+_MEASURED: dict[torch.device, Mapping[str, Any]] = {}
+
+
+def name(table: Callable, shape: tuple) -> str:
+    """What a file calls the configuration for ``shape``."""
+    return f"{table.__name__}{shape}"
+
+
+def fields(config: Any) -> Any:
+    """A configuration as JSON has it."""
+    return dict(config) if isinstance(config, dict) else list(config)
+
+
+def measured(device: torch.device, configurations: Mapping[str, Any]) -> None:
+    """From now on launches on ``device`` take these :func:`fields`, by :func:`name`, and are chosen anew."""
+    _MEASURED[device] = configurations
+    for key in [key for key in CHOSEN if key[2] == device]:
+        del CHOSEN[key]
 
 
 def launch(table: Callable[..., Sequence], shape: tuple, x: Tensor, run: Callable[..., Any]) -> Any:
@@ -54,15 +74,19 @@ def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def _choose(table: Callable[..., Sequence], shape: tuple, x: Tensor, run: Callable[..., Any]) -> Any:
-    """The first candidate that does not spill; if all do, the one that spills least."""
+    """What was measured, or else the first candidate that does not spill; if all do, the one that spills least."""
     candidates = table(*shape, _configs.architecture())
-    if triton.knobs.runtime.interpret:
-        return candidates[0]
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    interpreted = triton.knobs.runtime.interpret
+    if not interpreted and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{table.__name__}: expected a run of this shape before a CUDA graph is captured, got the first one inside;"
             " kernels are chosen and compiled then"
         )
+    fastest = _MEASURED.get(x.device, {}).get(name(table, shape))
+    if fastest is not None:
+        return dict(fastest) if isinstance(fastest, dict) else type(candidates[0])(*fastest)
+    if interpreted:
+        return candidates[0]
     errors: list[Exception] = []
     best, least = None, math.inf
     for config in candidates:

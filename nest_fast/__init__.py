@@ -30,6 +30,7 @@ from nest_fast.ops import (
     unblockify,
     windows,
 )
+from nest_fast.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "patchify",
     "reference",
     "restore",
+    "tune",
     "unblockify",
     "weights",
     "windows",

@@ -72,6 +72,19 @@ def _triton() -> str:
     return f"not used: {error}; {_extension.COSTS['triton']}" if error else "for CUDA tensors"
 
 
+def _tuned() -> str:
+    import torch
+
+    from nest_fast.ops import _tuned
+
+    said = []
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        known, file = _tuned.choices(torch.device(device)), _tuned.path(torch.device(device))
+        number = len(known.implementations) + len(known.launches)
+        said += [f"{device}: {number}, from {file}"] if number else []
+    return "; ".join(said) or "none (python -m nest_fast.tune)"
+
+
 def _line(what: Callable[[], str]) -> str:
     try:
         return what()
@@ -89,6 +102,7 @@ def report() -> str:
         "extension, CPU": _cpu_extension,
         "extension, CUDA": _cuda_extension,
         "Triton kernels": _triton,
+        "tuned choices": _tuned,
     }
     lines += [(name, _line(what)) for name, what in parts.items()]
     return "\n".join(f"{name:16} {value}" for name, value in lines)

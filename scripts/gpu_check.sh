@@ -3,7 +3,7 @@
 #
 #   PYTHON   interpreter that has torch, triton, timm and the test and bench extras already   (python3)
 #   RESULTS  folder for logs, bench.json, table.md, report.html and traces                    (results/gpu)
-#   PARTS    which of: build tests profile bench sweep                                        (all but sweep)
+#   PARTS    which of: build tests profile tune bench sweep                                   (all but sweep)
 #   SELECT   a pytest -k expression for the benchmarks, such as "nest_base"                   (everything)
 #   LIMIT    seconds for everything; the benchmarks get what the other parts leave            (530)
 #   ALLOW_CPU=1  go on without a GPU and do what a CPU can
@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-results/gpu}
-PARTS=${PARTS:-build tests profile bench}
+PARTS=${PARTS:-build tests profile tune bench}
 SELECT=${SELECT:-}
 LIMIT=${LIMIT:-530}
 mkdir -p "$RESULTS"
@@ -35,8 +35,8 @@ part() {
 }
 
 for name in $PARTS; do
-  if [[ " build tests profile bench sweep " != *" $name "* ]]; then
-    echo "PARTS: expected some of build tests profile bench sweep, got '$name'"
+  if [[ " build tests profile tune bench sweep " != *" $name "* ]]; then
+    echo "PARTS: expected some of build tests profile tune bench sweep, got '$name'"
     exit 2
   fi
 done
@@ -66,6 +66,12 @@ if wanted tests; then
   part tests-ops 120 "$PYTHON" -m pytest tests/test_block*.py tests/test_norm_pool.py -q -m "not gpu" $workers
 fi
 wanted profile && part profile 60 "$PYTHON" benchmarks/top_kernels.py --out "$RESULTS"
+if wanted tune; then  # the benchmarks measure what there is without it
+  batch=8
+  [[ -n $gpu ]] && batch=256
+  NEST_FAST_TUNED=$RESULTS/tuned.json part tune 90 "$PYTHON" -m nest_fast.tune --model nest_small --dtype bf16 \
+    --batch-size "$batch" --time-limit 60
+fi
 if wanted bench || wanted sweep; then
   args=(--benchmark-only -v --benchmark-columns=min,median,iqr,rounds --benchmark-json="$RESULTS/bench.json")
   wanted sweep && args+=(--sweep)

@@ -12,6 +12,8 @@ ALLOWED = {
     "weights": {"reference"},
     "testing": set(),
     "info": {"ops"},
+    "tuning": {"ops", "testing"},
+    "tune": {"__init__", "testing", "train", "tuning"},
     "ops": {"reference", "ops", "kernels"},
     "fusion": {"ops", "weights"},
     "modules": {"ops", "fusion"},
@@ -22,7 +24,9 @@ ALLOWED = {
     "integrations": {"ops", "fusion", "explanation", "testing", "integrations"},
     "train": {"__init__", "testing", "train"},
     "classify": {"__init__", "weights", "testing", "train"},
-    "__init__": {"reference", "weights", "ops", "modules", "nest", "integrations", "interpretation", "export"},
+    "__init__": {
+        *("reference", "weights", "ops", "modules", "nest", "integrations", "interpretation", "export", "tuning"),
+    },
     "kernels": {"kernels"},
 }
 # A name with an underscore is for its own layer. These are for others, too, but not what is private inside; and how a
@@ -33,9 +37,11 @@ SHARED = {
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
     "interpretation": {"ops._checks"},
-    "info": {"ops._extension", "ops._gpu"},
+    "info": {"ops._extension", "ops._gpu", "ops._tuned"},
+    "ops": {"kernels._launch", "kernels._search"},
+    "tuning": {"ops._tuned"},
     "tests": {
-        *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "kernels.*"),
+        *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "ops._tuned", "kernels.*"),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
     "benchmarks": {"ops._extension"},
@@ -157,7 +163,7 @@ def test_info_prints_what_loaded():
     names = [line[:16].strip() for line in lines]
     assert names == [
         "python", "nest_fast", "torch", "triton", "timm", "numpy",
-        "processor", "GPU", "extension, CPU", "extension, CUDA", "Triton kernels",
+        "processor", "GPU", "extension, CPU", "extension, CUDA", "Triton kernels", "tuned choices",
     ]  # fmt: skip
     assert not any("failed:" in line for line in lines)
 

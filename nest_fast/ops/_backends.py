@@ -8,14 +8,16 @@ where somebody wants to read them: an explicit ``impl``, ``explain``, the warnin
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _extension, _gpu, _modes
+from nest_fast.ops import _extension, _gpu, _modes, _tuned
 
 __all__ = ["Backend", "Rules", "choose_pass", "missing", "reasons", "say_missing", "say_once", "where"]
 
@@ -156,22 +158,29 @@ def _other_dtypes(given: Any) -> list[torch.dtype]:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
+_PLAIN_PASS = Backend("reference", ())
+
+
 def choose_pass(op: str, triton: Backend, given: Any) -> str:
     """The choice of an operation that is one pass over memory: "triton", or "reference"."""
     # A compiler that sees plain PyTorch makes the same single pass of it, and fuses what stands around it as well.
     if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _modes.needs_plain(given):
         return "reference"
-    if triton.can(given):
-        return "triton"
-    say_once(op, "plain PyTorch", triton, given)
-    return "reference"
+
+    def rule() -> str:
+        if triton.can(given):
+            return "triton"
+        say_once(op, "plain PyTorch", triton, given)
+        return "reference"
+
+    return _tuned.implementation(op, (triton, _PLAIN_PASS), given, rule)
 
 
 _SAID: set[str] = set()
 
 
 def say_once(op: str, instead: str, backend: Backend, given: Any) -> None:
-    """Warn at the line that called the operation; the operation calls the function that calls this one."""
+    """Warn at the line that called the operation."""
     if not torch.compiler.is_compiling():
         _warn_once(f"{op} runs {instead}, since for {backend.name} {'; '.join(backend.why_not(given))}")
 
@@ -195,6 +204,11 @@ def missing(device: torch.device) -> list[str]:
 
 
 def _warn_once(message: str) -> None:
-    if message not in _SAID:
-        _SAID.add(message)
-        warnings.warn(message, stacklevel=5)
+    if message in _SAID:
+        return
+    _SAID.add(message)
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(__package__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

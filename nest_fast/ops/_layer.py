@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _backends, _extension, _layout, _modes
+from nest_fast.ops import _backends, _extension, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 
 IMPLS = ("auto", "reference", "cpp")
@@ -20,13 +20,21 @@ BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
 # leave the 32 KiB of a first-level cache, and beside the MLP's hidden features fewer than 20 rows fit half of a second
 # level of 1 MiB, so that weights are read anew for every 20 rows. The library's matmuls cut the depth, too.
 WIDE = 512
-# "auto" keeps these rules, or is "parts", one operation after the other, each with a choice of its own.
-AUTO = Backend(
+_CAN = Backend(
     "cpp",
     (
         *_backends.CPP_LAYER,
         ("torch.jit is tracing", lambda given: _modes.in_trace()),
         ("there is nothing to compute", lambda given: any(isinstance(x, Tensor) and x.numel() == 0 for x in given)),
+    ),
+)
+PARTS = Backend("parts", ())  # one operation after the other, each with a choice of its own
+ABLE = (_CAN, PARTS)  # what may be measured
+# Where nothing was measured, "auto" keeps these rules, or is "parts".
+AUTO = Backend(
+    "cpp",
+    (
+        *_CAN.rules,
         (
             "PyTorch's matmuls use the matrix unit, which the C++ kernels do not know",
             lambda given: given[0].dtype == torch.bfloat16 and _extension.has_amx,
@@ -45,13 +53,18 @@ AUTO = Backend(
 )
 
 
-def choose(auto: Backend, given: Sequence[Any]) -> str:
-    """What "auto" is: "cpp", or "parts", one operation after the other, each with a choice of its own."""
-    if auto.can(given):
-        return "cpp"
-    if given[0].is_cpu:
+def choose(op: str, able: Sequence[Backend], auto: Backend, given: Any) -> str:
+    """What "auto" is of ``op``: "cpp", or "parts"."""
+    if not given[0].is_cpu:
+        return "parts"
+
+    def rule() -> str:
+        if auto.can(given):
+            return "cpp"
         _backends.say_missing(given[0])
-    return "parts"
+        return "parts"
+
+    return _tuned.implementation(op, able, given, rule)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

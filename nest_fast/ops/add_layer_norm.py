@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _layer_norm
+from nest_fast.ops import _checks, _layer_norm, _tuned
 from nest_fast.ops._backends import choose_pass
 from nest_fast.ops._layer_norm import BACKENDS, IMPLS
 from nest_fast.ops._register import nothing_like, operation
@@ -14,6 +16,7 @@ from nest_fast.ops._register import nothing_like, operation
 __all__ = ["add_layer_norm"]
 
 
+@_tuned.tunable
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
@@ -56,7 +59,7 @@ def add_layer_norm(
     """
     dtype = _check(x, branch, weight, bias, branch_bias, branch_scale, normed_dtype, impl)
     branch_scale = None if branch_scale is None else branch_scale.detach()
-    given = (x, branch, branch_scale, branch_bias, weight, bias)
+    given = Given(x, branch, branch_scale, branch_bias, weight, bias)
     if impl == "auto":
         impl = choose_pass("add_layer_norm", BACKENDS["triton"], given)
     elif impl in BACKENDS:
@@ -68,6 +71,15 @@ def add_layer_norm(
         return total, normed if normed_dtype is None else normed.to(normed_dtype)
     normed_dtype = _layer_norm.normed_dtype(x, dtype) if normed_dtype is None else normed_dtype
     return _TRITON(*given, eps, dtype, normed_dtype)[:2]
+
+
+class Given(NamedTuple):
+    x: Tensor
+    branch: Tensor
+    branch_scale: Tensor | None
+    branch_bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
 
 
 def _check(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layer, _layout, _modes
+from nest_fast.ops import _checks, _flops, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend, Rules
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import nothing_like, operation
@@ -21,6 +21,7 @@ from nest_fast.reference import Windows
 __all__ = ["attention_layer"]
 
 
+@_tuned.tunable
 def attention_layer(
     x: Tensor,
     norm_weight: Tensor,
@@ -83,9 +84,10 @@ def attention_layer(
     kv_heads = 1 if multi_query else num_heads
     C = _check(x, *weights, num_heads, kv_heads, windows, bias, mask, scale, cosine, branch_scale, impl)
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
-    given = Given(x, *weights, bias, mask, scale if isinstance(scale, Tensor) else None, multi_query)
+    tokens = x.shape[2] if windows is None else windows.tokens
+    given = Given(x, *weights, bias, mask, scale if isinstance(scale, Tensor) else None, multi_query, num_heads, tokens)
     if impl == "auto":
-        impl = _layer.choose(AUTO, given)
+        impl = _layer.choose("attention_layer", _ABLE, AUTO, given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("attention_layer", given)
     if impl == "reference":
@@ -115,7 +117,7 @@ def attention_layer(
             as_scores(mask),
             scale.float().contiguous() if isinstance(scale, Tensor) else None,
             Windows.to_numbers(windows),
-            x.shape[2] if windows is None else windows.tokens,
+            tokens,
             *(num_heads, kv_heads, 1.0 if isinstance(scale, Tensor) else scale, branch_scale),
             _modes.wants_gradients(given),
         )
@@ -204,6 +206,8 @@ class Given(NamedTuple):
     mask: Tensor | None
     scale: Tensor | None
     multi_query: bool
+    num_heads: int
+    tokens: int
 
 
 _CPP_RULES: Rules = (
@@ -212,6 +216,7 @@ _CPP_RULES: Rules = (
 )
 BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
 AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
+_ABLE = tuple(Backend(one.name, one.rules + _CPP_RULES) if one.name == "cpp" else one for one in _layer.ABLE)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks
+from nest_fast.ops import _backends, _checks, _tuned
 from nest_fast.ops._backends import Backend, choose_pass
 from nest_fast.ops._register import nothing_like, operation
 
@@ -16,6 +18,7 @@ IMPLS = ("auto", "reference", "triton")
 APPROXIMATIONS = ("none", "tanh")
 
 
+@_tuned.tunable
 def bias_gelu(
     x: Tensor,
     bias: Tensor | None,
@@ -45,7 +48,7 @@ def bias_gelu(
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (arXiv 1606.08415).
     """
-    given = (x, bias)
+    given = Given(x, bias)
     _check(*given, approximate, dtype, impl)
     if impl == "auto":
         impl = choose_pass("bias_gelu", BACKENDS["triton"], given)
@@ -72,6 +75,11 @@ def _check(x: Tensor, bias: Tensor | None, approximate: str, dtype: torch.dtype 
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    bias: Tensor | None
 
 
 BACKENDS = {"triton": Backend("triton", _backends.TRITON_PASS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _extension, _gpu, _layout, _modes
+from nest_fast.ops import _backends, _checks, _extension, _gpu, _layout, _modes, _tuned
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
@@ -21,6 +22,7 @@ IMPLS = ("auto", "reference", "triton", "two_step", "cpp")
 Size2 = tuple[int, int]
 
 
+@_tuned.tunable
 def block_aggregate(
     x: Tensor,
     conv_weight: Tensor,
@@ -186,11 +188,17 @@ BACKENDS = {
 # "triton" has been measured on a GPU so far.
 _ON_GPU: dict[tuple[torch.dtype, tuple[int, int]], str] = {}
 
+_ABLE = (*BACKENDS.values(), Backend("reference", ()))  # what may be measured
+
 
 def choose(given: Given, say: bool = True) -> str:
     """What "auto" is; whether it may ``say`` once what it does without."""
     if _modes.needs_plain(given):
         return "reference"
+    return _tuned.implementation("block_aggregate", _ABLE, given, partial(_rule, given, say))
+
+
+def _rule(given: Given, say: bool) -> str:
     kind = given.x.device.type
     if kind == "cpu":
         if not BACKENDS["cpp"].can(given):

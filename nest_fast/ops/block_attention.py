@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layout, _modes, _vmap
+from nest_fast.ops import _backends, _checks, _layout, _modes, _tuned, _vmap
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import nothing_like, operation
@@ -19,6 +20,7 @@ __all__ = ["block_attention"]
 IMPLS = ("auto", "reference", "sdpa", "cpp", "triton")
 
 
+@_tuned.tunable
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -139,18 +141,31 @@ BACKENDS = {
 }
 
 
+# What may be measured.
+_ABLE = (
+    *BACKENDS.values(),
+    Backend("reference", ()),
+    # On a CPU its gradient is wrong where a row's largest score is so large that the logarithm of the sum is rounded
+    # away.
+    Backend("sdpa", (("its gradients err", lambda given: given.q.is_cpu and _modes.wants_gradients(given)),)),
+)
+
+
 def choose(given: Given, say: bool = True) -> str:
     """What "auto" is; whether it may ``say`` once what it does without."""
     if _modes.needs_plain(given):
         return "reference"
+    return _tuned.implementation("block_attention", _ABLE, given, partial(_rule, given, say))
+
+
+def _rule(given: Given, say: bool) -> str:
     kind = given.q.device.type
     if kind == "cpu":
         if BACKENDS["cpp"].can(given):
             return "cpp"
         if say:
             _backends.say_missing(given.q)
-        # PyTorch's fused attention for CPUs has no second derivative (nor has compiled code), and its gradient is
-        # wrong where a row's largest score is so large that the logarithm of the sum is rounded away.
+        # PyTorch's fused attention for CPUs has no second derivative (nor has compiled code), and its gradients err.
         compiled = torch.compiler.is_compiling() and given.bias is None and given.mask is None
         return "reference" if _modes.wants_gradients(given) and not compiled else "sdpa"
     if kind == "cuda":

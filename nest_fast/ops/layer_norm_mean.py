@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _layer_norm
+from nest_fast.ops import _checks, _layer_norm, _tuned
 from nest_fast.ops._backends import choose_pass
 from nest_fast.ops._layer_norm import BACKENDS, IMPLS
 from nest_fast.ops._register import operation
@@ -14,6 +16,7 @@ from nest_fast.ops._register import operation
 __all__ = ["layer_norm_mean"]
 
 
+@_tuned.tunable
 def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, impl: str = "auto") -> Tensor:
     """``mean over tokens of (layer_norm(x) * weight + bias)``: the end of the model.
 
@@ -32,7 +35,7 @@ def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 
     Source: the authors' ``models/nest_net.py`` (the norm and the mean before the head).
     """
-    given = (x, weight, bias)
+    given = Given(x, weight, bias)
     _check(*given, impl)
     if impl == "auto":
         impl = choose_pass("layer_norm_mean", BACKENDS["triton"], given)
@@ -41,6 +44,12 @@ def layer_norm_mean(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
     if impl == "reference":
         return reference.layer_norm_mean(x, weight, bias, eps=eps)
     return _TRITON(x, weight, bias, eps, _layer_norm.normed_dtype(x, x.dtype))[0]
+
+
+class Given(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, impl: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layout, _modes
+from nest_fast.ops import _backends, _checks, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 
 __all__ = ["linear"]
@@ -21,6 +21,7 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 _ONEDNN = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
+@_tuned.tunable
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -112,6 +113,12 @@ BACKENDS = {
 }
 
 
+_ABLE = (BACKENDS["onednn"], Backend("reference", ()))  # what may be measured
+
+
 def choose(given: Given) -> str:
-    plain = torch.compiler.is_compiling() or _modes.in_trace()
-    return "onednn" if not plain and BACKENDS["onednn"].can(given) else "reference"
+    if torch.compiler.is_compiling() or _modes.in_trace():
+        return "reference"
+    if not given.x.is_cpu:
+        return "reference"
+    return _tuned.implementation("linear", _ABLE, given, lambda: "onednn" if _ABLE[0].can(given) else "reference")

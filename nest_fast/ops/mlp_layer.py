@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layout, _modes
-from nest_fast.ops._layer import AUTO, BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
+from nest_fast.ops import _checks, _flops, _layout, _modes, _tuned
+from nest_fast.ops._layer import ABLE, AUTO, BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
 
@@ -16,6 +18,7 @@ __all__ = ["mlp_layer"]
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
+@_tuned.tunable
 def mlp_layer(
     x: Tensor,
     norm_weight: Tensor,
@@ -55,10 +58,10 @@ def mlp_layer(
 
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
     """
-    given = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    given = Given(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*given, activation, branch_scale, impl)
     if impl == "auto":
-        impl = choose(AUTO, given)
+        impl = choose("mlp_layer", ABLE, AUTO, given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("mlp_layer", given)
     if impl == "reference":
@@ -86,6 +89,16 @@ def mlp_layer(
         return linear(y, fc2_weight, fc2_bias, residual=x)
     y = linear(y, fc2_weight, fc2_bias)
     return x + branch_scale * (torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y)
+
+
+class Given(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
 
 
 def _check(
