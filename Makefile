@@ -3,8 +3,9 @@
 #   make test     lint, types, CUDA sources, tests
 #   make bench    benchmarks; the table, JSON and HTML page land in $(RESULTS)
 #
-# Two more take their time and gigabytes:
+# Others take their time, the last two gigabytes, too:
 #
+#   make sanitize        the C++ kernels' tests under the AddressSanitizer and the UndefinedBehaviorSanitizer
 #   make test-versions   the operations' and models' tests with every other torch that pip can get
 #   make wheel           a wheel for every Linux that is new enough, in dist/, tried without a compiler
 #
@@ -33,7 +34,7 @@ build = set -o pipefail; $(PY) -m pip install -v --disable-pip-version-check --n
 say = @printf '\n\033[1mnest_fast: %s\033[0m\n' '$(1)'
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: bench test lint cuda-check tests docs test-versions wheel gpu-check install clean help
+.PHONY: bench test lint cuda-check tests sanitize docs test-versions wheel gpu-check install clean help
 .DEFAULT_GOAL := bench
 
 bench: $(READY)
@@ -59,6 +60,10 @@ cuda-check: $(READY)
 tests: $(READY)
 	$(call say,tests)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
+
+sanitize: $(READY)
+	$(call say,the C++ kernels under sanitizers)
+	$(PY) scripts/sanitize.py
 
 # All that the pages show, what takes minutes too, and the site; a warning is an error.
 docs: $(READY)

@@ -8,7 +8,9 @@ the package works without it.
 They are built against the torch of the environment they are installed into, which pip's build isolation hides but need
 not: the stable ABI makes another one as good. Where there is none, as in uv's builds, the build asks for one.
 
-Environment: CXX (the C++ compiler), CUDA_HOME, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS.
+Environment: CXX (the C++ compiler), CUDA_HOME, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), MAX_JOBS;
+NEST_FAST_SANITIZE=1, the CPU part alone, as ``make sanitize`` tests it: with the AddressSanitizer and the
+UndefinedBehaviorSanitizer.
 """
 
 import contextlib
@@ -39,6 +41,9 @@ NAMES = {
 # The stable ABI of torch 2.11, the oldest that is supported.
 FLAGS = "-O3 -std=c++20 -DTORCH_TARGET_VERSION=0x020b000000000000"
 TORCH = "torch>=2.11"
+# Without vptr, which is about virtual classes: csrc/ has none.
+SANITIZED = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
+SANITIZE = os.environ.get("NEST_FAST_SANITIZE") == "1"
 
 
 def find_cxx() -> str:
@@ -172,7 +177,9 @@ class BuildParts(build_ext):
             link_flags = f"-ccbin {cxx} -Xlinker --no-as-needed"
         else:
             compiler, compile_flags, link_flags = cxx, f"{FLAGS} -fPIC -fvisibility=hidden", ""
-        build = ROOT / "build" / ext.name.rpartition(".")[2]
+            if SANITIZE:
+                compile_flags, link_flags = f"{compile_flags} {SANITIZED}", SANITIZED
+        build = ROOT / "build" / (ext.name.rpartition(".")[2] + "_sanitized" * SANITIZE)
         build.mkdir(parents=True, exist_ok=True)
         objects = {f"{Path(source).name}.o": f"../../{source}" for source in ext.sources}
         lines = [
@@ -207,7 +214,7 @@ if __name__ == "__main__":
         setup_requires=build_requirements() if asked else [],
         packages=["nest_fast", "nest_fast.ops", "nest_fast.integrations", "nest_fast.train", "nest_fast.kernels"],
         package_dir={"nest_fast": "nest_fast", "nest_fast.kernels": "kernels"},
-        ext_modules=part("_C_cpu", "*.cpp") + part("_C_cuda", "*.cu"),
+        ext_modules=part("_C_cpu", "*.cpp") + ([] if SANITIZE else part("_C_cuda", "*.cu")),
         cmdclass={"build_ext": BuildParts},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
