@@ -52,8 +52,11 @@ def run_command(text, cwd):
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+RAN = set()  # what a page before it has run
+
+
 def group(page):
-    """Two pages have one run between them."""
+    """Two pages have one run between them: the same command."""
     return "digits" if page.stem in ("train", "classify") else page.stem
 
 
@@ -69,7 +72,9 @@ def test_page(page, monkeypatch, tmp_path):
         if kind == "console" or not runs(mark, why):
             left_out.append(f"line {line}: {mark}: {why}")
         elif kind == "bash":
-            run_command(text, ROOT)
+            if text not in RAN:
+                run_command(text, ROOT)
+            RAN.add(text)
         else:
             # The lines of the page, so that a traceback names them.
             exec(compile("\n" * (line + 1) + text, str(page), "exec"), names)

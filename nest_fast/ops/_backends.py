@@ -166,14 +166,14 @@ def choose_pass(op: str, triton: Backend, given: Any) -> str:
     # A compiler that sees plain PyTorch makes the same single pass of it, and fuses what stands around it as well.
     if given[0].device.type != "cuda" or torch.compiler.is_compiling() or _modes.needs_plain(given):
         return "reference"
+    return _tuned.implementation(op, (triton, _PLAIN_PASS), given, _pass_rule, op, triton)
 
-    def rule() -> str:
-        if triton.can(given):
-            return "triton"
-        say_once(op, "plain PyTorch", triton, given)
-        return "reference"
 
-    return _tuned.implementation(op, (triton, _PLAIN_PASS), given, rule)
+def _pass_rule(given: Any, op: str, triton: Backend) -> str:
+    if triton.can(given):
+        return "triton"
+    say_once(op, "plain PyTorch", triton, given)
+    return "reference"
 
 
 _SAID: set[str] = set()

@@ -57,14 +57,14 @@ def choose(op: str, able: Sequence[Backend], auto: Backend, given: Any) -> str:
     """What "auto" is of ``op``: "cpp", or "parts"."""
     if not given[0].is_cpu:
         return "parts"
+    return _tuned.implementation(op, able, given, _rule, auto)
 
-    def rule() -> str:
-        if auto.can(given):
-            return "cpp"
-        _backends.say_missing(given[0])
-        return "parts"
 
-    return _tuned.implementation(op, able, given, rule)
+def _rule(given: Any, auto: Backend) -> str:
+    if auto.can(given):
+        return "cpp"
+    _backends.say_missing(given[0])
+    return "parts"
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Question(NamedTuple):
     modes: Callable[[], contextlib.ExitStack]
 
 
-_CHOICES: dict[torch.device, Choices] = {}
+_CHOICES: dict[int, Choices] = {}  # by the index of a GPU, -1 for the CPU
 _FORCED: dict[str, str] = {}
 _ASKED: list[tuple[Key, str, tuple[str, ...]]] | None = (
     None  # what was asked since watched(); None while nobody watches
@@ -81,28 +81,29 @@ _QUESTIONS: dict[Key, Question] = {}
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def implementation(op: str, able: Iterable[Backend], given: Any, rule: Callable[[], str]) -> str:
-    """What "auto" is of ``op`` for ``given``: what was measured to be the fastest, or else what ``rule()`` says.
+def implementation(op: str, able: Iterable[Backend], given: Any, rule: Callable[..., str], *options: Any) -> str:
+    """What "auto" is of ``op`` for ``given``: what was measured to be the fastest, else ``rule(given, *options)``.
 
     Args:
         op: the operation's name.
         able: all that may be measured, each with its rules.
         given: what the operation was given, a NamedTuple; its first tensor is on the device that counts.
-        rule: the operation's own choice.
+        rule, options: the operation's own choice.
     """
     # A compiler's sizes may be symbols, which no table knows: compiled programs keep the rules.
     if _modes.is_compiling():
-        return rule()
-    known = choices(given[0].device).implementations
+        return rule(given, *options)
+    x = given[0]
+    known = (_CHOICES.get(x.get_device()) or choices(x.device)).implementations
     if not (known or _FORCED or _ASKED is not None):
-        return rule()
+        return rule(given, *options)
     key = (op, *_described(given))
     if _ASKED is not None:
-        _ASKED.append((key, rule(), tuple(backend.name for backend in able if backend.can(given))))
+        _ASKED.append((key, rule(given, *options), tuple(backend.name for backend in able if backend.can(given))))
     name = _FORCED.get(op) or known.get(key)
     if name is not None and any(backend.name == name and backend.can(given) for backend in able):
         return name
-    return rule()
+    return rule(given, *options)
 
 
 def _described(given: Any) -> Iterator[Any]:
@@ -240,7 +241,7 @@ def with_launches(launches: Mapping[Any, Any]) -> Iterator[None]:
 
 def choices(device: torch.device) -> Choices:
     """What was measured on ``device``, read from the file the first time."""
-    known = _CHOICES.get(device)
+    known = _CHOICES.get(_index(device))
     if known is None:
         known = read(device)
         set_choices(device, known)
@@ -249,11 +250,15 @@ def choices(device: torch.device) -> Choices:
 
 def set_choices(device: torch.device, measured: Choices) -> None:
     """From now on "auto" goes by ``measured`` on ``device``."""
-    _CHOICES[device] = measured
+    _CHOICES[_index(device)] = measured
     if measured.launches or "nest_fast.kernels._launch" in sys.modules:
         from nest_fast.kernels import _launch
 
         _launch.measured(device, measured.launches)
+
+
+def _index(device: torch.device) -> int:
+    return (device.index or 0) if device.type == "cuda" else -1
 
 
 def path(device: torch.device) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -155,7 +154,7 @@ def choose(given: Given, say: bool = True) -> str:
     """What "auto" is; whether it may ``say`` once what it does without."""
     if _modes.needs_plain(given):
         return "reference"
-    return _tuned.implementation("block_attention", _ABLE, given, partial(_rule, given, say))
+    return _tuned.implementation("block_attention", _ABLE, given, _rule, say)
 
 
 def _rule(given: Given, say: bool) -> str:

@@ -121,4 +121,8 @@ def choose(given: Given) -> str:
         return "reference"
     if not given.x.is_cpu:
         return "reference"
-    return _tuned.implementation("linear", _ABLE, given, lambda: "onednn" if _ABLE[0].can(given) else "reference")
+    return _tuned.implementation("linear", _ABLE, given, _rule)
+
+
+def _rule(given: Given) -> str:
+    return "onednn" if BACKENDS["onednn"].can(given) else "reference"
