@@ -16,6 +16,7 @@ MORE = {
     "twins_svt_small": (224, 8),
     "davit_tiny": (224, 8),
     "hiera_tiny_224": (224, 8),
+    "swinv2_tiny_window8_256": (256, 8),
 }
 
 

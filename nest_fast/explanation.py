@@ -96,7 +96,7 @@ def tell_layer(
     by_parts: Callable[[Any], int] | None = None,
     chains: bool = False,
 ) -> Iterator[Row]:
-    """The two sub-layers of a pre-norm layer.
+    """The two sub-layers of a layer.
 
     Args:
         name, layer, like: of a :data:`Tell`.

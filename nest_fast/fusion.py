@@ -153,7 +153,7 @@ NORM = Place(
     ("norm",), (_NORM_DTYPE, ("{name} is not for its input", lambda m, x: m.normalized_shape[0] != x.shape[-1]))
 )
 INNER_NORM = Place(("norm",), (_NORM_DTYPE,))
-ACTIVATION = Place(("gelu",))
+ACTIVATION = Place(("gelu", "gelu_tanh"))
 IDENTITY = Place(("identity",))
 OPTIONAL_IDENTITY = Place(("identity",), optional=True)
 ABSENT = Place((), optional=True)
@@ -316,6 +316,7 @@ class Half(NamedTuple):
         call: ``path(scale(body(norm(x))))`` as the layer's library writes it, where it puts more between them.
         operation: ``(x, half, branch_scale)`` → the sub-layer's output, where the attention is not over the blocks of
             an ``x`` ``(B, T, N, C)``.
+        post_norm: it is ``x + path(norm(body(x)))``.
     """
 
     names: tuple[str, str, str, str]
@@ -327,6 +328,7 @@ class Half(NamedTuple):
     path_place: Place = PATH
     call: Callable[[Tensor], Tensor] | None = None
     operation: Callable[[Tensor, Half, float], Tensor] | None = None
+    post_norm: bool = False
 
     @property
     def written(self) -> Written:
@@ -344,19 +346,26 @@ class Half(NamedTuple):
                 why = why._replace(name=f"{self.names[1]}.{why.name}")
         return why
 
+    def inside(self, *wanted: Place) -> list[Any]:
+        """The modules of its body that have one of these places, in the order of its parts."""
+        return [self.body._modules[name] for name, place in self.written.parts if place in wanted]
+
 
 _HALVES = ("norm1", "attn", "", "drop_path1"), ("norm2", "mlp", "", "drop_path2")
 _SCALED_HALVES = ("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")
 
 
-def halves(layer: Any, known: Known, scaled: bool = False, **attention: Any) -> list[Half]:
+def halves(layer: Any, known: Known, scaled: bool = False, post_norm: bool = False, **attention: Any) -> list[Half]:
     """The attention sub-layer and the MLP sub-layer of a layer that names its modules as timm's do.
 
     ``scaled``: the layer has LayerScale, or modules in its place. ``attention`` is what else is to be said of the first
     sub-layer.
     """
     first, second = _SCALED_HALVES if scaled else _HALVES
-    return [_half(layer, first, known, **attention), _half(layer, second, known)]
+    return [
+        _half(layer, first, known, post_norm=post_norm, **attention),
+        _half(layer, second, known, post_norm=post_norm),
+    ]
 
 
 def _half(layer: Any, names: tuple[str, str, str, str], known: Known, **more: Any) -> Half:
@@ -365,7 +374,7 @@ def _half(layer: Any, names: tuple[str, str, str, str], known: Known, **more: An
 
 
 def run(x: Tensor, halves: Iterable[Half]) -> Tensor:
-    """Sub-layers of a pre-norm layer, one after the other, each by one operation, or by its modules."""
+    """Sub-layers of a layer, one after the other, each by one operation, or by its modules."""
     called = everywhere(x)
     for half in halves:
         x = _call(x, half) if called or half.why_not(x) else _fused(x, half)
@@ -375,8 +384,9 @@ def run(x: Tensor, halves: Iterable[Half]) -> Tensor:
 def _call(x: Tensor, half: Half) -> Tensor:
     if half.call is not None:
         return x + half.call(x)
-    branch = half.body(half.norm(x))
-    return x + half.path(branch if half.scale is None else half.scale(branch))
+    branch = half.body(x if half.post_norm else half.norm(x))
+    branch = branch if half.scale is None else half.scale(branch)
+    return x + half.path(half.norm(branch) if half.post_norm else branch)
 
 
 def _fused(x: Tensor, half: Half) -> Tensor:
@@ -401,25 +411,47 @@ def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
 
 
 def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
-    norm, fc1, fc2 = half.norm, half.body.fc1, half.body.fc2
+    norm, (fc1, act, fc2) = half.norm, half.inside(LINEAR, ACTIVATION)
     return mlp_layer(
         *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, *scaled(fc2.weight, fc2.bias, half)),
-        activation="gelu_tanh" if half.body.act.approximate == "tanh" else "gelu",
+        activation="gelu_tanh" if _approximate(act, half) == "tanh" else "gelu",
+        post_norm=half.post_norm,
         branch_scale=branch_scale,
         eps=norm.eps,
     )
 
 
-def attention(x: Tensor, half: Half, branch_scale: float, **within: Any) -> Tensor:
-    """An attention sub-layer on blocks ``(B, T, N, C)``, or ``within`` the windows of an image and with their bias."""
-    norm, qkv, proj = half.norm, half.body.qkv, half.body.proj
-    options = half.written.options(half.body)  # type: ignore[misc]
+def _approximate(act: Any, half: Half) -> str:
+    """PyTorch's GELU says it, those of libraries are a class for each."""
+    return getattr(act, "approximate", "tanh" if half.known[type(act)].role == "gelu_tanh" else "none")
+
+
+def attention(
+    x: Tensor,
+    half: Half,
+    branch_scale: float,
+    *,
+    qkv: tuple[Tensor, Tensor | None] | None = None,
+    cosine_scale: Tensor | None = None,
+    **within: Any,
+) -> Tensor:
+    """An attention sub-layer on blocks ``(B, T, N, C)``, or ``within`` the windows of an image and with their bias.
+
+    ``qkv`` is the weight and bias of q, k and v where these are not those of a module; ``cosine_scale`` ``(heads,)`` is
+    the scale of attention by cosines.
+    """
+    norm, body = half.norm, half.body
+    *_, proj = half.inside(LINEAR)
+    options = half.written.options(body)  # type: ignore[misc]
+    qkv_weight, qkv_bias = (body.qkv.weight, body.qkv.bias) if qkv is None else qkv
     return attention_layer(
-        *(x, norm.weight, norm.bias, qkv.weight, qkv.bias),
+        *(x, norm.weight, norm.bias, qkv_weight, qkv_bias),
         *scaled(_head_major(proj.weight, options), proj.bias, half),
         num_heads=options.num_heads,
         multi_query=options.multi_query,
-        scale=options.scale,
+        scale=options.scale if cosine_scale is None else cosine_scale,
+        cosine=cosine_scale is not None,
+        post_norm=half.post_norm,
         branch_scale=branch_scale,
         eps=norm.eps,
         **within,
@@ -566,7 +598,9 @@ def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
     if half.written.role == "attention":
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
     # What linear() is on a GPU.
-    hidden = bias_gelu(F.linear(y, body.fc1.weight), body.fc1.bias, approximate=body.act.approximate, dtype=dtype)
+    hidden = bias_gelu(
+        F.linear(y, body.fc1.weight), body.fc1.bias, approximate=_approximate(body.act, half), dtype=dtype
+    )
     return F.linear(hidden, body.fc2.weight, body.fc2.bias)
 
 

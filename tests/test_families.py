@@ -108,6 +108,16 @@ FAMILIES = {
         (2, 2, 2, 2),
         {"strict_img_size": False},
     ),
+    "swin v2": Family(
+        "timm's Swin v2",
+        lambda **kw: models.swin_transformer_v2.SwinTransformerV2(
+            img_size=40, patch_size=2, embed_dim=32, depths=(2, 2), num_heads=(1, 2), window_size=4, num_classes=7, **kw
+        ),
+        (40, 40),
+        (56, 24),
+        (2, 2, 2, 2),
+        {"strict_img_size": False},
+    ),
 }  # fmt: skip
 ALL = pytest.mark.parametrize("family", FAMILIES)
 # DeiT's layers are ViT's.
@@ -401,6 +411,7 @@ STRANGE = {
         "relative_position_bias_table",
         "attn's table of the bias is no ordinary tensor, or has another dtype",
     ),
+    "swin v2": ("attn", "q_bias", "attn's scale or biases are no ordinary tensors, or have another dtype"),
 }
 
 
@@ -418,7 +429,7 @@ def test_parameters_that_are_no_ordinary_tensors(family):
     assert reasons(fast) == [why]
 
 
-@pytest.mark.parametrize("family", ["davit", "swin"])
+@pytest.mark.parametrize("family", ["davit", "swin", "swin v2"])
 def test_attention_weights_are_shown_to_who_listens_to_the_softmax(family):
     plain = plain_model(family)
     fast = accelerated(plain)
@@ -482,9 +493,10 @@ def test_a_patched_function_of_sam_is_called(monkeypatch):
     assert reasons(fast) == ["a function of timm's SAM was patched"] * 2
 
 
-def test_swin_follows_its_input_size_and_mask(monkeypatch):
+@pytest.mark.parametrize("family", ["swin", "swin v2"])
+def test_swin_follows_its_input_size_and_mask(family, monkeypatch):
     """What set_input_size changes is read in every call; a mask of one's own, or none, is the one that counts."""
-    plain = plain_model("swin")
+    plain = plain_model(family)
     fast = accelerated(plain)
     for model in (plain, fast):
         model.set_input_size((56, 24), window_size=6)
@@ -501,6 +513,44 @@ def test_swin_follows_its_input_size_and_mask(monkeypatch):
     original = base._attn
     monkeypatch.setattr(base, "_attn", lambda self, x: 0.5 * original(self, x))
     agree(plain, fast, image((56, 24)), modes=("inference",))
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": False}, {"pretrained_window_sizes": (8, 8)}], ids=str)
+def test_swin_v2_without_biases_and_with_windows_of_another_training(options):
+    plain = plain_model("swin v2", **options)
+    fast = accelerated(plain)
+    agree(plain, fast, image((40, 40)))
+    assert not reasons(fast)
+
+
+def test_swin_v2_reads_its_scale_and_biases_in_every_call():
+    """A scale over the largest; a network of the bias that is heard; biases that timm adds beside the one of qkv."""
+    plain = plain_model("swin v2")
+    fast = accelerated(plain)
+    x = image((40, 40))
+    fast(x)
+    for model in (plain, fast):
+        first, second, *_ = layers(model)
+        first.attn.logit_scale.data.fill_(6.0)
+        first.attn.v_bias.data.mul_(-2.0)
+        listen(model, "layers.0.blocks.0.attn.cpb_mlp.0", "forward")
+        second.attn.qkv_bias_separate = True
+    agree(plain, fast, x)
+    assert fast.calls
+    assert not reasons(fast)
+    for model in (plain, fast):
+        torch.manual_seed(2)
+        layers(model)[1].attn.qkv = nn.Linear(32, 96)
+    agree(plain, fast, x)
+    assert reasons(fast) == ["attn has two biases of q, k and v"]
+
+
+def test_gelus_by_their_names():
+    for act, factor in (("gelu", 0), ("gelu_tanh", 0), ("quick_gelu", 4)):
+        plain = plain_model("swin v2", act_layer=act)
+        fast = accelerated(plain)
+        agree(plain, fast, image((40, 40)), modes=("inference",), tolerance=1e-5)
+        assert len(reasons(fast)) == factor
 
 
 def test_davits_other_attention_over_channels():

@@ -9,8 +9,20 @@ from torch import Tensor
 
 from nest_fast import fusion
 from nest_fast.fusion import TENSORS
+from nest_fast.ops import windows
 
-__all__ = ["ATTENTION_PARTS", "ATTENTION_RULES", "KNOWN", "PLAIN_PARTS", "is_other", "layer_scale", "options", "scale"]
+__all__ = [
+    "ATTENTION_PARTS",
+    "ATTENTION_RULES",
+    "KNOWN",
+    "PLAIN_PARTS",
+    "in_windows",
+    "is_other",
+    "layer_scale",
+    "options",
+    "scale",
+    "shifting",
+]
 
 KNOWN: fusion.Known = {
     **fusion.TORCH,
@@ -19,6 +31,8 @@ KNOWN: fusion.Known = {
         timm.layers.LayerNorm,
         rules=(*fusion.NORM_RULES, ("{name} is timm's fast norm", lambda m, x: m._fast_norm)),
     ),
+    timm.layers.GELU: fusion.as_written("gelu", timm.layers.GELU),
+    timm.layers.GELUTanh: fusion.as_written("gelu_tanh", timm.layers.GELUTanh),
     timm.layers.DropPath: fusion.as_written("drop_path", timm.layers.DropPath, rate="drop_prob"),
     timm.layers.Mlp: fusion.as_written("mlp", timm.layers.Mlp, parts=(*fusion.MLP_PARTS, ("norm", fusion.IDENTITY))),
 }
@@ -60,3 +74,34 @@ def scale(attn: Any) -> float | None:
 def options(attn: Any) -> fusion.Attention:
     """What an attention computes that has its heads one behind the other."""
     return fusion.Attention(attn.num_heads, scale(attn))
+
+
+# --- layers that shift their windows, of both of timm's Swins ---------------------------------------------------------
+
+
+def shifting(fast: type, theirs: type) -> fusion.Written:
+    """A class of layers that attend in shifted windows, and what it stands for."""
+    return fusion.as_written(
+        "layer",
+        fast,
+        theirs,
+        methods=("forward", "_attn", "get_attn_mask"),
+        rules=(
+            ("a method of {name} was patched", lambda m, x: "_attn" in m.__dict__ or "get_attn_mask" in m.__dict__),
+            (
+                "{name} shifts its windows and has no mask",
+                lambda m, x: any(m.shift_size) and not _makes_masks(m) and m.attn_mask is None,
+            ),
+        ),
+    )
+
+
+def in_windows(x: Tensor, half: fusion.Half, branch_scale: float, layer: Any, **attention: Any) -> Tensor:
+    """The attention of such a layer: ``(B, H, W, C)`` → the same."""
+    own = windows((x.shape[1], x.shape[2]), layer.window_size, shift=layer.shift_size)
+    mask = None if _makes_masks(layer) else layer.attn_mask  # the operation makes the same as timm would
+    return fusion.attention(x.flatten(1, 2), half, branch_scale, windows=own, mask=mask, **attention).view(x.shape)
+
+
+def _makes_masks(layer: Any) -> bool:
+    return getattr(layer, "dynamic_mask", False)

@@ -16,8 +16,15 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, is_other, options
-from nest_fast.ops import windows
+from nest_fast.integrations._timm import (
+    ATTENTION_PARTS,
+    ATTENTION_RULES,
+    KNOWN,
+    in_windows,
+    is_other,
+    options,
+    shifting,
+)
 
 __all__ = ["ADAPTER"]
 
@@ -41,14 +48,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
 
 
 def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
-    own = windows((x.shape[1], x.shape[2]), layer.window_size, shift=layer.shift_size)
-    bias = half.body._get_rel_pos_bias().squeeze(0)
-    mask = None if _makes_masks(layer) else layer.attn_mask  # the operation makes the same as timm would
-    return fusion.attention(x.flatten(1, 2), half, branch_scale, windows=own, bias=bias, mask=mask).view(x.shape)
-
-
-def _makes_masks(layer: Any) -> bool:
-    return getattr(layer, "dynamic_mask", False)
+    return in_windows(x, half, branch_scale, layer, bias=half.body._get_rel_pos_bias().squeeze(0))
 
 
 _KNOWN: fusion.Known = {
@@ -67,19 +67,7 @@ _KNOWN: fusion.Known = {
         parts=(*ATTENTION_PARTS, ("softmax", fusion.SOFTMAX)),
         options=options,
     ),
-    SwinTransformerBlock: fusion.as_written(
-        "layer",
-        SwinTransformerBlock,
-        timm_swin.SwinTransformerBlock,
-        methods=("forward", "_attn", "get_attn_mask"),
-        rules=(
-            ("a method of {name} was patched", lambda m, x: "_attn" in m.__dict__ or "get_attn_mask" in m.__dict__),
-            (
-                "{name} shifts its windows and has no mask",
-                lambda m, x: any(m.shift_size) and not _makes_masks(m) and m.attn_mask is None,
-            ),
-        ),
-    ),
+    SwinTransformerBlock: shifting(SwinTransformerBlock, timm_swin.SwinTransformerBlock),
 }
 
 
