@@ -1,4 +1,4 @@
-"""timm's other families, as shipped and compiled, against the same accelerated; all of them with ``--families``."""
+"""Other families, as their libraries ship them and compiled, against the same accelerated; all with ``--families``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MORE = {
     "davit_tiny": (224, 8),
     "hiera_tiny_224": (224, 8),
     "swinv2_tiny_window8_256": (256, 8),
+    "torchvision.swin_t": (224, 8),
+    "torchvision.swin_v2_t": (256, 8),
 }
 
 

@@ -31,7 +31,9 @@ RUNTIMES = runtimes.installed()
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
-    """timm's or nest_fast's model ``op`` on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``.
+    """A model on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``.
+
+    ``op`` names timm's, nest_fast's, or torchvision's with ``torchvision.`` before it.
 
     With ``beside``, a model of SWIN, that one is the yardstick.
     """
@@ -54,6 +56,11 @@ class ModelCase(Case):
     @property
     def is_nest(self) -> bool:
         return self.op.startswith("nest_")
+
+    @property
+    def library(self) -> str:
+        """Whose model is the original."""
+        return "reference" if _is_32_px(self) else self.op.partition(".")[0] if "." in self.op else "timm"
 
     @property
     def amp(self) -> bool:
@@ -134,7 +141,7 @@ def peers(case: ModelCase) -> Peers:
         return lambda: _run(case, make(), mode)
 
     models: dict[str, Callable[[], nn.Module]] = {
-        "reference" if _is_32_px(case) else "timm": original,
+        case.library: original,
         "timm 4-D": lambda: _four_d(original()),
         "nest_fast accelerate": lambda: _accelerated(original()),
         "nest_fast NesT": lambda: _nest(case, original()),
@@ -149,7 +156,7 @@ def peers(case: ModelCase) -> Peers:
     if case.runtimes:
         found |= {name: functools.partial(_exported, case, models["nest_fast accelerate"], name) for name in RUNTIMES}
     if case.compile:
-        for name in [name for name in models if name in ("reference", "timm", "nest_fast NesT")]:
+        for name in [name for name in models if name in (case.library, "nest_fast NesT")]:
             found |= {f"{name} {label}": peer(models[name], mode) for label, mode in _compile_modes(case).items()}
     return {case.beside: peer(lambda: _original(_swin(case)))} | found if case.beside else found
 
@@ -179,6 +186,11 @@ def _original(case: ModelCase) -> nn.Module:
     torch.manual_seed(0)
     if _is_32_px(case):
         model = getattr(nest_fast, case.op)(impl="reference", drop_path_rate=case.drop_path)
+    elif case.library == "torchvision":
+        import_timm()  # makes room for a torchvision of another torch
+        from torchvision.models import get_model
+
+        model = get_model(case.op.partition(".")[2])  # its stochastic depth is part of it
     else:
         size = {} if case.px == 224 else {"img_size": case.px}  # of which some families have none
         model = import_timm().create_model(case.op, drop_path_rate=case.drop_path, **size)

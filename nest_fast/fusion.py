@@ -285,6 +285,12 @@ def flags(x: Tensor, name: str, module: Any, written: Written) -> Reason | None:
     return None
 
 
+def is_other(module: Any, name: str, x: Tensor) -> bool:
+    """Whether its parameter ``name`` is no ordinary tensor, or has another dtype than ``x``."""
+    parameter = module._parameters.get(name)
+    return type(parameter) not in TENSORS or parameter.dtype != x.dtype
+
+
 def _goes_with_no(norm: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether a LayerNorm's parameters are neither of ``dtype`` nor, beside half precision, both float32."""
     weight, bias = norm["weight"].dtype, norm["bias"].dtype
@@ -351,17 +357,23 @@ class Half(NamedTuple):
         return [self.body._modules[name] for name, place in self.written.parts if place in wanted]
 
 
-_HALVES = ("norm1", "attn", "", "drop_path1"), ("norm2", "mlp", "", "drop_path2")
-_SCALED_HALVES = ("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")
+# The names of the modules of both sub-layers, as most of timm's layers have them: without LayerScale and with it.
+HALVES = ("norm1", "attn", "", "drop_path1"), ("norm2", "mlp", "", "drop_path2")
+SCALED_HALVES = ("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")
 
 
-def halves(layer: Any, known: Known, scaled: bool = False, post_norm: bool = False, **attention: Any) -> list[Half]:
-    """The attention sub-layer and the MLP sub-layer of a layer that names its modules as timm's do.
+def halves(
+    layer: Any,
+    known: Known,
+    names: tuple[tuple[str, str, str, str], ...] = HALVES,
+    post_norm: bool = False,
+    **attention: Any,
+) -> list[Half]:
+    """The attention sub-layer and the MLP sub-layer of a layer whose modules have these ``names``.
 
-    ``scaled``: the layer has LayerScale, or modules in its place. ``attention`` is what else is to be said of the first
-    sub-layer.
+    ``attention`` is what else is to be said of the first sub-layer.
     """
-    first, second = _SCALED_HALVES if scaled else _HALVES
+    first, second = names
     return [
         _half(layer, first, known, post_norm=post_norm, **attention),
         _half(layer, second, known, post_norm=post_norm),

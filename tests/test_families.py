@@ -18,6 +18,8 @@ from torch import nn
 import nest_fast
 from helpers.twins import Half, Int8, LoRA, Scale, agree, assert_close, distance, listen, run, timm
 
+import torchvision  # isort: skip  # after timm, which may have to make room for it
+
 models = timm.models
 
 
@@ -39,6 +41,13 @@ class Family:
     other: tuple[int, int]
     fused: tuple[int, ...]
     dynamic: dict = dataclasses.field(default_factory=dict)
+
+
+def torchvision_swin(block: str, merging: str, drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
+    swin = torchvision.models.swin_transformer
+    classes = {"block": getattr(swin, block), "downsample_layer": getattr(swin, merging)}
+    sizes = {"patch_size": [2, 2], "embed_dim": 32, "depths": [2, 2], "num_heads": [1, 2], "window_size": [4, 4]}
+    return swin.SwinTransformer(**sizes, **classes, num_classes=7, stochastic_depth_prob=drop_path_rate, **options)
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -118,6 +127,20 @@ FAMILIES = {
         (2, 2, 2, 2),
         {"strict_img_size": False},
     ),
+    "torchvision swin": Family(
+        "torchvision's Swin",
+        lambda **kw: torchvision_swin("SwinTransformerBlock", "PatchMerging", **kw),
+        (40, 40),
+        (54, 6),
+        (2, 2, 2, 2),
+    ),
+    "torchvision swin v2": Family(
+        "torchvision's Swin",
+        lambda **kw: torchvision_swin("SwinTransformerBlockV2", "PatchMergingV2", **kw),
+        (40, 40),
+        (54, 6),
+        (2, 2, 2, 2),
+    ),
 }  # fmt: skip
 ALL = pytest.mark.parametrize("family", FAMILIES)
 # DeiT's layers are ViT's.
@@ -148,6 +171,26 @@ def image(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
 
 def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "norm1")]
+
+
+# The names of parts where a library has others than most of timm's layers.
+SPELLINGS = {
+    "mlp.fc1": ("mlp.0",),
+    "mlp.act": ("mlp.1",),
+    "mlp.drop1": ("mlp.2",),
+    "mlp.fc2": ("mlp.3",),
+    "mlp.drop2": ("mlp.4",),
+}
+
+
+def spelled(layer: nn.Module, name: str) -> str:
+    """The name of a part as the layer's library has it."""
+    there = {full for full, _ in layer.named_modules()}
+    return next((own for own in (name, *SPELLINGS.get(name, ())) if own in there), name)
+
+
+def part(layer: nn.Module, name: str) -> Any:
+    return layer.get_submodule(spelled(layer, name))
 
 
 def reasons(model: nn.Module) -> list[str]:
@@ -208,7 +251,7 @@ def each_layer(change):
 
 def replaced(name, new):
     def change(layer):
-        layer.set_submodule(name, new(layer.get_submodule(name)))
+        layer.set_submodule(spelled(layer, name), new(part(layer, name)))
 
     return each_layer(change)
 
@@ -217,14 +260,15 @@ def heard(name, event):
     """A hook on a module of the first layer."""
 
     def change(model):
-        layer = next(full for full, module in model.named_modules() if hasattr(module, "norm1"))
-        listen(model, f"{layer}.{name}".rstrip("."), event)
+        full, layer = next((full, module) for full, module in model.named_modules() if hasattr(module, "norm1"))
+        listen(model, f"{full}.{spelled(layer, name)}".rstrip("."), event)
 
     return change
 
 
 def quantised(layer):
-    layer.mlp.fc1.weight = nn.Parameter(Int8(layer.mlp.fc1.weight.detach()), requires_grad=False)
+    fc1 = part(layer, "mlp.fc1")
+    fc1.weight = nn.Parameter(Int8(fc1.weight.detach()), requires_grad=False)
 
 
 def own_forward(layer):
@@ -250,6 +294,7 @@ def wrapped_attention(layer):
 def attention_drops(layer):
     if hasattr(layer.attn, "attn_drop"):
         layer.attn.attn_drop.p = 0.3
+    layer.attn.attention_dropout = 0.3  # torchvision's
 
 
 # A change, and what explain says of it, if it is before accelerate or after it.
@@ -263,19 +308,21 @@ ACTIONS = {
     "a wrapped attention": (each_layer(wrapped_attention), "attn is a Wrapped"),
     "LoRA": (replaced("attn.proj", LoRA), "attn.proj is a LoRA"),
     "a parametrization": (
-        each_layer(lambda layer: parametrize.register_parametrization(layer.mlp.fc2, "weight", Half())),
+        each_layer(lambda layer: parametrize.register_parametrization(part(layer, "mlp.fc2"), "weight", Half())),
         "mlp.fc2 is a ParametrizedLinear",
     ),
     "a quantised weight": (each_layer(quantised), "a weight of mlp.fc1 is no ordinary tensor"),
     "another activation": (replaced("mlp.act", lambda old: nn.ReLU()), "mlp.act is a ReLU"),
     "another norm": (replaced("norm1", lambda old: nn.Identity()), "norm1 is a Identity"),
     "a scale for a dropout": (
-        each_layer(lambda layer: layer.set_submodule("mlp.drop2", Scale(layer.mlp.fc2.out_features))),
+        each_layer(
+            lambda layer: layer.set_submodule(spelled(layer, "mlp.drop2"), Scale(part(layer, "mlp.fc2").out_features))
+        ),
         "mlp.drop2 is a Scale",
     ),
-    "dropout in training": (each_layer(lambda layer: setattr(layer.mlp.drop1, "p", 0.3)), ""),
+    "dropout in training": (each_layer(lambda layer: setattr(part(layer, "mlp.drop1"), "p", 0.3)), ""),
     "attention dropout": (each_layer(attention_drops), ""),
-    "a forward of its own": (each_layer(own_forward), "somebody listens to mlp, or patched it"),
+    "a forward of its own": (each_layer(own_forward), "somebody listens to mlp"),
     "float64": (lambda model: model.double(), ""),
     "frozen": (lambda model: [p.requires_grad_(False) for p in layers(model)[0].parameters()], ""),
     "another scale": (each_layer(lambda layer: setattr(layer.attn, "fused_attn", False)), ""),
@@ -296,7 +343,8 @@ def test_models_do_what_they_did(family, action):
     x = image(FAMILIES[family].size).to(next(plain.parameters()).dtype)
     for fast, mode in ((after, "train"), (before, "inference")):
         agree(plain, fast, x, modes=(mode,), layout=False)
-        assert not why or any(reason.startswith(why) for reason in reasons(fast)), reasons(fast)
+        expected = " ".join(spelled(layers(fast)[0], word) for word in why.split())
+        assert not why or any(reason.startswith(expected) for reason in reasons(fast)), reasons(fast)
 
 
 class Doubled:
@@ -314,7 +362,8 @@ def test_classes_of_others_are_left_alone(family, monkeypatch):
         layer.__class__ = type("Mine", (Doubled, type(layer)), {})
     fast = copy.deepcopy(plain)
     report = nest_fast.accelerate(fast)
-    assert "Mine is a subclass of timm's class, and may compute something else" in report.kept.values()
+    library = FAMILIES[family].name.partition("'")[0]
+    assert f"Mine is a subclass of {library}'s class, and may compute something else" in report.kept.values()
     layer, its = layers(plain)[-1], layers(fast)[-1]
     base = type(layer)
     layer.forward = lambda *args: 3 * base.forward(layer, *args)
@@ -336,7 +385,8 @@ def test_copies_pickles_keys_features_and_checkpointing(family):
     fast = accelerated(plain)
     x = image(FAMILIES[family].size)
     assert fast.state_dict().keys() == plain.state_dict().keys()
-    features = [m.forward_intermediates(x, intermediates_only=True) for m in (fast, plain)]
+    timms = FAMILIES[family].name.startswith("timm")
+    features = [m.forward_intermediates(x, intermediates_only=True) for m in (fast, plain)] if timms else [[], []]
     assert all(distance(got, wanted) < 1e-5 for got, wanted in zip(*features, strict=True))
     assert [type(p) for p in fast.parameters()] == [type(p) for p in plain.parameters()]
     wanted = run(fast, x)
@@ -346,7 +396,7 @@ def test_copies_pickles_keys_features_and_checkpointing(family):
     fast.load_state_dict(plain_model(family, drop_path_rate=0.3).state_dict())
     with torch.autocast("cpu", torch.bfloat16):
         agree(plain, fast, x, modes=("eval",), tolerance=0.15)
-    if family != "twins":  # timm's Twins has none
+    if timms and family != "twins":  # timm's Twins has none
         fast.set_grad_checkpointing(True)
     agree(plain, fast, x, modes=("train",))
     with pytest.raises(RuntimeError, match=r"got an accelerated one; nest_fast\.restore"):
@@ -412,6 +462,12 @@ STRANGE = {
         "attn's table of the bias is no ordinary tensor, or has another dtype",
     ),
     "swin v2": ("attn", "q_bias", "attn's scale or biases are no ordinary tensors, or have another dtype"),
+    "torchvision swin": (
+        "attn",
+        "relative_position_bias_table",
+        "attn's table of the bias is no ordinary tensor, or has another dtype",
+    ),
+    "torchvision swin v2": ("attn", "logit_scale", "attn's scale is no ordinary tensor, or has another dtype"),
 }
 
 
@@ -575,3 +631,30 @@ def test_of_over_512_channels_the_librarys_matmuls_are_taken():
         rows = list(nest_fast.explain(block, torch.empty(1, 3, 8, 8)))
         assert all("of C = 576 channels, over 512, the library's matmuls are faster" in row.why for row in rows)
     assert not [row for row in nest_fast.explain(block) if "over 512" in row.why]
+
+
+@pytest.mark.parametrize("family", ["torchvision swin", "torchvision swin v2"])
+def test_what_torchvision_drops_adds_and_traces(family, monkeypatch):
+    plain = plain_model(family, drop_path_rate=0.5)
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        first, second, third, fourth = layers(model)
+        first.attn.dropout = 0.3
+        second.stochastic_depth.mode = "batch"
+        third.mlp.append(nn.ReLU())
+        fourth.attn.qkv.bias.data.fill_(2.0)  # of Swin v2's k it does not count
+    x = image((40, 40))
+    agree(plain, fast, x, modes=("inference", "train"))
+    assert reasons(fast.train()) == [
+        "attn drops",
+        *["stochastic_depth drops whole batches"] * 2,
+        "mlp is no MLP of two linear layers",
+    ]
+    extractor = torchvision.models.feature_extraction.create_feature_extractor
+    got, wanted = (extractor(model.eval(), ["features.3"])(x)["features.3"] for model in (fast, plain))
+    assert_close(got, wanted, "features")
+    module = torchvision.models.swin_transformer
+    original = module.shifted_window_attention
+    monkeypatch.setattr(module, "shifted_window_attention", lambda *args, **named: 0.5 * original(*args, **named))
+    agree(plain, fast, x, modes=("inference",))
+    assert "a function of torchvision's Swin was patched" in reasons(fast)

@@ -8,7 +8,6 @@ import timm.layers
 from torch import Tensor
 
 from nest_fast import fusion
-from nest_fast.fusion import TENSORS
 from nest_fast.ops import windows
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "KNOWN",
     "PLAIN_PARTS",
     "in_windows",
-    "is_other",
     "layer_scale",
     "options",
     "scale",
@@ -54,16 +52,10 @@ def layer_scale(cls: type) -> fusion.Written:
         rules=(
             (
                 "{name}'s gamma is no ordinary tensor, or has another dtype than its input",
-                lambda m, x: is_other(m, "gamma", x),
+                lambda m, x: fusion.is_other(m, "gamma", x),
             ),
         ),
     )
-
-
-def is_other(module: Any, name: str, x: Tensor) -> bool:
-    """Whether the parameter ``name`` is no ordinary tensor, or has another dtype than ``x``."""
-    parameter = module._parameters.get(name)
-    return type(parameter) not in TENSORS or parameter.dtype != x.dtype
 
 
 def scale(attn: Any) -> float | None:

@@ -27,7 +27,7 @@ class HieraBlock(Fast, timm_hiera.HieraBlock):
 
 
 def _halves(layer: Any) -> list[fusion.Half]:
-    return fusion.halves(layer, _KNOWN, scaled=True, operation=_attention)
+    return fusion.halves(layer, _KNOWN, names=fusion.SCALED_HALVES, operation=_attention)
 
 
 def _attention(x: Tensor, half: fusion.Half, branch_scale: float) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, is_other, layer_scale, options, scale
+from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, layer_scale, options, scale
 from nest_fast.ops import block_attention, blockify, linear, unblockify
 
 __all__ = ["ADAPTER"]
@@ -39,7 +39,7 @@ def _halves(layer: Any) -> list[fusion.Half]:
     place = _PATH_OF_WINDOWS if layer.window_size > 0 else fusion.PATH
     operation = partial(_attention, window=layer.window_size)
     return fusion.halves(
-        layer, _KNOWN, scaled=True, path_place=place, call=partial(_called, layer), operation=operation
+        layer, _KNOWN, names=fusion.SCALED_HALVES, path_place=place, call=partial(_called, layer), operation=operation
     )
 
 
@@ -105,7 +105,7 @@ _FUNCTIONS = _functions()
 
 
 def _has_strange_positions(attn: Any, x: Tensor) -> bool:
-    return attn.use_rel_pos and (is_other(attn, "rel_pos_h", x) or is_other(attn, "rel_pos_w", x))
+    return attn.use_rel_pos and (fusion.is_other(attn, "rel_pos_h", x) or fusion.is_other(attn, "rel_pos_w", x))
 
 
 _KNOWN: fusion.Known = {

@@ -21,7 +21,6 @@ from nest_fast.integrations._timm import (
     ATTENTION_RULES,
     KNOWN,
     in_windows,
-    is_other,
     options,
     shifting,
 )
@@ -61,7 +60,7 @@ _KNOWN: fusion.Known = {
             *ATTENTION_RULES,
             (
                 "{name}'s table of the bias is no ordinary tensor, or has another dtype",
-                lambda m, x: is_other(m, "relative_position_bias_table", x),
+                lambda m, x: fusion.is_other(m, "relative_position_bias_table", x),
             ),
         ),
         parts=(*ATTENTION_PARTS, ("softmax", fusion.SOFTMAX)),

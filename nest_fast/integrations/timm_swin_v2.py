@@ -7,7 +7,6 @@ Source: timm/models/swin_transformer_v2.py; Liu et al., "Swin Transformer V2", C
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,10 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, in_windows, is_other, shifting
+from nest_fast.integrations._swin import cosine_scale
+from nest_fast.integrations._timm import ATTENTION_PARTS, ATTENTION_RULES, KNOWN, in_windows, shifting
 
 __all__ = ["ADAPTER"]
-
-_LARGEST_SCALE = math.log(1.0 / 0.01)
 
 
 class SwinTransformerV2Block(Fast, timm_swin.SwinTransformerV2Block):
@@ -46,7 +44,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
 
 def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
     attn = half.body
-    scale = torch.clamp(attn.logit_scale, max=_LARGEST_SCALE).exp().flatten()
+    scale = cosine_scale(attn.logit_scale)
     return in_windows(x, half, branch_scale, layer, qkv=_qkv(attn), cosine_scale=scale, bias=_bias(attn))
 
 
@@ -63,7 +61,7 @@ def _bias(attn: Any) -> Tensor:
 
 def _has_strange_parameters(attn: Any, x: Tensor) -> bool:
     names = ("logit_scale",) if attn.q_bias is None else ("logit_scale", "q_bias", "v_bias")
-    return any(is_other(attn, name, x) for name in names)
+    return any(fusion.is_other(attn, name, x) for name in names)
 
 
 _KNOWN: fusion.Known = {

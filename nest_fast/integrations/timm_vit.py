@@ -30,7 +30,7 @@ class Block(Fast, timm_vit.Block):
 
 
 def _halves(layer: Any) -> list[fusion.Half]:
-    return fusion.halves(layer, _KNOWN, scaled=True, call=partial(_called, layer), operation=_attention)
+    return fusion.halves(layer, _KNOWN, names=fusion.SCALED_HALVES, call=partial(_called, layer), operation=_attention)
 
 
 def _called(layer: Any, x: Tensor) -> Tensor:
