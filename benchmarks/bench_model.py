@@ -33,7 +33,7 @@ RUNTIMES = runtimes.installed()
 class ModelCase(Case):
     """A model on ``px`` x ``px`` pixels, stochastic depth up to rate ``drop_path``.
 
-    ``op`` names timm's, nest_fast's, or torchvision's with ``torchvision.`` before it.
+    ``op`` names timm's or nest_fast's, or another library's with its name before it: ``torchvision.swin_t``.
 
     With ``beside``, a model of SWIN, that one is the yardstick.
     """
@@ -191,6 +191,8 @@ def _original(case: ModelCase) -> nn.Module:
         from torchvision.models import get_model
 
         model = get_model(case.op.partition(".")[2])  # its stochastic depth is part of it
+    elif case.library == "transformers":
+        model = _transformers(case.op.partition(".")[2])
     else:
         size = {} if case.px == 224 else {"img_size": case.px}  # of which some families have none
         model = import_timm().create_model(case.op, drop_path_rate=case.drop_path, **size)
@@ -200,6 +202,24 @@ def _original(case: ModelCase) -> nn.Module:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     dtype = torch.float32 if case.amp else case.dtype
     return model.to(DEVICE, dtype).train(case.backward)
+
+
+def _transformers(name: str) -> nn.Module:
+    """A model of transformers as its configuration has it by default, which gives its logits alone."""
+    import_timm()  # as above
+    import transformers
+
+    cls = getattr(transformers, name)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = cls(cls.config_class(num_labels=1000))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).logits
+
+    return Logits()
 
 
 def _nest(case: ModelCase, original: nn.Module) -> nn.Module:

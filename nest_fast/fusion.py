@@ -11,6 +11,7 @@ adapter of each library. Nothing is registered, so no import changes what anothe
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class Written(NamedTuple):
         rate: the attribute with the probability of what it drops in training.
         parts: of "attention" and "mlp": the names of its modules, and the place of each.
         options: of "attention": reads its :class:`Attention`.
+        draw: of "drop_path": ``(x, keep)`` → nonzero for each sample that is kept, as it draws them; None: by
+            ``bernoulli_``.
     """
 
     role: str
@@ -79,6 +82,7 @@ class Written(NamedTuple):
     rate: str = ""
     parts: tuple[tuple[str, Place], ...] = ()
     options: Callable[[Any], Attention] | None = None
+    draw: Callable[[Tensor, float], Tensor] | None = None
 
 
 Known = dict[type, Written]
@@ -96,9 +100,18 @@ def _written(cls: type, name: str) -> object:
     function = vars(owner)[name]
     if owner.__module__.startswith(f"{__package__}."):  # ours, asked for as it is defined
         return function
-    code, file = getattr(function, "__code__", None), getattr(sys.modules[owner.__module__], "__file__", None)
-    own = code is not None and code.co_filename == file and function.__qualname__ == f"{owner.__qualname__}.{name}"
+    inner = _unwrapped(function, owner)
+    code, file = getattr(inner, "__code__", None), getattr(sys.modules[owner.__module__], "__file__", None)
+    own = code is not None and code.co_filename == file and inner.__qualname__ == f"{owner.__qualname__}.{name}"
     return function if own else object()
+
+
+def _unwrapped(function: Any, owner: type) -> Any:
+    """What is inside the wrappers that the library of ``owner`` puts around methods itself, and no one else's."""
+    file = getattr(sys.modules[owner.__module__.partition(".")[0]], "__file__", None)
+    while file and hasattr(function, "__wrapped__") and function.__code__.co_filename.startswith(os.path.dirname(file)):
+        function = function.__wrapped__
+    return function
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -318,7 +331,7 @@ class Half(NamedTuple):
         norm, body, scale, path: the modules: LayerNorm, attention or MLP, LayerScale where the layer has one,
             stochastic depth.
         known: what the layer's owner knows of their classes.
-        path_place: the place of ``path``.
+        path_place, scale_place: the places of ``path`` and ``scale``.
         call: ``path(scale(body(norm(x))))`` as the layer's library writes it, where it puts more between them.
         operation: ``(x, half, branch_scale)`` → the sub-layer's output, where the attention is not over the blocks of
             an ``x`` ``(B, T, N, C)``.
@@ -332,6 +345,7 @@ class Half(NamedTuple):
     path: Any
     known: Known
     path_place: Place = PATH
+    scale_place: Place = _SCALE
     call: Callable[[Tensor], Tensor] | None = None
     operation: Callable[[Tensor, Half, float], Tensor] | None = None
     post_norm: bool = False
@@ -342,7 +356,7 @@ class Half(NamedTuple):
 
     def why_not(self, x: Tensor) -> Reason | None:
         """Why it is not one operation: one of its own modules, or one inside its body."""
-        places = NORM, _BODY, _SCALE, self.path_place
+        places = NORM, _BODY, self.scale_place, self.path_place
         modules = self.norm, self.body, self.scale, self.path
         why = why_not(x, zip(self.names, modules, places, strict=True), self.known)
         if why is None:
@@ -409,7 +423,9 @@ def _fused(x: Tensor, half: Half) -> Tensor:
     if why_not_skipped(x, half):
         return _call(x, half)
     keep = 1.0 - drop
-    kept = x.new_empty(x.shape[0]).bernoulli_(keep).nonzero().flatten()  # the same draw as the module's
+    draw = half.known[type(half.path)].draw
+    kept = x.new_empty(x.shape[0]).bernoulli_(keep) if draw is None else draw(x, keep)  # as the module draws them
+    kept = kept.nonzero().flatten()
     scale = 1.0 / keep if keep > 0.0 and getattr(half.path, "scale_by_keep", True) else 1.0
     if len(kept) == x.shape[0]:
         return _operation(x, half, scale)

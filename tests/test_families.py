@@ -6,20 +6,25 @@ length.
 
 import copy
 import dataclasses
+import importlib.util
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import nest_fast
 from helpers.twins import Half, Int8, LoRA, Scale, agree, assert_close, distance, listen, run, timm
 
 import torchvision  # isort: skip  # after timm, which may have to make room for it
 
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+if HAS_TRANSFORMERS:
+    import transformers
 models = timm.models
 
 
@@ -48,6 +53,30 @@ def torchvision_swin(block: str, merging: str, drop_path_rate: float = 0.0, **op
     classes = {"block": getattr(swin, block), "downsample_layer": getattr(swin, merging)}
     sizes = {"patch_size": [2, 2], "embed_dim": 32, "depths": [2, 2], "num_heads": [1, 2], "window_size": [4, 4]}
     return swin.SwinTransformer(**sizes, **classes, num_classes=7, stochastic_depth_prob=drop_path_rate, **options)
+
+
+class Logits(nn.Module):
+    """What a model of transformers says of the classes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+def transformers_swin(drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
+    sizes = {
+        "image_size": 40,
+        "patch_size": 2,
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    }
+    config = transformers.SwinConfig(**sizes, num_labels=7, drop_path_rate=drop_path_rate, **options)
+    return Logits(transformers.SwinForImageClassification(config))
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -141,10 +170,23 @@ FAMILIES = {
         (54, 6),
         (2, 2, 2, 2),
     ),
+    "transformers swin": Family("transformers' Swin", transformers_swin, (40, 40), (54, 18), (2, 2, 2, 2)),
 }  # fmt: skip
-ALL = pytest.mark.parametrize("family", FAMILIES)
+NEEDS_TRANSFORMERS = pytest.mark.skipif(
+    not HAS_TRANSFORMERS, reason="transformers is not installed: pip install '.[test]'"
+)
+
+
+def each_of(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "family",
+        [pytest.param(name, marks=NEEDS_TRANSFORMERS if name.startswith("transformers") else ()) for name in names],
+    )
+
+
+ALL = each_of(FAMILIES)
 # DeiT's layers are ViT's.
-EACH_ADAPTER = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deit"])
+EACH_ADAPTER = each_of(name for name in FAMILIES if name != "deit")
 
 
 def plain_model(family: str, dynamic: bool = False, **options: Any) -> Any:
@@ -170,16 +212,26 @@ def image(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
 
 
 def layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "norm1")]
+    return [module for _, module in named_layers(model)]
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module) for name, module in model.named_modules() if {"norm1", "layernorm_before"} & set(module._modules)
+    ]
 
 
 # The names of parts where a library has others than most of timm's layers.
 SPELLINGS = {
     "mlp.fc1": ("mlp.0",),
-    "mlp.act": ("mlp.1",),
-    "mlp.drop1": ("mlp.2",),
+    "mlp.act": ("mlp.1", "mlp.activation_fn"),
+    "mlp.drop1": ("mlp.2", "dropout"),
     "mlp.fc2": ("mlp.3",),
-    "mlp.drop2": ("mlp.4",),
+    "mlp.drop2": ("mlp.4", "dropout"),
+    "attn": ("attention",),
+    "attn.proj": ("attention.o_proj",),
+    "norm1": ("layernorm_before",),
+    "norm2": ("layernorm_after",),
 }
 
 
@@ -234,7 +286,7 @@ def test_every_layer_is_fast_and_the_report_says_whose(family):
     assert report.families == (FAMILIES[family].name,)
     assert len(report.replaced) == len(layers(plain))
     assert report.trial.error <= report.trial.allowed
-    by_name = {name: 0 for name, module in plain.named_modules() if hasattr(module, "norm1")}
+    by_name = {name: 0 for name, _ in named_layers(plain)}
     for row in nest_fast.explain(fast):
         by_name[row.name] += not row.how.startswith("its modules")
     assert tuple(by_name.values()) == FAMILIES[family].fused
@@ -260,7 +312,7 @@ def heard(name, event):
     """A hook on a module of the first layer."""
 
     def change(model):
-        full, layer = next((full, module) for full, module in model.named_modules() if hasattr(module, "norm1"))
+        full, layer = named_layers(model)[0]
         listen(model, f"{full}.{spelled(layer, name)}".rstrip("."), event)
 
     return change
@@ -283,18 +335,24 @@ class Wrapped(nn.Module):
         self.base = base
 
     def forward(self, *args, **kwargs):
-        return 0.5 * self.base(*args, **kwargs)
+        return times(0.5, self.base(*args, **kwargs))
+
+
+def times(factor, out):
+    """Of several outputs the first."""
+    return (factor * out[0], *out[1:]) if isinstance(out, tuple) else factor * out
 
 
 def wrapped_attention(layer):
     if not getattr(layer, "do_expand", False):  # there timm's Hiera asks its attention for more than a call
-        layer.attn = Wrapped(layer.attn)
+        layer.set_submodule(spelled(layer, "attn"), Wrapped(part(layer, "attn")))
 
 
 def attention_drops(layer):
-    if hasattr(layer.attn, "attn_drop"):
-        layer.attn.attn_drop.p = 0.3
-    layer.attn.attention_dropout = 0.3  # torchvision's
+    attn = part(layer, "attn")
+    if hasattr(attn, "attn_drop"):
+        attn.attn_drop.p = 0.3
+    attn.attention_dropout = 0.3  # torchvision's and transformers'
 
 
 # A change, and what explain says of it, if it is before accelerate or after it.
@@ -325,7 +383,7 @@ ACTIONS = {
     "a forward of its own": (each_layer(own_forward), "somebody listens to mlp"),
     "float64": (lambda model: model.double(), ""),
     "frozen": (lambda model: [p.requires_grad_(False) for p in layers(model)[0].parameters()], ""),
-    "another scale": (each_layer(lambda layer: setattr(layer.attn, "fused_attn", False)), ""),
+    "another scale": (each_layer(lambda layer: setattr(part(layer, "attn"), "fused_attn", False)), ""),
 }  # fmt: skip
 
 
@@ -350,8 +408,8 @@ def test_models_do_what_they_did(family, action):
 class Doubled:
     """Put before a layer's class: a user's own layer."""
 
-    def forward(self, x, *args):
-        return 2 * super().forward(x, *args)
+    def forward(self, *args, **kwargs):
+        return times(2, super().forward(*args, **kwargs))
 
 
 @EACH_ADAPTER
@@ -366,8 +424,8 @@ def test_classes_of_others_are_left_alone(family, monkeypatch):
     assert f"Mine is a subclass of {library}'s class, and may compute something else" in report.kept.values()
     layer, its = layers(plain)[-1], layers(fast)[-1]
     base = type(layer)
-    layer.forward = lambda *args: 3 * base.forward(layer, *args)
-    its.forward = lambda *args: 3 * base.forward(its, *args)
+    layer.forward = lambda *args, **kwargs: times(3, base.forward(layer, *args, **kwargs))
+    its.forward = lambda *args, **kwargs: times(3, base.forward(its, *args, **kwargs))
     x = image(FAMILIES[family].size)
     agree(plain, fast, x, modes=("inference",))
     again = copy.deepcopy(plain_model(family))
@@ -375,7 +433,7 @@ def test_classes_of_others_are_left_alone(family, monkeypatch):
     assert "its forward was patched on the instance" in nest_fast.accelerate(again).kept.values()
     original = base.forward
     fast = accelerated(plain_model(family))
-    monkeypatch.setattr(base, "forward", lambda self, x, *args: 0.5 * original(self, x, *args))
+    monkeypatch.setattr(base, "forward", lambda *args, **kwargs: times(0.5, original(*args, **kwargs)))
     agree(plain_model(family), fast, x, modes=("inference",))
 
 
@@ -413,12 +471,18 @@ def test_a_layer_is_one_graph_for_the_compiler_and_exports(family):
     with torch.no_grad():
         plain(image(FAMILIES[family].size))
         ((x, *rest),) = calls
-        wanted = own(x, *rest)
-        assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x, *rest), wanted, "compiled")
+        (wanted,) = tensors(own(x, *rest))
+        (compiled,) = tensors(torch.compile(layer, backend="eager", fullgraph=True)(x, *rest))
+        assert_close(compiled, wanted, "compiled")
         batch = torch.export.Dim("batch", min=1, max=64)
         shapes = ({0: batch},) if not rest else ({0: batch}, (None, None))  # what is given beside x is its size
         program = torch.export.export(layer, (x, *rest), dynamic_shapes=shapes).module()
-        assert_close(program(x[:1], *rest), wanted[:1], "exported")
+        (exported,) = tensors(program(x[:1], *rest))
+        assert_close(exported, wanted[:1], "exported")
+
+
+def tensors(out):
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 
 # --- what is particular to one of them --------------------------------------------------------------------------------
@@ -467,11 +531,16 @@ STRANGE = {
         "relative_position_bias_table",
         "attn's table of the bias is no ordinary tensor, or has another dtype",
     ),
+    "transformers swin": (
+        "attention.relative_position_bias",
+        "relative_position_bias_table",
+        "attention.relative_position_bias's table is no ordinary tensor, or has another dtype",
+    ),
     "torchvision swin v2": ("attn", "logit_scale", "attn's scale is no ordinary tensor, or has another dtype"),
 }
 
 
-@pytest.mark.parametrize("family", STRANGE)
+@each_of(STRANGE)
 def test_parameters_that_are_no_ordinary_tensors(family):
     name, parameter, why = STRANGE[family]
     plain = plain_model(family)
@@ -658,3 +727,40 @@ def test_what_torchvision_drops_adds_and_traces(family, monkeypatch):
     monkeypatch.setattr(module, "shifted_window_attention", lambda *args, **named: 0.5 * original(*args, **named))
     agree(plain, fast, x, modes=("inference",))
     assert "a function of torchvision's Swin was patched" in reasons(fast)
+
+
+@NEEDS_TRANSFORMERS
+def test_what_transformers_asks_of_its_swin(monkeypatch):
+    """Attention weights, hidden states, checkpointing, keywords, other implementations and activations."""
+    swin = transformers.models.swin.modeling_swin
+    x = image((40, 40))
+    plain = plain_model("transformers swin")
+    fast = accelerated(plain)
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        got, wanted = (tensors(model.model(x, **options)) for model in (fast, plain))
+        assert len(got) == len(wanted)
+        assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(got, wanted, strict=True))
+    fast.model.gradient_checkpointing_enable()
+    agree(plain, fast, x, modes=("train",))
+    got, wanted = (
+        layers(model)[0](hidden_states=torch.ones(1, 81, 32), input_dimensions=(9, 9), always_partition=True)[0]
+        for model in (fast, plain)
+    )
+    assert_close(got, wanted, "by keywords")
+    assert not reasons(fast)
+    for model in (plain, fast):
+        model.model.set_attn_implementation("eager")
+    got, wanted = (tensors(model.model(x, output_attentions=True)) for model in (fast, plain))
+    assert len(got) == len(wanted) == 3
+    assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(got, wanted, strict=True))
+    assert reasons(fast) == ["attention has another implementation than sdpa"] * 4
+    for act in ("gelu_new", "gelu_python"):
+        plain = plain_model("transformers swin", hidden_act=act, qkv_bias=False)
+        fast = accelerated(plain)
+        agree(plain, fast, x, modes=("inference",), tolerance=1e-5)
+        assert all(reason.startswith("mlp.activation_fn") for reason in reasons(fast))
+        assert len(reasons(fast)) == 4
+    original = swin.window_partition
+    monkeypatch.setattr(swin, "window_partition", lambda *args: 0.5 * original(*args))
+    agree(plain, fast, x, modes=("inference",))
+    assert "a function of transformers' Swin was patched" in reasons(fast)

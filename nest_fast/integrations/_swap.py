@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from inspect import signature
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from nest_fast import fusion
 from nest_fast.explanation import Like, Row, Tell, explain
@@ -57,13 +58,16 @@ def instead_of(base: type, name: str = "forward") -> Callable:
     """A method in the place of the library's: stands back where that was patched, given back, or modules are called."""
     ((_, _, theirs),) = fusion.as_written("", base, methods=(name,)).methods
 
-    def decorate(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        _, first, *_ = signature(method).parameters
+
         @wraps(method)
-        def either(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def either(self: Any, *args: Any, **kwargs: Any) -> Any:
             now = getattr(base, name)
+            x: Any = args[0] if args else kwargs.get(first)
             if now is not theirs or getattr(type(self), name) is theirs or fusion.everywhere(x):
-                return now(self, x, *args, **kwargs)
-            return method(self, x, *args, **kwargs)
+                return now(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
 
         return either
 
