@@ -335,7 +335,8 @@ class Half(NamedTuple):
         call: ``path(scale(body(norm(x))))`` as the layer's library writes it, where it puts more between them.
         operation: ``(x, half, branch_scale)`` → the sub-layer's output, where the attention is not over the blocks of
             an ``x`` ``(B, T, N, C)``.
-        post_norm: it is ``x + path(norm(body(x)))``.
+        post_norm: it is ``x + path(norm(scale(body(x))))``.
+        more: parts of an MLP that are not inside its body.
     """
 
     names: tuple[str, str, str, str]
@@ -349,6 +350,7 @@ class Half(NamedTuple):
     call: Callable[[Tensor], Tensor] | None = None
     operation: Callable[[Tensor, Half, float], Tensor] | None = None
     post_norm: bool = False
+    more: tuple[Part, ...] = ()
 
     @property
     def written(self) -> Written:
@@ -360,15 +362,24 @@ class Half(NamedTuple):
         modules = self.norm, self.body, self.scale, self.path
         why = why_not(x, zip(self.names, modules, places, strict=True), self.known)
         if why is None:
-            inside = self.body._modules
-            why = why_not(x, [(name, inside.get(name), place) for name, place in self.written.parts], self.known)
-            if why is not None:
-                why = why._replace(name=f"{self.names[1]}.{why.name}")
+            why = why_not(x, self.parts(), self.known)
         return why
 
+    def parts(self) -> list[Part]:
+        """The modules inside its body, or that go on with what it does, with their names in the layer."""
+        own = [(f"{self.names[1]}.{name}", _inside(self.body, name), place) for name, place in self.written.parts]
+        return [*own, *self.more]
+
     def inside(self, *wanted: Place) -> list[Any]:
-        """The modules of its body that have one of these places, in the order of its parts."""
-        return [self.body._modules[name] for name, place in self.written.parts if place in wanted]
+        """Those of its parts that have one of these places, in their order."""
+        return [module for _, module, place in self.parts() if place in wanted]
+
+
+def _inside(module: Any, name: str) -> Any:
+    """The module of this name, with dots for those deeper inside; None where there is none."""
+    for one in name.split("."):
+        module = None if module is None else module._modules.get(one)
+    return module
 
 
 # The names of the modules of both sub-layers, as most of timm's layers have them: without LayerScale and with it.

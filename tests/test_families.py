@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import importlib.util
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -66,7 +67,7 @@ class Logits(nn.Module):
         return self.model(x).logits
 
 
-def transformers_swin(drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
+def transformers_swin(kind: str, drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
     sizes = {
         "image_size": 40,
         "patch_size": 2,
@@ -75,8 +76,8 @@ def transformers_swin(drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
         "num_heads": [1, 2],
         "window_size": 4,
     }
-    config = transformers.SwinConfig(**sizes, num_labels=7, drop_path_rate=drop_path_rate, **options)
-    return Logits(transformers.SwinForImageClassification(config))
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=7, drop_path_rate=drop_path_rate, **options)
+    return Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -170,7 +171,12 @@ FAMILIES = {
         (54, 6),
         (2, 2, 2, 2),
     ),
-    "transformers swin": Family("transformers' Swin", transformers_swin, (40, 40), (54, 18), (2, 2, 2, 2)),
+    "transformers swin": Family(
+        "transformers' Swin", lambda **kw: transformers_swin("Swin", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
+    ),
+    "transformers swin v2": Family(
+        "transformers' Swin v2", lambda **kw: transformers_swin("Swinv2", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
+    ),
 }  # fmt: skip
 NEEDS_TRANSFORMERS = pytest.mark.skipif(
     not HAS_TRANSFORMERS, reason="transformers is not installed: pip install '.[test]'"
@@ -223,13 +229,15 @@ def named_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 # The names of parts where a library has others than most of timm's layers.
 SPELLINGS = {
-    "mlp.fc1": ("mlp.0",),
-    "mlp.act": ("mlp.1", "mlp.activation_fn"),
-    "mlp.drop1": ("mlp.2", "dropout"),
-    "mlp.fc2": ("mlp.3",),
-    "mlp.drop2": ("mlp.4", "dropout"),
+    "mlp": ("intermediate",),
+    "mlp.fc1": ("mlp.0", "intermediate.dense"),
+    "mlp.act": ("mlp.1", "mlp.activation_fn", "intermediate.intermediate_act_fn"),
+    "mlp.drop1": ("mlp.2", "dropout", "output.dropout"),
+    "mlp.fc2": ("mlp.3", "output.dense"),
+    "mlp.drop2": ("mlp.4", "dropout", "output.dropout"),
     "attn": ("attention",),
-    "attn.proj": ("attention.o_proj",),
+    "attn.attn_drop": ("attention.self.dropout",),
+    "attn.proj": ("attention.o_proj", "attention.output.dense"),
     "norm1": ("layernorm_before",),
     "norm2": ("layernorm_after",),
 }
@@ -324,7 +332,8 @@ def quantised(layer):
 
 
 def own_forward(layer):
-    layer.mlp.forward = lambda x: 0.5 * type(layer.mlp).forward(layer.mlp, x)
+    mlp = part(layer, "mlp")
+    mlp.forward = lambda x: 0.5 * type(mlp).forward(mlp, x)
 
 
 class Wrapped(nn.Module):
@@ -349,10 +358,10 @@ def wrapped_attention(layer):
 
 
 def attention_drops(layer):
-    attn = part(layer, "attn")
-    if hasattr(attn, "attn_drop"):
-        attn.attn_drop.p = 0.3
-    attn.attention_dropout = 0.3  # torchvision's and transformers'
+    drop = spelled(layer, "attn.attn_drop")
+    if drop in dict(layer.named_modules()):
+        layer.get_submodule(drop).p = 0.3
+    part(layer, "attn").attention_dropout = 0.3  # torchvision's and transformers'
 
 
 # A change, and what explain says of it, if it is before accelerate or after it.
@@ -475,7 +484,7 @@ def test_a_layer_is_one_graph_for_the_compiler_and_exports(family):
         (compiled,) = tensors(torch.compile(layer, backend="eager", fullgraph=True)(x, *rest))
         assert_close(compiled, wanted, "compiled")
         batch = torch.export.Dim("batch", min=1, max=64)
-        shapes = ({0: batch},) if not rest else ({0: batch}, (None, None))  # what is given beside x is its size
+        shapes = ({0: batch}, *((None, None) if isinstance(one, tuple) else None for one in rest))  # rest[0] is a size
         program = torch.export.export(layer, (x, *rest), dynamic_shapes=shapes).module()
         (exported,) = tensors(program(x[:1], *rest))
         assert_close(exported, wanted[:1], "exported")
@@ -535,6 +544,11 @@ STRANGE = {
         "attention.relative_position_bias",
         "relative_position_bias_table",
         "attention.relative_position_bias's table is no ordinary tensor, or has another dtype",
+    ),
+    "transformers swin v2": (
+        "attention.self",
+        "logit_scale",
+        "attention.self's scale is no ordinary tensor, or has another dtype",
     ),
     "torchvision swin v2": ("attn", "logit_scale", "attn's scale is no ordinary tensor, or has another dtype"),
 }
@@ -740,7 +754,7 @@ def test_what_transformers_asks_of_its_swin(monkeypatch):
         got, wanted = (tensors(model.model(x, **options)) for model in (fast, plain))
         assert len(got) == len(wanted)
         assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(got, wanted, strict=True))
-    fast.model.gradient_checkpointing_enable()
+    fast.model.activation_checkpointing_enable()
     agree(plain, fast, x, modes=("train",))
     got, wanted = (
         layers(model)[0](hidden_states=torch.ones(1, 81, 32), input_dimensions=(9, 9), always_partition=True)[0]
@@ -764,3 +778,49 @@ def test_what_transformers_asks_of_its_swin(monkeypatch):
     monkeypatch.setattr(swin, "window_partition", lambda *args: 0.5 * original(*args))
     agree(plain, fast, x, modes=("inference",))
     assert "a function of transformers' Swin was patched" in reasons(fast)
+
+
+@NEEDS_TRANSFORMERS
+def test_what_transformers_asks_of_its_swin_v2(monkeypatch):
+    """Attention weights, keywords; scores that one mask would not put out; biases that are not there."""
+    swin = transformers.models.swinv2.modeling_swinv2
+    x = image((40, 40))
+    plain = plain_model("transformers swin v2", qkv_bias=False)
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        for layer in layers(model):
+            layer.attention.self.logit_scale.data.fill_(6.0)
+    agree(plain, fast, x, modes=("inference",))
+    got, wanted = (tensors(model.model(x, output_attentions=True)) for model in (fast, plain))
+    assert len(got) == len(wanted) == 3
+    assert all(distance(mine, theirs) < 1e-4 for mine, theirs in zip(got, wanted, strict=True))
+    # Each half of the image looks for the other one, which lies behind the mask at the edge.
+    x_of_layer = torch.randn(1, 1, 32) * torch.tensor([1.0, -1.0]).repeat_interleave(32)[:, None]
+    x_of_layer += 0.1 * torch.randn(1, 64, 32)
+    for model in (plain, fast):
+        attn = layers(model)[1].attention.self
+        attn.query.weight.data.copy_(-attn.key.weight)
+    got, wanted = (layers(model)[1](hidden_states=x_of_layer, input_dimensions=(8, 8))[0] for model in (fast, plain))
+    assert_close(got, wanted, "by keywords")
+    assert not reasons(fast)
+    for model in (plain, fast):
+        layers(model)[1].attention.self = Wrapped(layers(model)[1].attention.self)
+    agree(plain, fast, x, modes=("inference",))
+    assert reasons(fast) == ["attention.self is a Wrapped, which may compute something else"]
+    original = swin.window_reverse
+    monkeypatch.setattr(swin, "window_reverse", lambda *args: 0.5 * original(*args))
+    agree(plain, fast, x, modes=("inference",))
+    assert reasons(fast) == ["a function of transformers' Swin v2 was patched"] * 4
+
+
+@NEEDS_TRANSFORMERS
+def test_other_versions_of_transformers_are_left_alone(monkeypatch):
+    """Whose layers were written otherwise; models of other libraries are accelerated beside them."""
+    plain = plain_model("transformers swin")
+    module = sys.modules["transformers"]  # another than before its models were imported
+    monkeypatch.setattr(module, "__version__", "5.9.1")
+    with pytest.raises(ValueError, match=r"transformers' Swin from 5\.24 on"):
+        nest_fast.accelerate(plain)
+    assert nest_fast.accelerate(plain_model("swin")).replaced
+    monkeypatch.setattr(module, "__version__", "10.0.0.dev0")
+    assert nest_fast.accelerate(plain).replaced

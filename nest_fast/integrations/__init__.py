@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
 from torch import Tensor, nn
@@ -25,17 +26,20 @@ _FAMILIES = {
     "timm's Swin v2": ("timm.models.swin_transformer_v2", "timm_swin_v2"),
     "torchvision's Swin": ("torchvision.models.swin_transformer", "torchvision_swin"),
     "transformers' Swin": ("transformers.models.swin.modeling_swin", "transformers_swin"),
+    "transformers' Swin v2": ("transformers.models.swinv2.modeling_swinv2", "transformers_swin_v2"),
 }
+# The first version whose layers are those that we know, where a library had others before.
+_SINCE = {"transformers": (5, 24)}
 
 
 def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, tolerance: float | None = None) -> Report:
     """Make the layers inside ``model`` that it knows fast, in place: same parameters, state dict, hooks and outputs.
 
-    It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera, Swin and Swin v2, of torchvision's Swin and
-    Swin v2, and of transformers' Swin, in these models or in any other. Their instances are given a subclass of their
-    own class; nothing of these libraries is patched, no tensor is copied or moved. Doing it twice changes nothing; an
-    error leaves the model as it was. Layers that someone subclassed or patched are left alone and reported, with those
-    of which a part is called as it is (a hook, a LoRA, a dropout).
+    It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera, Swin and Swin v2, and those of Swin and Swin
+    v2 in torchvision and in transformers, in these models or in any other. Their instances are given a subclass of
+    their own class; nothing of these libraries is patched, no tensor is copied or moved. Doing it twice changes
+    nothing; an error leaves the model as it was. Layers that someone subclassed or patched are left alone and reported,
+    with those of which a part is called as it is (a hook, a LoRA, a dropout).
 
     Args:
         model: one of these models, or any module with such layers inside.
@@ -58,7 +62,7 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
         raise TypeError(f"example: expected a tensor or a tuple of inputs, got {type(example).__name__}")
     if tolerance is not None and example is None:
         raise ValueError(f"tolerance: expected an example to hold it to, got {tolerance!r} and none")
-    return _swap.accelerate(model, _adapters(), ", ".join(_FAMILIES), example, tolerance)
+    return _swap.accelerate(model, _adapters(), ", ".join(map(_with_version, _FAMILIES)), example, tolerance)
 
 
 def restore(model: nn.Module) -> int:
@@ -103,8 +107,18 @@ def _adapters() -> Adapters:
     return {
         family: importlib.import_module(f"{__name__}.{ours}").ADAPTER
         for family, (library, ours) in _FAMILIES.items()
-        if library in sys.modules
+        if library in sys.modules and _is_known(library.partition(".")[0])
     }
+
+
+def _is_known(library: str) -> bool:
+    version = re.match(r"(\d+)\.(\d+)", getattr(sys.modules.get(library), "__version__", ""))
+    return library not in _SINCE or (version is not None and tuple(map(int, version.groups())) >= _SINCE[library])
+
+
+def _with_version(family: str) -> str:
+    library = _FAMILIES[family][0].partition(".")[0]
+    return f"{family} from {'.'.join(map(str, _SINCE[library]))} on" if library in _SINCE else family
 
 
 def _check_module(model: object) -> None:

@@ -11,15 +11,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import transformers.models.swin.modeling_swin as hf_swin
 from torch import Tensor
-from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
+from nest_fast.integrations._transformers import KNOWN, SQUARE, is_asked, kept, packed
 from nest_fast.ops import windows
 
 __all__ = ["ADAPTER"]
@@ -35,8 +34,7 @@ class SwinLayer(Fast, hf_swin.SwinLayer):
     ) -> Any:
         x = hidden_states
         weights: list[Tensor | None] = []
-        is_asked_more = any(value is not None and value is not False for value in options.values())
-        if is_asked_more or fusion.flags(x, "the layer", self, _KNOWN[SwinLayer]):
+        if is_asked(options) or fusion.flags(x, "the layer", self, _KNOWN[SwinLayer]):
             return hf_swin.SwinLayer.forward(self, x, input_dimensions, always_partition, **options)
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
@@ -74,17 +72,8 @@ def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any,
     attn = half.body
     own = windows(size, layer.window_size, shift=layer.shift_size, pad_first=True)
     bias = attn.relative_position_bias().squeeze(0)
-    qkv = _packed(attn.q_proj, attn.k_proj, attn.v_proj)
+    qkv = packed(attn.q_proj, attn.k_proj, attn.v_proj)
     return fusion.attention(x, half, branch_scale, qkv=qkv, windows=own, bias=bias)
-
-
-def _packed(*linears: Any) -> tuple[Tensor, Tensor | None]:
-    """The weights of several linear layers, one below the other, and their biases."""
-    weight = torch.cat([linear.weight for linear in linears])
-    if all(linear.bias is None for linear in linears):
-        return weight, None
-    biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
-    return weight, torch.cat(biases)
 
 
 # --- what fusion knows of transformers' classes -----------------------------------------------------------------------
@@ -100,13 +89,6 @@ def _implementation(attn: Any) -> object:
 
 
 _FUNCTIONS = _functions()
-_SQUARE = fusion.Place(
-    fusion.LINEAR.roles,
-    (
-        *fusion.LINEAR.rules,
-        ("{name} has heads of another width than its input", lambda m, x: m.out_features != x.shape[-1]),
-    ),
-)
 _BIAS = fusion.Place(
     ("bias",),
     (
@@ -118,19 +100,9 @@ _BIAS = fusion.Place(
 )
 
 
-def _kept(x: Tensor, keep: float) -> Tensor:
-    """Which samples stochastic depth keeps, as transformers draws them."""
-    return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + keep)
-
-
 _KNOWN: fusion.Known = {
-    **fusion.TORCH,
-    GELUActivation: fusion.as_written(
-        "gelu",
-        GELUActivation,
-        rules=(("{name} has a function of its own", lambda m, x: m.act is not torch.nn.functional.gelu),),
-    ),
-    hf_swin.SwinDropPath: fusion.as_written("drop_path", hf_swin.SwinDropPath, rate="drop_prob", draw=_kept),
+    **KNOWN,
+    hf_swin.SwinDropPath: fusion.as_written("drop_path", hf_swin.SwinDropPath, rate="drop_prob", draw=kept),
     hf_swin.SwinRelativePositionBias: fusion.as_written("bias", hf_swin.SwinRelativePositionBias),
     hf_swin.SwinMLP: fusion.as_written(
         "mlp",
@@ -149,9 +121,9 @@ _KNOWN: fusion.Known = {
             ("a function of transformers' Swin was patched", lambda m, x: _functions() != _FUNCTIONS),
         ),
         parts=(
-            ("q_proj", _SQUARE),
-            ("k_proj", _SQUARE),
-            ("v_proj", _SQUARE),
+            ("q_proj", SQUARE),
+            ("k_proj", SQUARE),
+            ("v_proj", SQUARE),
             ("o_proj", fusion.LINEAR),
             ("relative_position_bias", _BIAS),
         ),

@@ -1,0 +1,80 @@
+"""What fusion knows of the modules that transformers' families of models share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import GELUActivation
+
+from nest_fast import fusion
+from nest_fast.fusion import LINEAR, SILENT, Place
+
+__all__ = ["HANDED", "KNOWN", "NESTED_ATTENTION", "SQUARE", "attended", "is_asked", "kept", "mlp_parts", "packed"]
+
+KNOWN: fusion.Known = {
+    **fusion.TORCH,
+    GELUActivation: fusion.as_written(
+        "gelu",
+        GELUActivation,
+        rules=(("{name} has a function of its own", lambda m, x: m.act is not torch.nn.functional.gelu),),
+    ),
+}
+
+# Of q, of k or of v, which have the width of the input.
+SQUARE = Place(
+    LINEAR.roles,
+    (*LINEAR.rules, ("{name} has heads of another width than its input", lambda m, x: m.out_features != x.shape[-1])),
+)
+# A linear layer and a dropout that are a module of their own.
+HANDED = Place(("output",))
+NESTED_ATTENTION = (
+    ("self", Place(("self attention",))),
+    ("self.query", SQUARE),
+    ("self.key", SQUARE),
+    ("self.value", SQUARE),
+    ("self.dropout", SILENT),
+    ("output", HANDED),
+    ("output.dense", LINEAR),
+    ("output.dropout", SILENT),
+)
+
+
+def mlp_parts(layer: Any) -> tuple[fusion.Part, ...]:
+    """The second half of an MLP whose first is ``layer.intermediate``."""
+    inside = getattr(layer.output, "_modules", {})
+    return ("output.dense", inside.get("dense"), LINEAR), ("output.dropout", inside.get("dropout"), SILENT)
+
+
+def is_asked(options: dict[str, Any]) -> bool:
+    """Whether one of these options of a call is given."""
+    return any(value is not None and value is not False for value in options.values())
+
+
+def kept(x: Tensor, keep: float) -> Tensor:
+    """Which samples stochastic depth keeps, as transformers draws them."""
+    return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + keep)
+
+
+def packed(*linears: Any) -> tuple[Tensor, Tensor | None]:
+    """The weights of several linear layers, one below the other, and their biases."""
+    weight = torch.cat([linear.weight for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+    return weight, torch.cat(biases)
+
+
+def attended(layer: Any, library: Any, size: tuple[int, int], x: Tensor) -> Tensor:
+    """The attention of a layer in windows, where its modules are called: ``(B, H * W, C)`` → the same."""
+    (B, _, C), (H, W), window, shift = x.shape, size, layer.window_size, layer.shift_size
+    y, _ = layer.maybe_pad(x.view(B, H, W, C), H, W)
+    _, *padded, _ = y.shape
+    y = torch.roll(y, (-shift, -shift), (1, 2)) if shift > 0 else y
+    mask = layer.get_attn_mask(*padded, dtype=y.dtype, device=y.device)
+    y = library.window_partition(y, window).view(-1, window * window, C)
+    y, *_ = layer.attention(y, mask, output_attentions=False)
+    y = library.window_reverse(y.view(-1, window, window, C), window, *padded)
+    y = torch.roll(y, (shift, shift), (1, 2)) if shift > 0 else y
+    return y[:, :H, :W].contiguous().view(x.shape)
