@@ -824,3 +824,15 @@ def test_other_versions_of_transformers_are_left_alone(monkeypatch):
     assert nest_fast.accelerate(plain_model("swin")).replaced
     monkeypatch.setattr(module, "__version__", "10.0.0.dev0")
     assert nest_fast.accelerate(plain).replaced
+
+
+def test_a_version_with_other_classes_is_left_as_it_is(monkeypatch):
+    """And is said; no other family's models suffer from it."""
+    monkeypatch.delitem(sys.modules, "nest_fast.integrations.timm_davit", raising=False)
+    monkeypatch.delattr(models.davit, "WindowAttention")
+    model = plain_model("vit")
+    with pytest.warns(
+        UserWarning, match="timm's DaViT is left as it is, since this version differs: .*WindowAttention"
+    ):
+        report = nest_fast.accelerate(model)
+    assert report.families == (FAMILIES["vit"].name,)

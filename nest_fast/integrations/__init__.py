@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 
 from torch import Tensor, nn
 
@@ -104,11 +105,14 @@ def explain(model: nn.Module, x: Tensor | None = None) -> explanation.Explanatio
 
 def _adapters() -> Adapters:
     """Those of the families whose modules are imported; nothing in a model can be of another."""
-    return {
-        family: importlib.import_module(f"{__name__}.{ours}").ADAPTER
-        for family, (library, ours) in _FAMILIES.items()
-        if library in sys.modules and _is_known(library.partition(".")[0])
-    }
+    found = {}
+    for family, (library, ours) in _FAMILIES.items():
+        if library in sys.modules and _is_known(library.partition(".")[0]):
+            try:
+                found[family] = importlib.import_module(f"{__name__}.{ours}").ADAPTER
+            except (AttributeError, ImportError) as error:  # a version with other classes, later than ours
+                warnings.warn(f"{family} is left as it is, since this version differs: {error}", stacklevel=3)
+    return found
 
 
 def _is_known(library: str) -> bool:
