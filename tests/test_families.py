@@ -831,8 +831,7 @@ def test_a_version_with_other_classes_is_left_as_it_is(monkeypatch):
     monkeypatch.delitem(sys.modules, "nest_fast.integrations.timm_davit", raising=False)
     monkeypatch.delattr(models.davit, "WindowAttention")
     model = plain_model("vit")
-    with pytest.warns(
-        UserWarning, match="timm's DaViT is left as it is, since this version differs: .*WindowAttention"
-    ):
+    said = r"timm's DaViT is left as it is, since this version differs: .*WindowAttention"
+    with pytest.warns(UserWarning, match=said):
         report = nest_fast.accelerate(model)
     assert report.families == (FAMILIES["vit"].name,)
