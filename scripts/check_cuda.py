@@ -6,10 +6,12 @@ where there is no nvcc it says so and succeeds.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,23 +20,22 @@ sys.path.insert(0, str(ROOT))
 from setup import ARCHITECTURES, FLAGS, CompileError, find_nvcc, find_torch  # noqa: E402
 
 
-def check(nvcc: str, source: Path, number: str, cubin: Path) -> bool:
-    """Compile ``source`` for ``sm_<number>``, print its line; whether it is clean."""
-    target = ["-gencode", f"arch=compute_{number},code=sm_{number}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
+def check(nvcc: str, known: list[str], source: Path, number: str) -> tuple[bool, str]:
+    """Compile ``source`` for ``sm_<number>``: whether it is clean, and what to say of it."""
+    name = f"{source.name} sm_{number}"
+    if f"compute_{number}" not in known:
+        return True, f"{name}: not run, this nvcc does not know it"
+    target = ["-gencode", f"arch=compute_{number},code=sm_{number}", "-Xptxas", "-v", "-cubin", "-o", os.devnull]
     command = [nvcc, *FLAGS.split(), "-DUSE_CUDA", "-isystem", str(find_torch() / "include"), *target, str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
-    name = f"{source.name} sm_{number}"
     if result.returncode:
-        print(f"{name}: does not compile\n{result.stderr}", flush=True)
-        return False
+        return False, f"{name}: does not compile\n{result.stderr}"
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", result.stderr)]
     waste = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", result.stderr)]
     if not registers or not waste:
-        print(f"{name}: ptxas reported no kernel\n{result.stderr}", flush=True)
-        return False
+        return False, f"{name}: ptxas reported no kernel\n{result.stderr}"
     verdict = "no spill, no stack frame" if not any(waste) else f"SPILL OR STACK FRAME\n{result.stderr}"
-    print(f"{name}: {len(registers)} kernels, at most {max(registers)} registers, {verdict}", flush=True)
-    return not any(waste)
+    return not any(waste), f"{name}: {len(registers)} kernels, at most {max(registers)} registers, {verdict}"
 
 
 def main() -> int:
@@ -45,13 +46,11 @@ def main() -> int:
         return 0
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     clean = True
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(ROOT.glob("csrc/*.cu")):
-            for number in (arch.replace(".", "") for arch in ARCHITECTURES):
-                if f"compute_{number}" in known:
-                    clean &= check(nvcc, source, number, Path(folder) / "out.cubin")
-                else:
-                    print(f"{source.name} sm_{number}: not run, this nvcc does not know it")
+    cases = [(source, arch.replace(".", "")) for source in sorted(ROOT.glob("csrc/*.cu")) for arch in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for good, said in pool.map(check, repeat(nvcc), repeat(known), *zip(*cases, strict=True)):
+            print(said, flush=True)
+            clean &= good
     return 0 if clean else 1
 
 

@@ -132,9 +132,7 @@ def test_is_as_accurate_as_pytorch(impl_and_isa, shape, dtype, padding):
     check(impl, shape, padding, tensors)
 
 
-@pytest.mark.parametrize(
-    ("C_out", "grid", "block"), [(192, (2, 2), (2, 3)), (320, (2, 2), (2, 3)), (512, (2, 12), (1, 3))]
-)
+@pytest.mark.parametrize(("C_out", "grid", "block"), [(192, (2, 2), (2, 3)), (320, (2, 12), (1, 3))])
 def test_is_as_accurate_as_pytorch_as_triton_is_shipped(monkeypatch, C_out, grid, block):
     """The widest image is wider than the tile. The backward's tile has a test of its own."""
     monkeypatch.setattr(_configs, "multiprocessors", lambda _: 2)
@@ -186,7 +184,7 @@ def test_of_any_shape(impl_and_isa, **shape):
 
 
 @pytest.mark.parametrize("impl_and_isa", ["triton"], indirect=True)
-@any_shape(12, most=2)
+@any_shape(8, most=2)
 def test_of_any_shape_in_triton(impl_and_isa, **shape):
     check_any_shape(impl_and_isa, **shape)
 
