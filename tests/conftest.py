@@ -1,5 +1,6 @@
 """One process-wide choice before triton is imported: without a CUDA device its kernels run in the interpreter."""
 
+import importlib.util
 import os
 import re
 import sys
@@ -9,6 +10,8 @@ import warnings
 import hypothesis
 import pytest
 import torch
+
+from helpers.interpreter import patch_once_a_launch
 
 pytest.register_assert_rewrite("helpers")
 # Interpreted kernels take their time, and fixtures only choose an implementation, the same for every example.
@@ -20,6 +23,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_once_a_launch()
 os.environ.setdefault("NEST_FAST_TUNED", "off")  # what this machine's user measured is not what is tested
 
 
