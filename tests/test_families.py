@@ -193,6 +193,8 @@ def each_of(names: Iterable[str]) -> pytest.MarkDecorator:
 ALL = each_of(FAMILIES)
 # DeiT's layers are ViT's.
 EACH_ADAPTER = each_of(name for name in FAMILIES if name != "deit")
+# For what is no adapter's own doing: how classes are swapped, and what tracers see of a sub-layer.
+EACH_LIBRARY = each_of(["swin", "torchvision swin", "transformers swin"])
 
 
 def plain_model(family: str, dynamic: bool = False, **options: Any) -> Any:
@@ -304,9 +306,11 @@ def test_every_layer_is_fast_and_the_report_says_whose(family):
 
 # --- what users do ----------------------------------------------------------------------------------------------------
 
+Layers = list[tuple[str, Any]]
+
 
 def each_layer(change):
-    return lambda model: [change(layer) for layer in layers(model)]
+    return lambda model, chosen: [change(layer) for _, layer in chosen]
 
 
 def replaced(name, new):
@@ -319,8 +323,8 @@ def replaced(name, new):
 def heard(name, event):
     """A hook on a module of the first layer."""
 
-    def change(model):
-        full, layer = named_layers(model)[0]
+    def change(model, chosen):
+        full, layer = chosen[0]
         listen(model, f"{full}.{spelled(layer, name)}".rstrip("."), event)
 
     return change
@@ -364,23 +368,24 @@ def attention_drops(layer):
     part(layer, "attn").attention_dropout = 0.3  # torchvision's and transformers'
 
 
-# A change, and what explain says of it, if it is before accelerate or after it.
+# Changes of some layers, and what explain says of them, if they are before accelerate or after it.
 ACTIONS = {
     "a hook on attention": (heard("attn", "forward"), "somebody listens to attn"),
     "a hook with keywords": (heard("attn", "forward with kwargs"), "somebody listens to attn"),
     "a hook on its projection": (heard("attn.proj", "forward pre"), "somebody listens to attn.proj"),
-    "a hook on a norm": (heard("norm2", "gradient"), "somebody listens to norm2"),
-    "a hook on the MLP": (heard("mlp.fc1", "forward"), "somebody listens to mlp.fc1"),
-    "a hook on a layer": (heard("", "forward always"), ""),
     "a wrapped attention": (each_layer(wrapped_attention), "attn is a Wrapped"),
     "LoRA": (replaced("attn.proj", LoRA), "attn.proj is a LoRA"),
+    "another norm": (replaced("norm1", lambda old: nn.Identity()), "norm1 is a Identity"),
+    "attention dropout": (each_layer(attention_drops), ""),
+    "another scale": (each_layer(lambda layer: setattr(part(layer, "attn"), "fused_attn", False)), ""),
+    "a hook on a norm": (heard("norm2", "gradient"), "somebody listens to norm2"),
+    "a hook on the MLP": (heard("mlp.fc1", "forward"), "somebody listens to mlp.fc1"),
     "a parametrization": (
         each_layer(lambda layer: parametrize.register_parametrization(part(layer, "mlp.fc2"), "weight", Half())),
         "mlp.fc2 is a ParametrizedLinear",
     ),
     "a quantised weight": (each_layer(quantised), "a weight of mlp.fc1 is no ordinary tensor"),
     "another activation": (replaced("mlp.act", lambda old: nn.ReLU()), "mlp.act is a ReLU"),
-    "another norm": (replaced("norm1", lambda old: nn.Identity()), "norm1 is a Identity"),
     "a scale for a dropout": (
         each_layer(
             lambda layer: layer.set_submodule(spelled(layer, "mlp.drop2"), Scale(part(layer, "mlp.fc2").out_features))
@@ -388,30 +393,55 @@ ACTIONS = {
         "mlp.drop2 is a Scale",
     ),
     "dropout in training": (each_layer(lambda layer: setattr(part(layer, "mlp.drop1"), "p", 0.3)), ""),
-    "attention dropout": (each_layer(attention_drops), ""),
     "a forward of its own": (each_layer(own_forward), "somebody listens to mlp"),
-    "float64": (lambda model: model.double(), ""),
-    "frozen": (lambda model: [p.requires_grad_(False) for p in layers(model)[0].parameters()], ""),
-    "another scale": (each_layer(lambda layer: setattr(part(layer, "attn"), "fused_attn", False)), ""),
+    "a hook on a layer": (heard("", "forward always"), ""),
+    "frozen": (each_layer(lambda layer: layer.requires_grad_(False)), ""),
+    "float64": (lambda model, chosen: model.double(), ""),
 }  # fmt: skip
+# One of attention and one of the MLP are done to the first half of the layers, and others to the rest.
+ROUNDS = [
+    (("a hook on attention", "another activation"), ("LoRA", "a hook on a norm")),
+    (("another norm", "a hook on the MLP"), ("a hook with keywords", "a forward of its own")),
+    (("a wrapped attention", "a quantised weight"), ("attention dropout", "a scale for a dropout")),
+    (("another scale", "dropout in training"), ("a hook on its projection", "a parametrization")),
+    (("frozen",), ("a hook on a layer",)),
+    (("float64",), ()),
+]
+# What a family has nothing to do it to.
+WITHOUT: dict[str, set[str]] = {}
 
 
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("changes", ROUNDS, ids=lambda changes: ", ".join(sum(changes, ())))
 @EACH_ADAPTER
-def test_models_do_what_they_did(family, action):
+def test_models_do_what_they_did(family, changes):
     """Whether it is done after accelerate or before; what a hook is given may lie otherwise in memory."""
-    change, why = ACTIONS[action]
     plain = plain_model(family)
     after, before = accelerated(plain), copy.deepcopy(plain)
     for model in (plain, after, before):
         torch.manual_seed(2)
-        change(model)
+        for action, chosen in spread(family, changes, model):
+            ACTIONS[action][0](model, chosen)
     nest_fast.accelerate(before)
     x = image(FAMILIES[family].size).to(next(plain.parameters()).dtype)
     for fast, mode in ((after, "train"), (before, "inference")):
         agree(plain, fast, x, modes=(mode,), layout=False)
-        expected = " ".join(spelled(layers(fast)[0], word) for word in why.split())
-        assert not why or any(reason.startswith(expected) for reason in reasons(fast)), reasons(fast)
+        rows = [row for row in nest_fast.explain(fast) if row.how.startswith("its modules")]
+        for action, chosen in spread(family, changes, fast):
+            expected = " ".join(spelled(chosen[0][1], word) for word in ACTIONS[action][1].split())
+            said = [row.why for row in rows if row.name in dict(chosen)]
+            assert not expected or any(why.startswith(expected) for why in said), said
+
+
+def spread(family, changes, model) -> list[tuple[str, Layers]]:
+    """Which layers each action is done to."""
+    named = named_layers(model)
+    halves = named[: len(named) // 2], named[len(named) // 2 :]
+    given = zip(changes, halves, strict=True)
+    return [(name, chosen) for names, chosen in given for name in names if name not in WITHOUT.get(family, ())]
+
+
+def test_every_action_is_done():
+    assert sorted(name for changes in ROUNDS for names in changes for name in names) == sorted(ACTIONS)
 
 
 class Doubled:
@@ -421,9 +451,9 @@ class Doubled:
         return times(2, super().forward(*args, **kwargs))
 
 
-@EACH_ADAPTER
-def test_classes_of_others_are_left_alone(family, monkeypatch):
-    """A subclass of the library's layer, a forward patched on one, the forward of the class patched."""
+@EACH_LIBRARY
+def test_classes_of_others_are_left_alone(family):
+    """A subclass of the library's layer, a forward patched on one."""
     plain = plain_model(family)
     for layer in layers(plain)[:1]:
         layer.__class__ = type("Mine", (Doubled, type(layer)), {})
@@ -435,19 +465,38 @@ def test_classes_of_others_are_left_alone(family, monkeypatch):
     base = type(layer)
     layer.forward = lambda *args, **kwargs: times(3, base.forward(layer, *args, **kwargs))
     its.forward = lambda *args, **kwargs: times(3, base.forward(its, *args, **kwargs))
-    x = image(FAMILIES[family].size)
-    agree(plain, fast, x, modes=("inference",))
+    agree(plain, fast, image(FAMILIES[family].size), modes=("inference",))
     again = copy.deepcopy(plain_model(family))
     layers(again)[0].forward = lambda x, *args: x
     assert "its forward was patched on the instance" in nest_fast.accelerate(again).kept.values()
-    original = base.forward
-    fast = accelerated(plain_model(family))
-    monkeypatch.setattr(base, "forward", lambda *args, **kwargs: times(0.5, original(*args, **kwargs)))
-    agree(plain_model(family), fast, x, modes=("inference",))
 
 
 @EACH_ADAPTER
-def test_copies_pickles_keys_features_and_checkpointing(family):
+def test_a_class_that_is_patched_later_is_called(family, monkeypatch):
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    for base in {type(layer) for layer in layers(plain)}:
+        theirs = base.forward
+        patched = lambda *args, theirs=theirs, **kwargs: times(0.5, theirs(*args, **kwargs))  # noqa: E731
+        monkeypatch.setattr(base, "forward", patched)
+    agree(plain, fast, image(FAMILIES[family].size), modes=("inference",))
+
+
+@EACH_LIBRARY
+def test_copies_and_pickles(family):
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    assert [type(p) for p in fast.parameters()] == [type(p) for p in plain.parameters()]
+    wanted = run(fast, image(FAMILIES[family].size))
+    for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert [type(m) for m in clone.modules()] == [type(m) for m in fast.modules()]
+        assert torch.equal(run(clone, image(FAMILIES[family].size)).out[0], wanted.out[0])
+    with pytest.raises(RuntimeError, match=r"got an accelerated one; nest_fast\.restore"):
+        torch.jit.script(fast)
+
+
+@EACH_ADAPTER
+def test_keys_features_autocast_and_checkpointing(family):
     plain = plain_model(family)
     fast = accelerated(plain)
     x = image(FAMILIES[family].size)
@@ -455,22 +504,15 @@ def test_copies_pickles_keys_features_and_checkpointing(family):
     timms = FAMILIES[family].name.startswith("timm")
     features = [m.forward_intermediates(x, intermediates_only=True) for m in (fast, plain)] if timms else [[], []]
     assert all(distance(got, wanted) < 1e-5 for got, wanted in zip(*features, strict=True))
-    assert [type(p) for p in fast.parameters()] == [type(p) for p in plain.parameters()]
-    wanted = run(fast, x)
-    for clone in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert [type(m) for m in clone.modules()] == [type(m) for m in fast.modules()]
-        assert torch.equal(run(clone, x).out[0], wanted.out[0])
     fast.load_state_dict(plain_model(family, drop_path_rate=0.3).state_dict())
     with torch.autocast("cpu", torch.bfloat16):
         agree(plain, fast, x, modes=("eval",), tolerance=0.15)
     if timms and family != "twins":  # timm's Twins has none
         fast.set_grad_checkpointing(True)
-    agree(plain, fast, x, modes=("train",))
-    with pytest.raises(RuntimeError, match=r"got an accelerated one; nest_fast\.restore"):
-        torch.jit.script(fast)
+        agree(plain, fast, x, modes=("train",))
 
 
-@EACH_ADAPTER
+@each_of(["sam", "swin v2", "torchvision swin", "transformers swin"])
 def test_a_layer_is_one_graph_for_the_compiler_and_exports(family):
     plain = plain_model(family)
     layer = layers(accelerated(plain))[-1]
