@@ -19,6 +19,7 @@ MORE = {
     "swinv2_tiny_window8_256": (256, 8),
     "torchvision.swin_t": (224, 8),
     "torchvision.swin_v2_t": (256, 8),
+    "transformers.SamVisionModel": (512, 1),
     "transformers.SwinForImageClassification": (224, 8),
     "transformers.Swinv2ForImageClassification": (224, 8),
 }

@@ -192,7 +192,7 @@ def _original(case: ModelCase) -> nn.Module:
 
         model = get_model(case.op.partition(".")[2])  # its stochastic depth is part of it
     elif case.library == "transformers":
-        model = _transformers(case.op.partition(".")[2])
+        model = _transformers(case.op.partition(".")[2], case.px)
     else:
         size = {} if case.px == 224 else {"img_size": case.px}  # of which some families have none
         model = import_timm().create_model(case.op, drop_path_rate=case.drop_path, **size)
@@ -204,22 +204,22 @@ def _original(case: ModelCase) -> nn.Module:
     return model.to(DEVICE, dtype).train(case.backward)
 
 
-def _transformers(name: str) -> nn.Module:
-    """A model of transformers as its configuration has it by default, which gives its logits alone."""
+def _transformers(name: str, px: int) -> nn.Module:
+    """A model of transformers as its configuration has it by default, which gives its first output alone."""
     import_timm()  # as above
     import transformers
 
     cls = getattr(transformers, name)
 
-    class Logits(nn.Module):
+    class First(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = cls(cls.config_class(num_labels=1000))
+            self.model = cls(cls.config_class(image_size=px, num_labels=1000))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.model(x).logits
+            return self.model(x)[0]
 
-    return Logits()
+    return First()
 
 
 def _nest(case: ModelCase, original: nn.Module) -> nn.Module:

@@ -328,8 +328,8 @@ class Half(NamedTuple):
 
     Attributes:
         names: of the four modules.
-        norm, body, scale, path: the modules: LayerNorm, attention or MLP, LayerScale where the layer has one,
-            stochastic depth.
+        norm, body, scale, path: the modules: LayerNorm, attention or MLP, LayerScale and stochastic depth where the
+            layer has them.
         known: what the layer's owner knows of their classes.
         path_place, scale_place: the places of ``path`` and ``scale``.
         call: ``path(scale(body(norm(x))))`` as the layer's library writes it, where it puts more between them.
@@ -423,7 +423,8 @@ def _call(x: Tensor, half: Half) -> Tensor:
         return x + half.call(x)
     branch = half.body(x if half.post_norm else half.norm(x))
     branch = branch if half.scale is None else half.scale(branch)
-    return x + half.path(half.norm(branch) if half.post_norm else branch)
+    branch = half.norm(branch) if half.post_norm else branch
+    return x + (branch if half.path is None else half.path(branch))
 
 
 def _fused(x: Tensor, half: Half) -> Tensor:
@@ -507,7 +508,7 @@ def scaled(weight: Tensor, bias: Tensor | None, half: Half) -> tuple[Tensor, Ten
 
 def _drop_rate(half: Half) -> float:
     """The probability with which stochastic depth drops a sample now."""
-    rate = half.known[type(half.path)].rate
+    rate = "" if half.path is None else half.known[type(half.path)].rate
     return getattr(half.path, rate) if rate and half.path.training else 0.0
 
 

@@ -56,15 +56,15 @@ def torchvision_swin(block: str, merging: str, drop_path_rate: float = 0.0, **op
     return swin.SwinTransformer(**sizes, **classes, num_classes=7, stochastic_depth_prob=drop_path_rate, **options)
 
 
-class Logits(nn.Module):
-    """What a model of transformers says of the classes."""
+class Output(nn.Module):
+    """The first output of a model of transformers."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x):
-        return self.model(x).logits
+        return self.model(x)[0]
 
 
 def transformers_swin(kind: str, drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
@@ -77,7 +77,15 @@ def transformers_swin(kind: str, drop_path_rate: float = 0.0, **options: Any) ->
         "window_size": 4,
     }
     config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=7, drop_path_rate=drop_path_rate, **options)
-    return Logits(getattr(transformers, f"{kind}ForImageClassification")(config))
+    return Output(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+
+def transformers_sam(drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
+    """Which has no stochastic depth."""
+    sizes: dict[str, Any] = {"image_size": 40, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "mlp_ratio": 2.0, "window_size": 3, "global_attn_indexes": [1]}
+    config = transformers.SamVisionConfig(**sizes, output_channels=16, **options)
+    return Output(transformers.SamVisionModel(config))
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -174,6 +182,7 @@ FAMILIES = {
     "transformers swin": Family(
         "transformers' Swin", lambda **kw: transformers_swin("Swin", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
     ),
+    "transformers sam": Family("transformers' SAM", transformers_sam, (40, 40), (40, 40), (2, 2)),
     "transformers swin v2": Family(
         "transformers' Swin v2", lambda **kw: transformers_swin("Swinv2", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
     ),
@@ -224,24 +233,22 @@ def layers(model: nn.Module) -> list[Any]:
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [
-        (name, module) for name, module in model.named_modules() if {"norm1", "layernorm_before"} & set(module._modules)
-    ]
+    return [(name, module) for name, module in model.named_modules() if {"attn", "attention"} & set(module._modules)]
 
 
 # The names of parts where a library has others than most of timm's layers.
 SPELLINGS = {
     "mlp": ("intermediate",),
-    "mlp.fc1": ("mlp.0", "intermediate.dense"),
+    "mlp.fc1": ("mlp.0", "mlp.lin1", "intermediate.dense"),
     "mlp.act": ("mlp.1", "mlp.activation_fn", "intermediate.intermediate_act_fn"),
     "mlp.drop1": ("mlp.2", "dropout", "output.dropout"),
-    "mlp.fc2": ("mlp.3", "output.dense"),
+    "mlp.fc2": ("mlp.3", "mlp.lin2", "output.dense"),
     "mlp.drop2": ("mlp.4", "dropout", "output.dropout"),
     "attn": ("attention",),
     "attn.attn_drop": ("attention.self.dropout",),
     "attn.proj": ("attention.o_proj", "attention.output.dense"),
-    "norm1": ("layernorm_before",),
-    "norm2": ("layernorm_after",),
+    "norm1": ("layernorm_before", "layer_norm1"),
+    "norm2": ("layernorm_after", "layer_norm2"),
 }
 
 
@@ -408,7 +415,7 @@ ROUNDS = [
     (("float64",), ()),
 ]
 # What a family has nothing to do it to.
-WITHOUT: dict[str, set[str]] = {}
+WITHOUT = {"transformers sam": {"a scale for a dropout", "dropout in training"}}
 
 
 @pytest.mark.parametrize("changes", ROUNDS, ids=lambda changes: ", ".join(sum(changes, ())))
@@ -581,6 +588,11 @@ STRANGE = {
         "attn",
         "relative_position_bias_table",
         "attn's table of the bias is no ordinary tensor, or has another dtype",
+    ),
+    "transformers sam": (
+        "attn",
+        "rel_pos_w",
+        "attn's relative positions are no ordinary tensors, or have another dtype",
     ),
     "transformers swin": (
         "attention.relative_position_bias",
@@ -853,6 +865,47 @@ def test_what_transformers_asks_of_its_swin_v2(monkeypatch):
     monkeypatch.setattr(swin, "window_reverse", lambda *args: 0.5 * original(*args))
     agree(plain, fast, x, modes=("inference",))
     assert reasons(fast) == ["a function of transformers' Swin v2 was patched"] * 4
+
+
+@NEEDS_TRANSFORMERS
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_transformers_asks_of_its_sam(implementation, monkeypatch):
+    """Positions of another size, dropout, a scale, keywords, checkpointing; attention weights and hidden states."""
+    sam = transformers.models.sam.modeling_sam
+    x = image((40, 40))
+    plain = plain_model("transformers sam", attn_implementation=implementation, qkv_bias=False)
+    fast = accelerated(plain)
+    assert not reasons(fast)
+    for model in (plain, fast):
+        torch.manual_seed(2)
+        for layer in layers(model):
+            layer.attn.rel_pos_h = nn.Parameter(torch.randn(21, 16))
+            layer.attn.dropout = 0.3
+            layer.attn.scale = 0.1
+    agree(plain, fast, x)
+    eager = implementation == "eager"
+    assert reasons(fast.train()) == ["attn's attention drops"] * (2 if eager else 0)
+    fast.model.activation_checkpointing_enable()
+    agree(plain, fast, x, modes=("train",))
+    got, wanted = (layers(model.eval())[0](hidden_states=torch.ones(1, 4, 7, 32)) for model in (fast, plain))
+    assert_close(got, wanted, "by keywords")
+    got, wanted = (tensors(m.model(x, output_attentions=True, output_hidden_states=True)) for m in (fast, plain))
+    assert len(got) == len(wanted) == (6 if eager else 4)
+    assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(got, wanted, strict=True))
+    assert reasons(fast) == ["somebody listens to attn, or patched it"] * 2  # transformers does, from now on
+    plain = plain_model("transformers sam", attn_implementation=implementation, use_rel_pos=False)
+    fast = accelerated(plain)
+    assert not reasons(fast)
+    agree(plain, fast, x)
+    monkeypatch.setattr(sam.SamVisionAttention, "get_rel_pos", lambda self, q, k, table: table[:1].expand(q, k, -1))
+    plain = plain_model("transformers sam", attn_implementation=implementation)
+    fast = accelerated(plain)
+    agree(plain, fast, x, modes=("inference",))
+    assert reasons(fast) == [f"the class of attn, {type(layers(plain)[0].attn).__name__}, was patched"] * 2
+    for model in (plain, fast):
+        layer = layers(model)[0]
+        layer.window_partition = lambda x, window, layer=layer: type(layer).window_partition(layer, 0.5 * x, window)
+    agree(plain, fast, x, modes=("inference",))
 
 
 @NEEDS_TRANSFORMERS
