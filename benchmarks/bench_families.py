@@ -20,6 +20,7 @@ MORE = {
     "torchvision.swin_t": (224, 8),
     "torchvision.swin_v2_t": (256, 8),
     "transformers.SamVisionModel": (512, 1),
+    "transformers.DonutSwinForImageClassification": (224, 8),
     "transformers.SwinForImageClassification": (224, 8),
     "transformers.Swinv2ForImageClassification": (224, 8),
 }

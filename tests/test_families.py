@@ -183,6 +183,9 @@ FAMILIES = {
         "transformers' Swin", lambda **kw: transformers_swin("Swin", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
     ),
     "transformers sam": Family("transformers' SAM", transformers_sam, (40, 40), (40, 40), (2, 2)),
+    "transformers donut": Family(
+        "transformers' Donut", lambda **kw: transformers_swin("DonutSwin", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
+    ),
     "transformers swin v2": Family(
         "transformers' Swin v2", lambda **kw: transformers_swin("Swinv2", **kw), (40, 40), (54, 18), (2, 2, 2, 2)
     ),
@@ -599,6 +602,11 @@ STRANGE = {
         "relative_position_bias_table",
         "attention.relative_position_bias's table is no ordinary tensor, or has another dtype",
     ),
+    "transformers donut": (
+        "attention.self",
+        "relative_position_bias_table",
+        "attention.self's table of the bias is no ordinary tensor, or has another dtype",
+    ),
     "transformers swin v2": (
         "attention.self",
         "logit_scale",
@@ -865,6 +873,32 @@ def test_what_transformers_asks_of_its_swin_v2(monkeypatch):
     monkeypatch.setattr(swin, "window_reverse", lambda *args: 0.5 * original(*args))
     agree(plain, fast, x, modes=("inference",))
     assert reasons(fast) == ["a function of transformers' Swin v2 was patched"] * 4
+
+
+@NEEDS_TRANSFORMERS
+def test_what_transformers_asks_of_its_donut(monkeypatch):
+    """Attention weights, keywords; windows as large as the image; biases that are not there; a patched function."""
+    donut = transformers.models.donut.modeling_donut_swin
+    x = image((40, 40))
+    plain = plain_model("transformers donut", qkv_bias=False)
+    fast = accelerated(plain)
+    agree(plain, fast, x)
+    got, wanted = (tensors(m.model(x, output_attentions=True, output_hidden_states=True)) for m in (fast, plain))
+    assert len(got) == len(wanted) > 6
+    assert all(distance(mine, theirs) < 1e-5 for mine, theirs in zip(got, wanted, strict=True))
+    options = {"hidden_states": torch.randn(1, 36, 32), "input_dimensions": (4, 9)}
+    for always in (True, False):  # as it is the window is shifted, then there is one row of them
+        got, wanted = (layers(model)[1](**options, always_partition=always)[0] for model in (fast, plain))
+        assert_close(got, wanted, "by keywords")
+    assert layers(fast)[1].shift_size == layers(plain)[1].shift_size == 0
+    assert not reasons(fast)
+    for model in (plain, fast):
+        layers(model)[0].set_shift_and_window_size = lambda size: None
+    agree(plain, fast, x, modes=("inference",))
+    original = donut.window_partition
+    monkeypatch.setattr(donut, "window_partition", lambda *args: 0.5 * original(*args))
+    agree(plain, fast, x, modes=("inference",))
+    assert reasons(fast) == ["a function of transformers' Donut was patched"] * 4
 
 
 @NEEDS_TRANSFORMERS

@@ -28,6 +28,7 @@ _FAMILIES = {
     "torchvision's Swin": ("torchvision.models.swin_transformer", "torchvision_swin"),
     "transformers' SAM": ("transformers.models.sam.modeling_sam", "transformers_sam"),
     "transformers' Swin": ("transformers.models.swin.modeling_swin", "transformers_swin"),
+    "transformers' Donut": ("transformers.models.donut.modeling_donut_swin", "transformers_donut"),
     "transformers' Swin v2": ("transformers.models.swinv2.modeling_swinv2", "transformers_swin_v2"),
 }
 # The first version whose layers are those that we know, where a library had others before.
@@ -38,10 +39,10 @@ def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, toler
     """Make the layers inside ``model`` that it knows fast, in place: same parameters, state dict, hooks and outputs.
 
     It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera, Swin and Swin v2, of torchvision's Swin and
-    Swin v2, and of transformers' SAM, Swin and Swin v2, in these models or in any other. Their instances are given a
-    subclass of their own class; nothing of these libraries is patched, no tensor is copied or moved. Doing it twice
-    changes nothing; an error leaves the model as it was. Layers that someone subclassed or patched are left alone and
-    reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
+    Swin v2, and of transformers' SAM, Donut, Swin and Swin v2, in these models or in any other. Their instances are
+    given a subclass of their own class; nothing of these libraries is patched, no tensor is copied or moved. Doing it
+    twice changes nothing; an error leaves the model as it was. Layers that someone subclassed or patched are left alone
+    and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
 
     Args:
         model: one of these models, or any module with such layers inside.
