@@ -396,7 +396,7 @@ def halves(
 ) -> list[Half]:
     """The attention sub-layer and the MLP sub-layer of a layer whose modules have these ``names``.
 
-    ``attention`` is what else is to be said of the first sub-layer.
+    Those may have dots. ``attention`` is what else is to be said of the first sub-layer.
     """
     first, second = names
     return [
@@ -406,7 +406,7 @@ def halves(
 
 
 def _half(layer: Any, names: tuple[str, str, str, str], known: Known, **more: Any) -> Half:
-    norm, body, scale, path = map(layer._modules.get, names)
+    norm, body, scale, path = (_inside(layer, name) for name in names)
     return Half(names, norm, body, scale, path, known, **more)
 
 

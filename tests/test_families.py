@@ -56,6 +56,21 @@ def torchvision_swin(block: str, merging: str, drop_path_rate: float = 0.0, **op
     return swin.SwinTransformer(**sizes, **classes, num_classes=7, stochastic_depth_prob=drop_path_rate, **options)
 
 
+def timm_maxvit(**options: Any) -> nn.Module:
+    maxvit = models.maxxvit
+    cfg = maxvit.MaxxVitCfg(embed_dim=(32, 64), depths=(1, 1), block_type=("M", "M"), stem_width=16)
+    return maxvit.MaxxVit(
+        cfg, img_size=32, num_classes=7, transformer_window_size=(4, 4), **{"transformer_init_values": 0.5, **options}
+    )
+
+
+def torchvision_maxvit(drop_path_rate: float = 0.0, **options: Any) -> nn.Module:
+    sizes = {"block_channels": [32, 64], "block_layers": [1, 1], "stem_channels": 16, "head_dim": 16}
+    return torchvision.models.MaxVit(
+        (32, 32), **sizes, partition_size=4, num_classes=7, stochastic_depth_prob=drop_path_rate, **options
+    )
+
+
 class Output(nn.Module):
     """The first output of a model of transformers."""
 
@@ -165,6 +180,8 @@ FAMILIES = {
         (2, 2, 2, 2),
         {"strict_img_size": False},
     ),
+    "maxvit": Family("timm's MaxViT", timm_maxvit, (32, 32), (64, 32), (2, 2, 2, 2)),
+    "torchvision maxvit": Family("torchvision's MaxViT", torchvision_maxvit, (32, 32), (32, 32), (2, 2, 2, 2)),
     "torchvision swin": Family(
         "torchvision's Swin",
         lambda **kw: torchvision_swin("SwinTransformerBlock", "PatchMerging", **kw),
@@ -236,22 +253,26 @@ def layers(model: nn.Module) -> list[Any]:
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if {"attn", "attention"} & set(module._modules)]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if {"attn", "attention", "attn_layer"} & set(module._modules)
+    ]
 
 
 # The names of parts where a library has others than most of timm's layers.
 SPELLINGS = {
-    "mlp": ("intermediate",),
-    "mlp.fc1": ("mlp.0", "mlp.lin1", "intermediate.dense"),
-    "mlp.act": ("mlp.1", "mlp.activation_fn", "intermediate.intermediate_act_fn"),
-    "mlp.drop1": ("mlp.2", "dropout", "output.dropout"),
-    "mlp.fc2": ("mlp.3", "mlp.lin2", "output.dense"),
-    "mlp.drop2": ("mlp.4", "dropout", "output.dropout"),
-    "attn": ("attention",),
+    "mlp": ("mlp_layer", "intermediate"),
+    "mlp.fc1": ("mlp_layer.1", "mlp.0", "mlp.lin1", "intermediate.dense"),
+    "mlp.act": ("mlp_layer.2", "mlp.1", "mlp.activation_fn", "intermediate.intermediate_act_fn"),
+    "mlp.drop1": ("mlp_layer.4", "mlp.2", "dropout", "output.dropout"),
+    "mlp.fc2": ("mlp_layer.3", "mlp.3", "mlp.lin2", "output.dense"),
+    "mlp.drop2": ("mlp_layer.4", "mlp.4", "dropout", "output.dropout"),
+    "attn": ("attn_layer.1", "attention"),
     "attn.attn_drop": ("attention.self.dropout",),
-    "attn.proj": ("attention.o_proj", "attention.output.dense"),
-    "norm1": ("layernorm_before", "layer_norm1"),
-    "norm2": ("layernorm_after", "layer_norm2"),
+    "attn.proj": ("attn_layer.1.merge", "attention.o_proj", "attention.output.dense"),
+    "norm1": ("attn_layer.0", "layernorm_before", "layer_norm1"),
+    "norm2": ("mlp_layer.0", "layernorm_after", "layer_norm2"),
 }
 
 
@@ -433,7 +454,7 @@ def test_models_do_what_they_did(family, changes):
             ACTIONS[action][0](model, chosen)
     nest_fast.accelerate(before)
     x = image(FAMILIES[family].size).to(next(plain.parameters()).dtype)
-    for fast, mode in ((after, "train"), (before, "inference")):
+    for fast, mode in ((before, "inference"), (after, "train")):  # in training batch norms change
         agree(plain, fast, x, modes=(mode,), layout=False)
         rows = [row for row in nest_fast.explain(fast) if row.how.startswith("its modules")]
         for action, chosen in spread(family, changes, fast):
@@ -587,6 +608,16 @@ STRANGE = {
         "attn's table of the bias is no ordinary tensor, or has another dtype",
     ),
     "swin v2": ("attn", "q_bias", "attn's scale or biases are no ordinary tensors, or have another dtype"),
+    "maxvit": (
+        "attn.rel_pos",
+        "relative_position_bias_table",
+        "attn.rel_pos's table is no ordinary tensor, or has another dtype",
+    ),
+    "torchvision maxvit": (
+        "attn_layer.1",
+        "relative_position_bias_table",
+        "attn_layer.1's table of the bias is no ordinary tensor, or has another dtype",
+    ),
     "torchvision swin": (
         "attn",
         "relative_position_bias_table",
@@ -803,6 +834,71 @@ def test_what_torchvision_drops_adds_and_traces(family, monkeypatch):
     monkeypatch.setattr(module, "shifted_window_attention", lambda *args, **named: 0.5 * original(*args, **named))
     agree(plain, fast, x, modes=("inference",))
     assert "a function of torchvision's Swin was patched" in reasons(fast)
+
+
+@pytest.mark.parametrize(("kind", "heads_first"), [("bias", False), ("bias_tf", True), ("mlp", False), (None, True)])
+def test_maxvits_of_all_kinds_of_bias(kind, heads_first):
+    """Orders of q, k and v, with biases and without, and other windows; a bias that drops in training."""
+    options = {"rel_pos_type": kind, "head_first": heads_first, "attn_bias": heads_first, "init_values": None}
+    plain = plain_model("maxvit", **{f"transformer_{name}": value for name, value in options.items()})
+    fast = accelerated(plain)
+    x = image((64, 32))
+    agree(plain, fast, image((32, 32)), modes=("inference",))
+    for model in (plain, fast):
+        model.set_input_size((64, 32), window_size=(4, 2), grid_size=(2, 4))
+    agree(plain, fast, x, modes=("inference", "train"))
+    assert reasons(fast) == ["attn.rel_pos drops"] * (4 if kind == "mlp" else 0)
+
+
+@pytest.mark.parametrize("family", ["maxvit"])
+def test_what_users_do_to_windows_and_their_bias(family, monkeypatch):
+    """A hook on a bias, a method patched on a layer or on its class; windows that do not divide the image."""
+    plain = plain_model(family)
+    fast = accelerated(plain)
+    x = image(FAMILIES[family].size)
+    for model in (plain, fast):
+        first, second, *_ = named_layers(model)
+        second[1].attn.fused_attn = False
+        listen(model, f"{second[0]}.attn.rel_pos", "forward")
+        method = next(name for name in ("_partition_attn", "_window_attn") if hasattr(first[1], name))
+        setattr(first[1], method, lambda x, *args: 0.5 * x)
+    agree(plain, fast, x, modes=("inference",))
+    assert fast.calls
+    assert "somebody listens to attn.rel_pos, or patched it" in reasons(fast)
+    base = type(layers(plain)[0])
+    original = getattr(base, method)
+    monkeypatch.setattr(base, method, lambda self, x, *args: 0.5 * original(self, x, *args))
+    agree(plain, fast, x, modes=("inference",))
+    for model in (plain, fast):
+        with pytest.raises((AssertionError, RuntimeError), match=r"must be divisible by window|is invalid for input"):
+            layers(model)[2](torch.randn(1, 7, 8, 64))
+
+
+def test_torchvisions_maxvit_reads_its_parts_in_every_call():
+    """More modules in a row, dropouts, a swap and a partition that are heard, sizes that windows do not divide."""
+    plain = plain_model("torchvision maxvit", attention_dropout=0.2, mlp_dropout=0.2, drop_path_rate=0.5)
+    fast = accelerated(plain)
+    x = image((32, 32))
+    agree(plain, fast, x, modes=("inference", "train"))
+    assert reasons(fast) == ["attn_layer.2 drops", "mlp_layer.4 drops"] * 4
+    for model in (plain, fast):
+        first, second, third, _ = layers(model)
+        first.attn_layer.append(Scale(32))
+        second.mlp_layer.append(Scale(32))
+        listen(model, f"{named_layers(model)[2][0]}.partition_op", "forward")
+        listen(model, f"{named_layers(model)[3][0]}.departition_swap", "forward")
+        third.attn_layer.register_forward_hook(lambda module, args, out: 2 * out)
+    agree(plain, fast, x, modes=("inference",), layout=False)
+    assert len(fast.calls) == 2
+    assert reasons(fast) == [
+        "attn_layer has not 3 modules",
+        "mlp_layer has not 5 modules",
+        "somebody listens to attn_layer, or patched it",
+    ]
+    for model in (plain, fast):
+        layers(model)[2].grid_size = (6, 6)
+        with pytest.raises(AssertionError, match="Grid size must be divisible by partition size"):
+            model(x)
 
 
 @NEEDS_TRANSFORMERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm.layers
-from torch import Tensor
+from torch import Tensor, nn
 
 from nest_fast import fusion
 from nest_fast.ops import windows
@@ -14,10 +14,14 @@ __all__ = [
     "ATTENTION_PARTS",
     "ATTENTION_RULES",
     "KNOWN",
+    "KNOWN_BIASES",
     "PLAIN_PARTS",
+    "POSITION_BIAS",
     "in_windows",
     "layer_scale",
     "options",
+    "partitioned",
+    "position_bias",
     "scale",
     "shifting",
 ]
@@ -97,3 +101,53 @@ def in_windows(x: Tensor, half: fusion.Half, branch_scale: float, layer: Any, **
 
 def _makes_masks(layer: Any) -> bool:
     return getattr(layer, "dynamic_mask", False)
+
+
+# --- layers that attend in the windows that an image is cut into, of timm's MaxViT and GCViT --------------------------
+
+
+def _drops(bias: Any) -> bool:
+    """Whether random numbers are drawn for a bias, which stochastic depth would draw before."""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p != 0.0 for m in bias.modules())
+
+
+def _bias(cls: type, rules: fusion.Rules = ()) -> fusion.Written:
+    return fusion.as_written("bias", cls, methods=("forward", "get_bias"), rules=rules)
+
+
+_TABLE: fusion.Rules = (
+    (
+        "{name}'s table is no ordinary tensor, or has another dtype",
+        lambda m, x: fusion.is_other(m, "relative_position_bias_table", x),
+    ),
+)
+KNOWN_BIASES: fusion.Known = {
+    timm.layers.RelPosBias: _bias(timm.layers.RelPosBias, _TABLE),
+    timm.layers.RelPosBiasTf: _bias(timm.layers.RelPosBiasTf, _TABLE),
+    timm.layers.RelPosMlp: _bias(timm.layers.RelPosMlp, (("{name} drops", lambda m, x: _drops(m)),)),
+}
+POSITION_BIAS = fusion.Place(("bias",), optional=True)
+
+
+def position_bias(attn: Any) -> Tensor | None:
+    """``(heads, N, N)``, as its module makes it."""
+    return None if attn.rel_pos is None else attn.rel_pos.get_bias().flatten(0, -3)
+
+
+def partitioned(fast: type, theirs: type, method: str, window: str) -> fusion.Written:
+    """A class of such layers and what it stands for: its ``method`` attends, its ``window`` has the size of one."""
+
+    def does_not_divide(layer: Any, x: Tensor) -> bool:
+        h, w = getattr(layer, window)
+        return x.shape[1] % h != 0 or x.shape[2] % w != 0
+
+    return fusion.as_written(
+        "layer",
+        fast,
+        theirs,
+        methods=("forward", method),
+        rules=(
+            ("a method of {name} was patched", lambda m, x: method in m.__dict__),
+            ("the windows of {name} do not divide its image", does_not_divide),
+        ),
+    )

@@ -15,12 +15,12 @@ import torch
 import torchvision.models.swin_transformer as torchvision_swin
 from torch import Tensor
 from torchvision.ops.misc import MLP
-from torchvision.ops.stochastic_depth import StochasticDepth
 
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
 from nest_fast.integrations._swin import cosine_scale
+from nest_fast.integrations._torchvision import KNOWN
 from nest_fast.ops import windows
 
 __all__ = ["ADAPTER"]
@@ -85,13 +85,7 @@ _ATTENTION_RULES: fusion.Rules = (
 )
 
 _KNOWN: fusion.Known = {
-    **fusion.TORCH,
-    StochasticDepth: fusion.as_written(
-        "drop_path",
-        StochasticDepth,
-        rate="p",
-        rules=(("{name} drops whole batches", lambda m, x: m.training and m.p != 0.0 and m.mode != "row"),),
-    ),
+    **KNOWN,
     MLP: fusion.as_written(
         "mlp",
         MLP,
