@@ -17,6 +17,7 @@ MORE = {
     "davit_tiny": (224, 8),
     "hiera_tiny_224": (224, 8),
     "swinv2_tiny_window8_256": (256, 8),
+    "gcvit_tiny": (224, 8),
     "maxvit_tiny_rw_224": (224, 8),
     "torchvision.maxvit_t": (224, 8),
     "torchvision.swin_t": (224, 8),

@@ -180,6 +180,16 @@ FAMILIES = {
         (2, 2, 2, 2),
         {"strict_img_size": False},
     ),
+    "gcvit": Family(
+        "timm's GCViT",
+        lambda **kw: models.gcvit.GlobalContextVit(
+            img_size=32, window_size=(4, 4), embed_dim=32, depths=(2, 2), num_heads=(1, 2), mlp_ratio=2.0,
+            num_classes=7, layer_scale=0.5, **kw,
+        ),
+        (32, 32),
+        (32, 32),
+        (2, 1, 2, 1),
+    ),
     "maxvit": Family("timm's MaxViT", timm_maxvit, (32, 32), (64, 32), (2, 2, 2, 2)),
     "torchvision maxvit": Family("torchvision's MaxViT", torchvision_maxvit, (32, 32), (32, 32), (2, 2, 2, 2)),
     "torchvision swin": Family(
@@ -608,6 +618,11 @@ STRANGE = {
         "attn's table of the bias is no ordinary tensor, or has another dtype",
     ),
     "swin v2": ("attn", "q_bias", "attn's scale or biases are no ordinary tensors, or have another dtype"),
+    "gcvit": (
+        "attn.rel_pos",
+        "relative_position_bias_table",
+        "attn.rel_pos's table is no ordinary tensor, or has another dtype",
+    ),
     "maxvit": (
         "attn.rel_pos",
         "relative_position_bias_table",
@@ -652,13 +667,14 @@ def test_parameters_that_are_no_ordinary_tensors(family):
     name, parameter, why = STRANGE[family]
     plain = plain_model(family)
     fast = accelerated(plain)
+    before = reasons(fast)
     for model in (plain, fast):
         own = layers(model)[0].get_submodule(name)._parameters
         own[parameter] = own[parameter].detach().as_subclass(Marked)
     x = image(FAMILIES[family].size)
     with torch.no_grad():
         assert_close(fast(x).as_subclass(torch.Tensor), plain(x).as_subclass(torch.Tensor), "output")
-    assert reasons(fast) == [why]
+    assert reasons(fast) == [why, *before]
 
 
 @pytest.mark.parametrize("family", ["davit", "swin", "swin v2"])
@@ -850,18 +866,18 @@ def test_maxvits_of_all_kinds_of_bias(kind, heads_first):
     assert reasons(fast) == ["attn.rel_pos drops"] * (4 if kind == "mlp" else 0)
 
 
-@pytest.mark.parametrize("family", ["maxvit"])
+@pytest.mark.parametrize("family", ["gcvit", "maxvit"])
 def test_what_users_do_to_windows_and_their_bias(family, monkeypatch):
     """A hook on a bias, a method patched on a layer or on its class; windows that do not divide the image."""
     plain = plain_model(family)
     fast = accelerated(plain)
     x = image(FAMILIES[family].size)
     for model in (plain, fast):
-        first, second, *_ = named_layers(model)
-        second[1].attn.fused_attn = False
-        listen(model, f"{second[0]}.attn.rel_pos", "forward")
-        method = next(name for name in ("_partition_attn", "_window_attn") if hasattr(first[1], name))
-        setattr(first[1], method, lambda x, *args: 0.5 * x)
+        (_, first), _, (name, third), _ = named_layers(model)
+        third.attn.fused_attn = False
+        listen(model, f"{name}.attn.rel_pos", "forward")
+        method = next(own for own in ("_partition_attn", "_window_attn") if hasattr(first, own))
+        setattr(first, method, lambda x, *args: 0.5 * x)
     agree(plain, fast, x, modes=("inference",))
     assert fast.calls
     assert "somebody listens to attn.rel_pos, or patched it" in reasons(fast)

@@ -25,6 +25,7 @@ _FAMILIES = {
     "timm's Hiera": ("timm.models.hiera", "timm_hiera"),
     "timm's Swin": ("timm.models.swin_transformer", "timm_swin"),
     "timm's Swin v2": ("timm.models.swin_transformer_v2", "timm_swin_v2"),
+    "timm's GCViT": ("timm.models.gcvit", "timm_gcvit"),
     "timm's MaxViT": ("timm.models.maxxvit", "timm_maxvit"),
     "torchvision's MaxViT": ("torchvision.models.maxvit", "torchvision_maxvit"),
     "torchvision's Swin": ("torchvision.models.swin_transformer", "torchvision_swin"),
@@ -40,11 +41,11 @@ _SINCE = {"transformers": (5, 24)}
 def accelerate(model: nn.Module, example: Tensor | tuple | None = None, *, tolerance: float | None = None) -> Report:
     """Make the layers inside ``model`` that it knows fast, in place: same parameters, state dict, hooks and outputs.
 
-    It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera, MaxViT, Swin and Swin v2, of torchvision's
-    MaxViT, Swin and Swin v2, and of transformers' SAM, Donut, Swin and Swin v2, in these models or in any other. Their
-    instances are given a subclass of their own class; nothing of these libraries is patched, no tensor is copied or
-    moved. Doing it twice changes nothing; an error leaves the model as it was. Layers that someone subclassed or
-    patched are left alone and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
+    It knows those of timm's NesT, ViT and DeiT, SAM, Twins, DaViT, Hiera, GCViT, MaxViT, Swin and Swin v2, of
+    torchvision's MaxViT, Swin and Swin v2, and of transformers' SAM, Donut, Swin and Swin v2, in these models or in any
+    other. Their instances are given a subclass of their own class; nothing of these libraries is patched, no tensor is
+    copied or moved. Doing it twice changes nothing; an error leaves the model as it was. Layers that someone subclassed
+    or patched are left alone and reported, with those of which a part is called as it is (a hook, a LoRA, a dropout).
 
     Args:
         model: one of these models, or any module with such layers inside.
