@@ -112,7 +112,7 @@ def _drops(bias: Any) -> bool:
 
 
 def _bias(cls: type, rules: fusion.Rules = ()) -> fusion.Written:
-    return fusion.as_written("bias", cls, methods=("forward", "get_bias"), rules=rules)
+    return fusion.as_written("bias", cls, rules=rules)
 
 
 _TABLE: fusion.Rules = (

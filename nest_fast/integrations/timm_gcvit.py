@@ -18,7 +18,6 @@ from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
 from nest_fast.integrations._timm import (
     ATTENTION_PARTS,
-    ATTENTION_RULES,
     KNOWN,
     KNOWN_BIASES,
     POSITION_BIAS,
@@ -63,7 +62,7 @@ _KNOWN: fusion.Known = {
     timm_gcvit.WindowAttentionGlobal: fusion.as_written(
         "attention",
         timm_gcvit.WindowAttentionGlobal,
-        rules=(*ATTENTION_RULES, ("{name} has queries of the whole image", lambda m, x: m.use_global)),
+        rules=(("{name} has queries of the whole image", lambda m, x: m.use_global),),
         parts=(*ATTENTION_PARTS, ("rel_pos", POSITION_BIAS)),
         options=lambda attn: fusion.Attention(attn.num_heads, attn.scale),
     ),

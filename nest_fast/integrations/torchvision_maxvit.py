@@ -75,7 +75,6 @@ _KNOWN: fusion.Known = {
     torchvision_maxvit.RelativePositionalMultiHeadAttention: fusion.as_written(
         "attention",
         torchvision_maxvit.RelativePositionalMultiHeadAttention,
-        methods=("forward", "get_relative_positional_bias"),
         rules=(
             (
                 "{name}'s table of the bias is no ordinary tensor, or has another dtype",
