@@ -105,6 +105,7 @@ def test(python: str, torch: str, wheel: Path, root: Path, limit: float) -> dict
     tests, report = root / name / "tests", root / f"{name}.xml"  # away from the sources: the wheel is tested
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples", env / "examples", dirs_exist_ok=True)
     shutil.copy(ROOT / "pyproject.toml", env)
     report.unlink(missing_ok=True)
     start = time.monotonic()

@@ -66,7 +66,8 @@ def _no_deprecated_call_of_ours(monkeypatch):
 
     def raise_ours(message, category, *rest):
         deprecated = issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning)
-        if (deprecated or "deprecated" in str(message)) and _is_ours(sys._getframe(1)):
+        interpreters = "NumPy" in str(message)  # Triton's interpreter calls it, for our kernels
+        if (deprecated or "deprecated" in str(message)) and not interpreters and _is_ours(sys._getframe(1)):
             raise AssertionError(f"nest_fast causes {category.__name__}: {message}")
         show(message, category, *rest)
 

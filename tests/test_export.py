@@ -266,6 +266,7 @@ def test_onnx(case, tmp_path):
                 as_accurate([model(x), run(x)], model, x)
 
 
+@installed("onnx", "onnxscript")
 def test_an_explicit_kernel_is_refused_in_onnx():
     class Blocks(torch.nn.Module):
         def forward(self, x):
