@@ -184,7 +184,7 @@ def _augmentation(options: Options, prepare: dict[str, Any]) -> Callable[[Image.
             is_training=True,
             scale=(options.min_crop, 1.0),
             hflip=options.hflip,
-            color_jitter=None,  # type: ignore[arg-type]
+            color_jitter=None,
             auto_augment=options.auto_augment or None,
             re_prob=options.random_erasing,
             re_mode="pixel",
