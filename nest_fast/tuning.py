@@ -71,7 +71,7 @@ class Tuning:
     @property
     def written(self) -> str:
         """Where the choices are, in words."""
-        return f"written to {self.path}" if self.path else "not written, since NEST_FAST_TUNED=off"
+        return f"written to {self.path}" if self.path else "not written: NEST_FAST_TUNED=off, or no home for a file"
 
 
 def tune(

@@ -183,6 +183,10 @@ def test_off_reads_and_writes_nothing(file, clock, monkeypatch):
     assert _tuned.read(CPU) == _tuned.Choices()
     assert "NEST_FAST_TUNED=off" in str(tune())
     monkeypatch.delenv("NEST_FAST_TUNED")
+    with monkeypatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        assert _tuned.read(CPU) == _tuned.Choices()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent))
     assert torch.__version__ in _tuned.path(CPU).name
     assert _tuned.path(CPU).parent == file.parent / "nest_fast"

@@ -262,7 +262,7 @@ def _index(device: torch.device) -> int:
 
 
 def path(device: torch.device) -> Path | None:
-    """The file of ``device``; None where there is to be none.
+    """The file of ``device``; None where there is to be none, or no home for it.
 
     ``NEST_FAST_TUNED``: a path, or "off"; else the file is in ``$XDG_CACHE_HOME`` or ``~/.cache``, under a name for the
     device, its driver, torch, Triton and nest_fast.
@@ -270,9 +270,13 @@ def path(device: torch.device) -> Path | None:
     named = os.environ.get("NEST_FAST_TUNED", "")
     if named:
         return None if named == "off" else Path(named).expanduser()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
     words = "-".join(str(word) for word in machine(device).values() if word)
     name = "".join(c if c.isalnum() or c in ".+" else "-" for c in words)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nest_fast" / f"{name}.json"
+    return cache / "nest_fast" / f"{name}.json"
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -306,9 +310,11 @@ def read(device: torch.device) -> Choices:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         return Choices()
     file = path(device)
-    if file is None or not file.is_file():
+    if file is None:
         return Choices()
     try:
+        if not file.is_file():
+            return Choices()
         said = json.loads(file.read_text())
         if said["machine"] != machine(device):
             raise ValueError(f"it was measured on {said['machine']}, and this is {machine(device)}")
