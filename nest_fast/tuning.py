@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class Tuning:
     @property
     def written(self) -> str:
         """Where the choices are, in words."""
-        return f"written to {self.path}" if self.path else "not written: NEST_FAST_TUNED=off, or no home for a file"
+        return f"written to {self.path}" if self.path else "not written (NEST_FAST_TUNED=off, or no place for a file)"
 
 
 def tune(
@@ -156,7 +157,10 @@ def tune(
         kept = {key: name for key, name in before.implementations.items() if key not in measured}
         launches = {**before.launches, **_tuned.launches(configurations)}
         _tuned.set_choices(device, _tuned.Choices({**kept, **implementations}, launches))
-        path = _tuned.write(device, said, launches) if said else _tuned.path(device)
+        try:
+            path = _tuned.write(device, said, launches) if said else None
+        except OSError as error:
+            warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=2)
     return Tuning(tuple(rows), len(questions) - len(rows), path)
 
 

@@ -11,9 +11,9 @@ import hypothesis
 import pytest
 import torch
 
-from helpers.interpreter import patch_once_a_launch
-
 pytest.register_assert_rewrite("helpers")
+from helpers.interpreter import patch_once_a_launch  # noqa: E402
+
 # Interpreted kernels take their time, and fixtures only choose an implementation, the same for every example.
 shared = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 # The same examples in every run, so that a green run stays green; HYPOTHESIS_PROFILE=explore looks for new ones.

@@ -192,6 +192,15 @@ def test_off_reads_and_writes_nothing(file, clock, monkeypatch):
     assert _tuned.path(CPU).parent == file.parent / "nest_fast"
 
 
+@needs_cpp
+def test_a_file_that_cannot_be_written_costs_the_file_alone(file, clock):
+    clock["parts"] = 0.5
+    file.parent.write_text("no folder")
+    with pytest.warns(UserWarning, match="what was measured counts in this process alone: .*cache"):
+        assert "not written" in str(tune())
+    assert taken()["mlp_layer"] == "parts"
+
+
 def test_what_cannot_run_is_not_taken():
     x, weight = torch.randn(2, 4, 8), torch.randn(8, 8)
     with torch.no_grad(), _tuned.watched() as asked:
