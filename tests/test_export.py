@@ -349,6 +349,8 @@ def run_example(build, package, images):
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, "CXXFLAGS": "-O0"}
         )
+        if "uses CUDA but I cannot find the CUDA" in done.stderr:
+            pytest.skip("the CMake files of this torch want a CUDA toolkit; Python's part has passed")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 
