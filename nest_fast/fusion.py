@@ -288,10 +288,16 @@ def why_not(x: Tensor, parts: Iterable[Part], known: Known) -> Reason | None:
 
 
 def flags(x: Tensor, name: str, module: Any, written: Written) -> Reason | None:
-    """Why a module, inside its own forward, may not compute ``x`` around its parts; its own hooks have run already."""
+    """Why a module, inside its own forward, may not compute ``x`` around its parts; its own hooks have run already.
+
+    That forward is the first of ``written.methods``; one that was put on the instance has called it.
+    """
     own = written.methods[0][0]
     if any(cls is own and getattr(type(module), method) is not function for cls, method, function in written.methods):
         return Reason("{name} has methods of its own", name, module)
+    (_, inside, _), *others = written.methods
+    if any(method != inside and method in module.__dict__ for _, method, _ in others):
+        return Reason("a method of {name} was patched", name, module)
     for why, holds in written.rules:
         if holds(module, x):
             return Reason(why, name, module)

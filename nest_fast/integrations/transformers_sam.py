@@ -90,7 +90,6 @@ _KNOWN: fusion.Known = {
         SamVisionLayer,
         hf_sam.SamVisionLayer,
         methods=_METHODS,
-        rules=(("a method of {name} was patched", lambda m, x: any(name in m.__dict__ for name in _METHODS)),),
     ),
 }
 

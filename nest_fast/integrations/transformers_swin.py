@@ -134,7 +134,6 @@ _KNOWN: fusion.Known = {
         SwinLayer,
         hf_swin.SwinLayer,
         methods=_METHODS,
-        rules=(("a method of {name} was patched", lambda m, x: any(name in m.__dict__ for name in _METHODS)),),
     ),
 }
 
