@@ -424,6 +424,12 @@ def run(x: Tensor, halves: Iterable[Half]) -> Tensor:
     return x
 
 
+def run_on_image(x: Tensor, halves: Iterable[Half]) -> Tensor:
+    """The attention sub-layer on an image ``(B, H, W, C)``, the MLP on its tokens ``(B, H * W, C)``, as an image."""
+    attention, mlp = halves
+    return run(run(x, [attention]).flatten(1, 2), [mlp]).view(x.shape)
+
+
 def _call(x: Tensor, half: Half) -> Tensor:
     if half.call is not None:
         return x + half.call(x)

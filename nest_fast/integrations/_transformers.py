@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation
 from nest_fast import fusion
 from nest_fast.fusion import LINEAR, SILENT, Place
 
-__all__ = ["HANDED", "KNOWN", "NESTED_ATTENTION", "SQUARE", "attended", "is_asked", "kept", "mlp_parts", "packed"]
+__all__ = ["HANDED", "KNOWN", "SQUARE", "attended", "is_asked", "kept", "mlp_parts", "nested", "packed"]
 
 KNOWN: fusion.Known = {
     **fusion.TORCH,
@@ -29,7 +29,7 @@ SQUARE = Place(
 )
 # A linear layer and a dropout that are a module of their own.
 HANDED = Place(("output",))
-NESTED_ATTENTION = (
+_NESTED_ATTENTION = (
     ("self", Place(("self attention",))),
     ("self.query", SQUARE),
     ("self.key", SQUARE),
@@ -39,6 +39,41 @@ NESTED_ATTENTION = (
     ("output.dense", LINEAR),
     ("output.dropout", SILENT),
 )
+
+
+def nested(library: Any, prefix: str, family: str, parameter: tuple[str, str]) -> fusion.Known:
+    """The modules of layers whose attention and MLP are two modules each, of which the second hands on the result.
+
+    Args:
+        library: the module of transformers with their classes.
+        prefix: before the names of these.
+        family: what a reason calls it.
+        parameter: of the attention, beside its linear layers: its name, and what a reason calls it.
+    """
+    name, meaning = parameter
+
+    def own(role: str, cls: str, **what: Any) -> fusion.Known:
+        theirs = getattr(library, f"{prefix}{cls}")
+        return {theirs: fusion.as_written(role, theirs, **what)}
+
+    def functions() -> tuple:
+        return library.window_partition, library.window_reverse
+
+    written = functions()
+    strange = f"{{name}}'s {meaning} is no ordinary tensor, or has another dtype"
+    return {
+        **own("self attention", "SelfAttention", rules=((strange, lambda m, x: fusion.is_other(m, name, x)),)),
+        **own("output", "SelfOutput"),
+        **own("output", "Output"),
+        **own("mlp", "Intermediate", parts=(("dense", LINEAR), ("intermediate_act_fn", fusion.ACTIVATION))),
+        **own(
+            "attention",
+            "Attention",
+            rules=((f"a function of transformers' {family} was patched", lambda m, x: functions() != written),),
+            parts=_NESTED_ATTENTION,
+            options=lambda attn: fusion.Attention(getattr(attn.self, "num_attention_heads", 1)),  # of any module
+        ),
+    }
 
 
 def mlp_parts(layer: Any) -> tuple[fusion.Part, ...]:

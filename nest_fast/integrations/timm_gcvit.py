@@ -35,9 +35,7 @@ class GlobalContextVitBlock(Fast, timm_gcvit.GlobalContextVitBlock):
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         if fusion.flags(x, "the layer", self, _KNOWN[GlobalContextVitBlock]):
             return timm_gcvit.GlobalContextVitBlock.forward(self, x, q_global)
-        attention, mlp = _halves(self, q_global)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self, q_global))
 
 
 def _halves(layer: Any, q_global: Tensor | None = None) -> list[fusion.Half]:

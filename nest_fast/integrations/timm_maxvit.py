@@ -37,9 +37,7 @@ class PartitionAttentionCl(Fast, timm_maxvit.PartitionAttentionCl):
     def forward(self, x: Tensor) -> Tensor:
         if fusion.flags(x, "the layer", self, _KNOWN[PartitionAttentionCl]):
             return timm_maxvit.PartitionAttentionCl.forward(self, x)
-        attention, mlp = _halves(self)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self))
 
 
 def _halves(layer: Any) -> list[fusion.Half]:

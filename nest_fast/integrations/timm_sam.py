@@ -23,9 +23,7 @@ __all__ = ["ADAPTER"]
 class Block(Fast, timm_sam.Block):
     @instead_of(timm_sam.Block)
     def forward(self, x: Tensor) -> Tensor:
-        attention, mlp = _halves(self)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self))
 
 
 def _halves(layer: Any) -> list[fusion.Half]:

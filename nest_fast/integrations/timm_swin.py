@@ -33,9 +33,7 @@ class SwinTransformerBlock(Fast, timm_swin.SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         if fusion.flags(x, "the layer", self, _KNOWN[SwinTransformerBlock]):
             return timm_swin.SwinTransformerBlock.forward(self, x)
-        attention, mlp = _halves(self)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self))
 
 
 def _halves(layer: Any) -> list[fusion.Half]:

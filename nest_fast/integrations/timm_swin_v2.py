@@ -28,9 +28,7 @@ class SwinTransformerV2Block(Fast, timm_swin.SwinTransformerV2Block):
     def forward(self, x: Tensor) -> Tensor:
         if fusion.flags(x, "the layer", self, _KNOWN[SwinTransformerV2Block]):
             return timm_swin.SwinTransformerV2Block.forward(self, x)
-        attention, mlp = _halves(self)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self))
 
 
 def _halves(layer: Any) -> list[fusion.Half]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
-from nest_fast.integrations._transformers import HANDED, KNOWN, NESTED_ATTENTION, attended, kept, mlp_parts, packed
+from nest_fast.integrations._transformers import HANDED, KNOWN, attended, kept, mlp_parts, nested, packed
 from nest_fast.ops import windows
 
 __all__ = ["ADAPTER"]
@@ -72,39 +72,10 @@ def _bias(attn: Any) -> Tensor:
 # --- what fusion knows of transformers' classes -----------------------------------------------------------------------
 
 
-def _functions() -> tuple:
-    return hf_donut.window_partition, hf_donut.window_reverse
-
-
-_FUNCTIONS = _functions()
-
 _KNOWN: fusion.Known = {
     **KNOWN,
     hf_donut.DonutDropPath: fusion.as_written("drop_path", hf_donut.DonutDropPath, rate="drop_prob", draw=kept),
-    hf_donut.DonutSwinSelfAttention: fusion.as_written(
-        "self attention",
-        hf_donut.DonutSwinSelfAttention,
-        rules=(
-            (
-                "{name}'s table of the bias is no ordinary tensor, or has another dtype",
-                lambda m, x: fusion.is_other(m, "relative_position_bias_table", x),
-            ),
-        ),
-    ),
-    hf_donut.DonutSwinSelfOutput: fusion.as_written("output", hf_donut.DonutSwinSelfOutput),
-    hf_donut.DonutSwinOutput: fusion.as_written("output", hf_donut.DonutSwinOutput),
-    hf_donut.DonutSwinIntermediate: fusion.as_written(
-        "mlp",
-        hf_donut.DonutSwinIntermediate,
-        parts=(("dense", fusion.LINEAR), ("intermediate_act_fn", fusion.ACTIVATION)),
-    ),
-    hf_donut.DonutSwinAttention: fusion.as_written(
-        "attention",
-        hf_donut.DonutSwinAttention,
-        rules=(("a function of transformers' Donut was patched", lambda m, x: _functions() != _FUNCTIONS),),
-        parts=NESTED_ATTENTION,
-        options=lambda attn: fusion.Attention(getattr(attn.self, "num_attention_heads", 1)),  # explain asks any module
-    ),
+    **nested(hf_donut, "DonutSwin", "Donut", ("relative_position_bias_table", "table of the bias")),
     DonutSwinLayer: fusion.as_written(
         "layer",
         DonutSwinLayer,

@@ -32,9 +32,7 @@ class SamVisionLayer(Fast, hf_sam.SamVisionLayer):
         x = hidden_states
         if fusion.flags(x, "the layer", self, _KNOWN[SamVisionLayer]):
             return hf_sam.SamVisionLayer.forward(self, x)
-        attention, mlp = _halves(self)
-        x = fusion.run(x, [attention])
-        return fusion.run(x.flatten(1, 2), [mlp]).view(x.shape)
+        return fusion.run_on_image(x, _halves(self))
 
 
 def _halves(layer: Any) -> list[fusion.Half]:

@@ -19,7 +19,7 @@ from nest_fast import fusion
 from nest_fast.explanation import tell_layer
 from nest_fast.integrations._swap import Adapter, Fast, instead_of
 from nest_fast.integrations._swin import cosine_scale
-from nest_fast.integrations._transformers import HANDED, KNOWN, NESTED_ATTENTION, attended, kept, mlp_parts, packed
+from nest_fast.integrations._transformers import HANDED, KNOWN, attended, kept, mlp_parts, nested, packed
 from nest_fast.ops import windows
 
 __all__ = ["ADAPTER"]
@@ -84,39 +84,10 @@ def _bias(attn: Any) -> Tensor:
 # --- what fusion knows of transformers' classes -----------------------------------------------------------------------
 
 
-def _functions() -> tuple:
-    return hf_swin.window_partition, hf_swin.window_reverse
-
-
-_FUNCTIONS = _functions()
-
 _KNOWN: fusion.Known = {
     **KNOWN,
     hf_swin.Swinv2DropPath: fusion.as_written("drop_path", hf_swin.Swinv2DropPath, rate="drop_prob", draw=kept),
-    hf_swin.Swinv2SelfAttention: fusion.as_written(
-        "self attention",
-        hf_swin.Swinv2SelfAttention,
-        rules=(
-            (
-                "{name}'s scale is no ordinary tensor, or has another dtype",
-                lambda m, x: fusion.is_other(m, "logit_scale", x),
-            ),
-        ),
-    ),
-    hf_swin.Swinv2SelfOutput: fusion.as_written("output", hf_swin.Swinv2SelfOutput),
-    hf_swin.Swinv2Output: fusion.as_written("output", hf_swin.Swinv2Output),
-    hf_swin.Swinv2Intermediate: fusion.as_written(
-        "mlp",
-        hf_swin.Swinv2Intermediate,
-        parts=(("dense", fusion.LINEAR), ("intermediate_act_fn", fusion.ACTIVATION)),
-    ),
-    hf_swin.Swinv2Attention: fusion.as_written(
-        "attention",
-        hf_swin.Swinv2Attention,
-        rules=(("a function of transformers' Swin v2 was patched", lambda m, x: _functions() != _FUNCTIONS),),
-        parts=NESTED_ATTENTION,
-        options=lambda attn: fusion.Attention(getattr(attn.self, "num_attention_heads", 1)),  # explain asks any module
-    ),
+    **nested(hf_swin, "Swinv2", "Swin v2", ("logit_scale", "scale")),
     Swinv2Layer: fusion.as_written(
         "layer",
         Swinv2Layer,
