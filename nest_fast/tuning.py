@@ -260,12 +260,12 @@ def _once(question: _tuned.Question, name: str, launches: dict[Any, Any]) -> Non
 def _oracle(question: _tuned.Question) -> Callable[[], str]:
     """What says how the call is too far from float64, on some samples; "" where it is as near as plain PyTorch."""
     few = {
-        name: _leaf(x[:SAMPLES], x) if isinstance(x, Tensor) and name in _tuned.BATCHED else x
+        name: _tuned.leaf(x[:SAMPLES]) if isinstance(x, Tensor) and name in _tuned.BATCHED else x
         for name, x in question.arguments.items()
     }
     plain = {**few, "impl": "reference"}
     wide = {
-        name: _leaf(x.double(), x) if isinstance(x, Tensor) and x.is_floating_point() else x
+        name: _tuned.leaf(x.double()) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in plain.items()
         if not name.endswith("dtype")  # to which an output is rounded
     }
@@ -291,10 +291,6 @@ def _errors(got: list[Tensor], golden: list[Tensor]) -> list[float]:
 
 
 _NOTHING = torch.zeros(1)
-
-
-def _leaf(x: Tensor, like: Tensor) -> Tensor:
-    return x.detach().requires_grad_(like.requires_grad)
 
 
 def _device(question: _tuned.Question) -> torch.device:

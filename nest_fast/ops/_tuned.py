@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCHED", "Choices", "Key", "Question", "choices", "configurations", "describe", "forced", "implementation",
-    "launched", "launches", "machine", "path", "read", "set_choices", "tunable", "watched", "with_launches", "write",
+    "launched", "launches", "leaf", "machine", "path", "read", "set_choices", "tunable", "watched", "with_launches",
+    "write",
 ]  # fmt: skip
 
 Key = tuple  # the operation, its dtype, whether gradients are wanted, then what each of its arguments is
@@ -72,9 +73,8 @@ class Question(NamedTuple):
 
 _CHOICES: dict[int, Choices] = {}  # by the index of a GPU, -1 for the CPU
 _FORCED: dict[str, str] = {}
-_ASKED: list[tuple[Key, str, tuple[str, ...]]] | None = (
-    None  # what was asked since watched(); None while nobody watches
-)
+# Key, rule and able of what was asked since watched(); None while nobody watches.
+_ASKED: list[tuple[Key, str, tuple[str, ...]]] | None = None
 _QUESTIONS: dict[Key, Question] = {}
 
 
@@ -136,14 +136,15 @@ def tunable(function: Callable[..., Any]) -> Callable[..., Any]:
             key, rule, able = _ASKED[before]
             if key not in _QUESTIONS:
                 arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-                leaves = {name: _leaf(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+                leaves = {name: leaf(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
                 _QUESTIONS[key] = Question(key, call, leaves, rule, able, _modes_now(leaves))
         return out
 
     return call
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
+    """``x`` cut off from what computed it."""
     return x.detach().requires_grad_() if x.requires_grad else x.detach()
 
 
