@@ -94,7 +94,7 @@ def measure(benchmark, problems, record_property):
         else:
             mine = own.peers[peer]()
             results = _attempt(mine, problem)
-            errors = [] if peer in problem.limits else check(own, results)
+            errors = [] if peer in problem.limits else _check(own, peer, results)
             del results
         if peer == "nest_fast" and not runs_our_operators(mine, problem.inputs):
             pytest.skip(f"{case.op} is plain PyTorch here")
@@ -143,6 +143,16 @@ def _attempt(run, problem):
         if any(text in str(error) for text in CANNOT):
             pytest.skip(str(error).splitlines()[0])
         raise
+
+
+def _check(problem, peer, results):
+    """The errors of ``results``; what a compiler made of another library's model may be too far off to be compared."""
+    try:
+        return check(problem, results)
+    except AssertionError as error:
+        if peer.startswith("nest_fast") or not peer.endswith(" compiled"):
+            raise
+        pytest.skip(f"{peer}: {error}")
 
 
 def _time(benchmark, timed: Timed, yardstick: Timed, seconds: float) -> tuple[float, list[float]]:
