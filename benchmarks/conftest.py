@@ -150,7 +150,7 @@ def _check(problem, peer, results):
     try:
         return check(problem, results)
     except AssertionError as error:
-        if peer.startswith("nest_fast") or not peer.endswith(" compiled"):
+        if peer.startswith("nest_fast") or " compiled" not in peer:
             raise
         pytest.skip(f"{peer}: {error}")
 
