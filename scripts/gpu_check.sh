@@ -82,6 +82,7 @@ if wanted bench || wanted sweep; then
   rm -f "$RESULTS/bench.json"
   part bench $((LIMIT - SECONDS - 10)) "$PYTHON" -m pytest benchmarks/ "${args[@]}"
   [[ -s $RESULTS/bench.json ]] && part report 10 "$PYTHON" benchmarks/report.py "$RESULTS/bench.json" --out "$RESULTS"
+  [[ -s $RESULTS/bench.json ]] && part model 10 "$PYTHON" benchmarks/model_gpu.py --beside "$RESULTS/bench.json"
 fi
 say "done"
 if ((${#failed[@]})); then

@@ -7,6 +7,7 @@ import pytest
 from helpers.common import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import model_gpu
 import report
 from charts import picture
 from runs import load, shown_cases
@@ -47,3 +48,18 @@ def test_rows_of_a_case_do_not_contradict_one_another(path):
     for rows in load(path).cases():
         yardstick_seconds = [row.seconds * row.ratio for row in rows]
         assert yardstick_seconds == pytest.approx(yardstick_seconds[:1] * len(rows))
+
+
+def test_the_model_of_time_is_near_what_others_measured():
+    """Within what docs/gpu.md says; and each GPU's kernels are in the table of compiled ones."""
+    ratios = {one.what: one.predict(model_gpu.GPUS[one.gpu]) / one.seconds for one in model_gpu.PUBLISHED}
+    assert all(0.5 < ratio < 1.25 for ratio in ratios.values()), ratios
+    for gpu in model_gpu.GPUS.values():
+        tiny, small, base = (model_gpu.model(levels, gpu) for levels in model_gpu.MODELS.values())
+        assert tiny < small < base
+
+
+def test_the_model_of_time_knows_the_tile_of_a_pass():
+    _configs = pytest.importorskip("nest_fast.kernels._configs", exc_type=ImportError)
+    tile = _configs.bias_gelu("fwd", 384)[0]
+    assert tile["TILE_ROWS"] * tile["TILE_C"] == 32 * tile["num_warps"] * model_gpu.GELU_VALUES

@@ -1,0 +1,329 @@
+"""What a NesT should take on a GPU: a model of time, not a measurement.
+
+    python benchmarks/model_gpu.py [--layers] [--beside RUN.json]
+
+Every kernel of a forward pass has its bytes, its FLOPs and, where it is ours, the warp instructions that the compiled
+kernel executes (tests/kernel_resources.json: what stands in its loop counts as often as it is run). From these and
+the GPU's rates follow microseconds, img/s of the models, and, for what others have measured, a predicted time beside
+theirs: how far the model may be trusted.
+
+The rules, in seconds, and what they were fitted to:
+
+- a library's matmul: the 1.2-norm of FLOPs / sustained rate and bytes / bandwidth (cuBLAS at 65536 x 1024 x 1024);
+- a pass over memory: 1.05 bytes / bandwidth, or 1.1 instructions / issue rate if that is more;
+- a kernel of ours that multiplies: matrix and vector work one after the other, as a Triton kernel overlaps little
+  inside a warp group, 1.1 times, and memory, by the 1.5-norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from runs import MODELS as NAMES
+from runs import Run, load
+
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
+HALF = 2  # bytes of bf16 and fp16
+BATCH = 256
+
+
+class Gpu(NamedTuple):
+    """``matmul`` FLOP a clock and multiprocessor in half precision, summed in float32; ``sustained`` is what long
+    matmuls keep of that; rates a second. From the vendor's white papers, bandwidths as copies measure them."""
+
+    architecture: int  # whose kernels it runs, of those in the table
+    multiprocessors: int
+    clock: float
+    matmul: int
+    sustained: float
+    bandwidth: float
+
+    @property
+    def issue(self) -> float:
+        """Warp instructions a second: four schedulers a multiprocessor."""
+        return self.multiprocessors * 4 * self.clock
+
+    @property
+    def exponentials(self) -> float:
+        return self.multiprocessors * 16 * self.clock
+
+    @property
+    def tensor(self) -> float:
+        return self.multiprocessors * self.matmul * self.clock
+
+
+GPUS = {
+    "H100": Gpu(90, 132, 1.70e9, 4096, 800e12, 3.0e12),
+    "A100": Gpu(80, 108, 1.41e9, 2048, 270e12, 1.7e12),
+    "RTX 4090": Gpu(89, 128, 2.52e9, 512, 160e12, 0.93e12),
+}
+
+
+class Work(NamedTuple):
+    """What a kernel does; ``kind`` is "library", "pass" or "kernel"."""
+
+    name: str
+    kind: str
+    bytes: float
+    flops: float = 0.0
+    instructions: float = 0.0  # of a warp
+    exponentials: float = 0.0
+
+
+def seconds(work: Work, gpu: Gpu) -> float:
+    memory = work.bytes / gpu.bandwidth
+    vector = max(work.instructions / gpu.issue, work.exponentials / gpu.exponentials)
+    if work.kind == "library":
+        return _norm(1.2, work.flops / gpu.sustained, memory)
+    if work.kind == "pass":
+        return max(1.05 * memory, 1.1 * vector)
+    return _norm(1.5, 1.1 * (work.flops / gpu.tensor + vector), 1.05 * memory)
+
+
+def _norm(p: float, *parts: float) -> float:
+    return sum(part**p for part in parts) ** (1 / p)
+
+
+# --- what the compiled kernels execute --------------------------------------------------------------------------------
+
+
+class Compiled:
+    """Warp instructions of the kernels that are chosen on ``architecture``, of the table's newest Triton."""
+
+    def __init__(self, architecture: int) -> None:
+        tables = json.loads(TABLE.read_text())
+        newest = max(tables, key=lambda version: tuple(int(n) for n in version.split(".")))
+        self.figures: dict[str, dict] = tables[newest]["figures"]
+        # sm_89 compiles few shapes of its own: it has sm_80's instructions.
+        self.architectures = (architecture, 80)
+
+    def of(self, case: str, kernel: str) -> dict:
+        for architecture in self.architectures:
+            if (found := self.figures.get(f"sm_{architecture} {case} {kernel}")) is not None:
+                return found
+        raise KeyError(f"{case}: expected a case of {TABLE.name}, of sm_{self.architectures[0]} or sm_80")
+
+    def layer_norm(self, rows: float, C: int) -> float:
+        """A tile of whole rows, 1,024 values; of the compiled widths, the one nearer to C."""
+        row = self.of(f"add-layer-norm-fwd-C{96 if C < 768 else 1536}-bf16", "add_layer_norm_fwd")
+        tile = max(1, 1024 // _power_of_2(C))
+        return row["instructions"] * row["warps"] * math.ceil(rows / tile)
+
+    def gelu(self, values: float) -> float:
+        """Without a loop: a program has the same number of values for each thread at any width."""
+        row = self.of("bias-gelu-none-C384-bf16", "bias_gelu_fwd")
+        return row["instructions"] / (32 * GELU_VALUES) * values
+
+    def attention(self, sequences: float, N: int) -> float:
+        """One program a block and head, with 196 tokens: the loop walks over whole tiles of 64 queries (128 before
+        Hopper, whose rows of the table have eight warps), what follows it is the last, partial one."""
+        row = self.of("fwd-N196-d32-bf16", "block_attention_fwd")
+        trips = 196 // (16 * row["warps"])
+        once = row["instructions"] - row["in loop"]
+        return (once + trips * row["in loop"]) * row["warps"] * sequences * (N / 196) ** 2
+
+
+GELU_VALUES = 8  # for each thread
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+# --- what a model launches --------------------------------------------------------------------------------------------
+
+
+class Level(NamedTuple):
+    """``layers`` layers of C channels on so many tokens of one image, which attend N at a time."""
+
+    C: int
+    layers: int
+    tokens: int
+    N: int = 196
+
+
+def _nest(dims: tuple[int, int, int], depth: int) -> tuple[Level, ...]:
+    return tuple(Level(C, layers, 196 * 4**up) for C, layers, up in zip(dims, (2, 2, depth), (2, 1, 0), strict=True))
+
+
+MODELS = {
+    "NesT-T": _nest((96, 192, 384), 8),
+    "NesT-S": _nest((96, 192, 384), 20),
+    "NesT-B": _nest((128, 256, 512), 20),
+}
+VIT_S = (Level(384, 12, 197, 197),)
+SWIN_T = tuple(Level(96 << n, layers, 3136 >> 2 * n, 49) for n, layers in enumerate((2, 2, 6, 2)))
+
+
+def matmul(name: str, M: float, K: float, N: float) -> Work:
+    return Work(name, "library", HALF * (M * (K + N) + K * N), 2 * M * K * N)
+
+
+def chain(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """A layer as it runs eagerly on a GPU: the residual sum in the pass of the LayerNorm after it."""
+    C, M = level.C, batch * level.tokens
+    x = HALF * C * M
+    sequences = M / level.N * C / 32
+    norm = Work("add_layer_norm", "pass", 4 * x, instructions=compiled.layer_norm(M, C))
+    yield norm
+    yield matmul("qkv", M, C, 3 * C)
+    yield Work(
+        "block_attention",
+        "kernel",
+        4 * x,
+        4 * level.N**2 * 32 * sequences,
+        compiled.attention(sequences, level.N),
+        level.N**2 * sequences,
+    )
+    yield matmul("projection", M, C, C)
+    yield norm
+    yield matmul("fc1", M, C, 4 * C)
+    yield Work("bias_gelu", "pass", 8 * x, instructions=compiled.gelu(4 * C * M))
+    yield matmul("fc2", M, 4 * C, C)
+
+
+def around(levels: tuple[Level, ...], batch: int) -> Iterator[Work]:
+    """Patch embedding and aggregations of a NesT; these by a library's convolution at 70 % of its matmuls' rate."""
+    first = levels[0]
+    image = HALF * batch * 3 * 16 * first.tokens
+    yield Work("patchify", "pass", 2 * image)
+    yield matmul("patch embedding", batch * first.tokens, 48, first.C)
+    for level, after in itertools.pairwise(levels):
+        pixels = batch * level.tokens
+        x, y = (HALF * C * pixels for C in (level.C, after.C))
+        yield Work("convolution", "library", x + y, 18 * level.C * after.C * pixels / 0.7)
+        yield Work("norm_pool", "pass", y + y / 4)
+    yield Work("layer_norm_mean", "pass", HALF * levels[-1].C * batch * levels[-1].tokens)
+
+
+def model(levels: tuple[Level, ...], gpu: Gpu, batch: int = BATCH) -> float:
+    """Seconds of a forward pass in half precision."""
+    compiled = Compiled(gpu.architecture)
+    layers = sum(level.layers * sum(seconds(work, gpu) for work in chain(level, batch, compiled)) for level in levels)
+    rest = around(levels, batch) if levels in MODELS.values() else ()
+    return layers + sum(seconds(work, gpu) for work in rest)
+
+
+# --- what others measured ---------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    what: str
+    gpu: str
+    seconds: float
+    predict: Callable[[Gpu], float]
+    source: str
+
+
+def _matmul(what: str, gpu: str, M: int, K: int, N: int, source: str, *, tflops: float = 0.0, ms: float = 0.0):
+    """Published in TFLOP/s or milliseconds."""
+    work = matmul(what, M, K, N)
+    taken = ms / 1e3 if ms else work.flops / (tflops * 1e12)
+    return Published(f"{what}, {M} x {N} x {K}", gpu, taken, lambda chip: seconds(work, chip), source)
+
+
+def _flash(gpu: Gpu) -> float:
+    """One head of 128 dimensions over 8,192 tokens: its exponentials are all that stands beside the matmuls."""
+    N, D = 8192, 128
+    return seconds(Work("attention", "kernel", 4 * HALF * N * D, 4 * N * N * D, exponentials=N * N), gpu)
+
+
+PUBLISHED = (
+    _matmul("cuBLAS", "H100", 65536, 1024, 1024, "facebookexperimental/triton PR 1038; fitted to", tflops=584),
+    _matmul("cuBLAS", "H100", 4096, 4096, 4096, "facebookexperimental/triton PR 210", tflops=569),
+    _matmul("cuBLAS", "H100", 8192, 512, 8192, "triton-lang/triton PR 7136", tflops=417),
+    _matmul("CUTLASS", "A100", 913920, 256, 1024, "NVIDIA/cutlass PR 942", ms=3.25),
+    Published(
+        "attention in Triton, two warp groups, D = 128", "H100", 4 * 8192**2 * 128 / 608e12, _flash,
+        "facebookexperimental/triton PR 829",
+    ),
+    Published(
+        "ViT-S, compiled, batch 256", "RTX 4090", 256 / 9949, lambda gpu: model(VIT_S, gpu),
+        "pytorch-image-models, results/, torch 2.9.1",
+    ),
+    Published(
+        "Swin-T, FasterTransformer, batch 64", "A100", 10.35e-3, lambda gpu: model(SWIN_T, gpu, 64),
+        "NVIDIA/FasterTransformer, docs/swin_guide.md",
+    ),
+)  # fmt: skip
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def table(heading: list[str], lines: list[list[str]]) -> str:
+    rows = [heading, ["---"] * len(heading), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def checks() -> list[list[str]]:
+    lines = []
+    for one in PUBLISHED:
+        predicted = one.predict(GPUS[one.gpu])
+        times = f"{one.seconds * 1e3:.3g} ms", f"{predicted * 1e3:.3g} ms", f"{predicted / one.seconds:.2f}"
+        lines.append([one.what, one.gpu, *times, one.source])
+    return lines
+
+
+def layers() -> list[list[str]]:
+    """Microseconds of each kernel of a layer."""
+    lines = []
+    for levels in (MODELS["NesT-T"], MODELS["NesT-B"]):
+        for level in levels:
+            names = [work.name for work in chain(level, BATCH, Compiled(90))]
+            taken = [
+                [seconds(work, gpu) * 1e6 for work in chain(level, BATCH, Compiled(gpu.architecture))]
+                for gpu in GPUS.values()
+            ]
+            for name, *each in zip(names, *taken, strict=True):
+                lines.append([f"C = {level.C}", name, *(f"{one:.0f}" for one in each)])
+    return lines
+
+
+def beside(run: Run) -> list[list[str]]:
+    """The models' inference in ``run`` that the model of time knows, with what it predicts."""
+    gpu = next((gpu for name, gpu in GPUS.items() if name in run.machine.get("gpu", "")), None)
+    lines: list[list[str]] = []
+    if gpu is None:
+        return lines
+    for rows in run.cases():
+        row = rows[0]
+        levels = MODELS.get(NAMES.get(row.op, ""))
+        if levels is None or row.dtype != "bf16" or row.direction != "inference" or row.beside:
+            continue
+        predicted = model(levels, gpu, row.batch)
+        for row in rows:
+            times = f"{row.seconds * 1e3:.3g} ms", f"{predicted * 1e3:.3g} ms", f"{predicted / row.seconds:.2f}"
+            lines.append([row.title, row.peer, *times])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", action="store_true", help="also each kernel of a layer")
+    parser.add_argument("--beside", type=Path, metavar="RUN.json", help="also a benchmark run on a GPU, as measured")
+    args = parser.parse_args()
+    print(f"Predicted, not measured: img/s of a forward pass in bf16, batch {BATCH}.\n")
+    speeds = [
+        [name, *(f"{BATCH / model(levels, gpu):,.0f}" for gpu in GPUS.values())] for name, levels in MODELS.items()
+    ]
+    print(table(["model", *GPUS], speeds))
+    print("\nWhat others measured, and what is predicted for it.\n")
+    print(table(["what", "GPU", "published", "predicted", "ratio", "source"], checks()))
+    if args.layers:
+        print("\nPredicted microseconds of a layer's kernels.\n")
+        print(table(["level", "kernel", *GPUS], layers()))
+    if args.beside is not None:
+        measured = beside(load(args.beside))
+        print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")
+        print(table(["case", "peer", "measured", "predicted", "ratio"], measured) if measured else "Nothing of that.")
+
+
+if __name__ == "__main__":
+    main()
