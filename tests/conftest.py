@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
-from helpers.interpreter import patch_once_a_launch  # noqa: E402
+from helpers.interpreter import make_faster  # noqa: E402
 
 # Interpreted kernels take their time, and fixtures only choose an implementation, the same for every example.
 shared = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -24,7 +24,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    patch_once_a_launch()
+    make_faster()
 os.environ.setdefault("NEST_FAST_TUNED", "off")  # what this machine's user measured is not what is tested
 
 
