@@ -3,10 +3,12 @@
 import sys
 
 import pytest
+import torch
 
 from helpers.common import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import harness
 import model_gpu
 import report
 from charts import picture
@@ -63,3 +65,15 @@ def test_the_model_of_time_knows_the_tile_of_a_pass():
     _configs = pytest.importorskip("nest_fast.kernels._configs", exc_type=ImportError)
     tile = _configs.bias_gelu("fwd", 384)[0]
     assert tile["TILE_ROWS"] * tile["TILE_C"] == 32 * tile["num_warps"] * model_gpu.GELU_VALUES
+
+
+@pytest.mark.parametrize(("free", "batches"), [(79, [256, 1]), (40, [128, 1]), (23, [64, 1]), (15, [32, 1])])
+def test_batches_fit_the_memory(monkeypatch, free, batches):
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free << 30, 80 << 30))
+    case = {"op": "nest_base", "name": "224 px", "dtype": torch.bfloat16}
+    model = harness.fitting(harness.Case(batch=batch, **case) for batch in (256, 1))
+    assert [one.batch for one in model] == batches
+    curve = [harness.Case(batch=batch, axis="batch", x=batch, **case) for batch in (1, 64, 256, 1024)]
+    most = 4 * batches[0]
+    assert list(harness.fitting(curve)) == [one for one in curve if one.batch <= most]
