@@ -44,7 +44,10 @@ bench: $(READY)
 	    --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(RESULTS)/bench.json
 	@$(PY) benchmarks/report.py $(RESULTS)/bench.json --out $(RESULTS)
 
-test: lint cuda-check tests
+# The first two beside each other: mypy reads with one processor.
+test: $(READY)
+	@$(MAKE) --no-print-directory --output-sync -j 2 lint cuda-check
+	@$(MAKE) --no-print-directory tests
 
 lint: $(READY)
 	$(call say,ruff and mypy)
