@@ -118,11 +118,12 @@ def parameters(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple]], optio
     """
     floating("x", x)
     for name, (weight, expected) in weights.items():
-        if weight is not None or name not in optional:
-            tensor(name, weight, f"({', '.join(map(str, expected))})")
-            shape(name, weight, expected)  # type: ignore[arg-type]
-            if not name.startswith("norm_"):
-                alike(name, weight, "x", x)  # type: ignore[arg-type]
+        if weight is None and name in optional:
+            continue
+        if not (isinstance(weight, Tensor) and weight.shape == expected):  # words cost more than all that is right
+            shape(name, tensor(name, weight, f"({', '.join(map(str, expected))})"), expected)
+        if not name.startswith("norm_"):
+            alike(name, weight, "x", x)  # type: ignore[arg-type]
     norm(weights["norm_weight"][0], weights["norm_bias"][0], x, "norm_")  # type: ignore[arg-type]
 
 
