@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
         if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=True))
         for name, what in ON_DEMAND.items():
-            if name in item.keywords and not config.getoption(f"--{name}"):
+            if item.get_closest_marker(name) is not None and not config.getoption(f"--{name}"):
                 item.add_marker(pytest.mark.skip(reason=f"{what}, measured with --{name}"))
 
 
