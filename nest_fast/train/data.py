@@ -6,8 +6,11 @@ and worker: the order of an epoch follows from (seed, epoch), an image's augment
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,14 +324,23 @@ def _loader(dataset: _Images, options: Options, **kwargs: Any) -> DataLoader:
         collate_fn=Batch.collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=options.workers > 0,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_live_and_die_with_the_parent,
         generator=torch.Generator(),  # or every iterator would draw from the global one
         **kwargs,
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A signal goes to every process of a group; the workers are wanted until the checkpoint is written."""
+def _live_and_die_with_the_parent(_: int) -> None:
+    """A signal goes to every process of a group; the workers are wanted until the checkpoint is written, and not when
+    the parent was killed, which PyTorch's own watch does not see where a server forks the workers (Python 3.14)."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -66,6 +67,16 @@ def wait_for(step: int, out: Path, *processes: multiprocessing.process.BaseProce
         time.sleep(0.002)
 
 
+def workers(told: Path) -> list[str]:
+    """The loaders' processes that still write to ``told``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "comm").read_text() == "pt_data_worker\n" and (process / "fd/1").resolve() == told.resolve():
+                found.append(process.name)
+    return found
+
+
 @dataclass
 class Kill:
     step: int
@@ -113,6 +124,11 @@ def kill_and_resume(arguments: list, folder: Path, kills: int, minutes: float, s
         there = torch.load(out / "last.pt", weights_only=True)
         found.append(Kill(int(rows(out)[-1][0]), there["step"], now - there["time"]))
     finish(start(again, told), told)
+    for _ in range(100):
+        if not workers(told):
+            break
+        time.sleep(0.1)
+    assert not workers(told), "the loaders' processes outlive a killed run"
     differ = differences(folder / "whole" / "last.pt", out / "last.pt")
     assert not differ, differ[:9]
     for name, columns in (("steps.csv", 5), ("epochs.csv", 9)):  # the rest are times
