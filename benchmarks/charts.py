@@ -148,11 +148,11 @@ def _svg(content: str) -> str:
 
 
 def rooflines(run: Run) -> list[tuple[str, str]]:
-    """For each dtype: arithmetic per byte against the rate reached, under the ceilings measured in the same run."""
+    """For each dtype: arithmetic per byte against the rate reached, under PyTorch's ceilings in the same run."""
     charts = []
     for dtype, peak in run.matmul.items():
         points = [
-            (row, row.flops / row.bytes, row.flops / row.seconds)
+            (row, (row.done or row.flops) / row.bytes, (row.done or row.flops) / row.seconds)
             for rows in run.cases()
             for row in rows
             if row.dtype == dtype and row.flops and row.bytes and _kind(row) in ("ours", "yardstick")

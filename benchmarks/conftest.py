@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory, runs_our_operators
+from limits import Burst, done, has_loop
 
 from nest_fast.ops._extension import cpp_isa
 
@@ -101,7 +102,8 @@ def measure(benchmark, problems, record_property):
         benchmark.group = str(case)
         yardstick = problem.yardstick_timed
         timed = yardstick if peer == problem.yardstick else Timed(mine, problem.inputs, graph=problem.count_bytes)
-        theirs, ratios = _time(benchmark, timed, yardstick, problem.seconds)
+        burst = Burst(case.dtype, own.bytes_read, own.bytes_written) if has_loop(case.dtype) else None
+        theirs, ratios = _time(benchmark, timed, yardstick, problem.seconds, burst)
         if not benchmark.enabled:
             return
         median = benchmark.stats.stats.median
@@ -124,8 +126,11 @@ def measure(benchmark, problems, record_property):
             yardstick_seconds=theirs,
             errors=errors,
             yardstick_errors=own.yardstick_errors,
-            bytes=own.bytes,
+            bytes=own.bytes_read + own.bytes_written,
             flops=own.flops,
+            done=done(own, peer, mine) if burst else own.flops,
+            rate=burst.rate if burst else 0.0,
+            bandwidth=burst.bandwidth if burst else 0.0,
             items=problem.items,
             memory=peak_memory(mine, problem.inputs) if case.backward or DEVICE == "cuda" else 0,
             timing=repr(CLOCK) if timed.graph is None else "CUDA graph",
@@ -155,15 +160,17 @@ def _check(problem, peer, results):
         pytest.skip(f"{peer}: {error}")
 
 
-def _time(benchmark, timed: Timed, yardstick: Timed, seconds: float) -> tuple[float, list[float]]:
+def _time(benchmark, timed: Timed, yardstick: Timed, seconds: float, burst: Burst | None) -> tuple[float, list[float]]:
     """Time ``timed``; returns the yardstick's median and the ratio of every round.
 
-    The yardstick runs in the untimed setup of each round, so that a ratio compares neighbours: machines change their
-    speed from minute to minute, by more than what is to be seen.
+    The yardstick, and a ``burst`` at the processor's limits, run in the untimed setup of each round, so that a ratio
+    compares neighbours: machines change their speed from minute to minute, by more than what is to be seen.
     """
     paired: list[float] = []
 
     def setup() -> None:
+        if burst is not None:
+            burst()
         if timed is not yardstick:
             paired.append(CLOCK.time(yardstick, yardstick.calls))
         CLOCK.calls = timed.calls

@@ -156,14 +156,17 @@ class Problem:
         return Timed(self.yardstick_run, self.inputs, graph=self.count_bytes)
 
     @property
-    def bytes(self) -> int:
-        """Each input read and each result written once; a backward pass reads the inputs again."""
+    def bytes_read(self) -> int:
+        """Each input once, and once more in a backward pass."""
         if not self.count_bytes:
             return 0
-        read = sum(x.nbytes for x in self.inputs)
         again = sum(x.nbytes for x in self.inputs[:-1]) if len(self.golden) > 1 else 0
-        written = sum(y.numel() for y in self.golden) * self.inputs[0].element_size()
-        return read + again + written
+        return sum(x.nbytes for x in self.inputs) + again
+
+    @property
+    def bytes_written(self) -> int:
+        """Each result once."""
+        return sum(y.numel() for y in self.golden) * self.inputs[0].element_size() if self.count_bytes else 0
 
 
 # --- what is right ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One peer of one case; errors relative to float64, ``ratio`` of the yardstick's time to the peer's."""
+    """One peer of one case; errors relative to float64, ``ratio`` of the yardstick's time to the peer's.
+
+    ``flops`` are those of the definition, ``done`` those of the peer. ``best`` is the best of its rounds, between which
+    the processor's limits were ``rate`` and, for the case's bytes, ``bandwidth``; 0 where that was not measured.
+    """
 
     op: str
     case: str
@@ -50,6 +54,10 @@ class Row:
     flops: int
     items: int
     memory: int
+    best: float = 0.0
+    done: int = 0
+    rate: float = 0.0
+    bandwidth: float = 0.0
 
     @property
     def ours(self) -> bool:
@@ -87,7 +95,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A saved run: its rows, the machine, and the ceilings measured with it (the best rounds), by dtype."""
+    """A saved run: its rows, the machine, and the ceilings measured with it, each by its best round.
+
+    ``peaks`` are those of our own loops: what they do → threads → FLOP/s or bytes/s. ``bandwidth`` and ``matmul`` are
+    PyTorch's, by dtype.
+    """
 
     rows: list[Row]
     machine: dict
@@ -95,6 +107,7 @@ class Run:
     date: str
     bandwidth: dict[str, float]
     matmul: dict[str, float]
+    peaks: dict[str, dict[int, float]]
 
     def cases(self, axis: bool = False) -> list[list[Row]]:
         """The rows of each case, the points of scaling curves apart."""
@@ -104,15 +117,18 @@ class Run:
                 found.setdefault(row.key, []).append(row)
         return list(found.values())
 
-    def floor(self, row: Row) -> float | None:
-        """Seconds that the bytes or the arithmetic would take at the ceilings, or None where one is not known."""
-        if row.dtype not in self.bandwidth or row.dtype not in self.matmul or not row.bytes + row.flops:
-            return None
-        return max(row.bytes / self.bandwidth[row.dtype], row.flops / self.matmul[row.dtype])
+    def of_peak(self, row: Row) -> str:
+        """The time of its products, or of its bytes, at the peak, as a share of its best; "" where none is known.
 
-    def of_floor(self, row: Row) -> str:
-        floor = self.floor(row)
-        return "" if floor is None else f"{100 * floor / row.seconds:.0f} %"
+        The peak is our own loops', measured between its rounds, and on a GPU that of PyTorch's matmul and copy.
+        """
+        if row.rate:
+            least = max(row.done / row.rate, row.bytes / row.bandwidth if row.bandwidth else 0.0)
+        elif row.device == "cuda" and row.dtype in self.bandwidth and row.dtype in self.matmul:
+            least = max(row.bytes / self.bandwidth[row.dtype], row.flops / self.matmul[row.dtype])
+        else:
+            return ""
+        return f"{100 * least / row.best:.0f} %" if least else ""
 
     @property
     def where(self) -> str:
@@ -129,19 +145,24 @@ class Run:
 def load(path: Path) -> Run:
     data = json.loads(path.read_text())
     rows, bandwidth, matmul = [], {}, {}
+    peaks: dict[str, dict[int, float]] = {}
     yardsticks: dict[tuple, list[float]] = {}
     for benchmark in data["benchmarks"]:
-        info = benchmark["extra_info"]
-        row = Row(seconds=0.0, **{name: info[name] for name in Row.__annotations__ if name != "seconds"})
+        info, stats = benchmark["extra_info"], benchmark["stats"]
+        if info["op"] == "peak":
+            peaks.setdefault(info["case"], {})[info["threads"]] = info["rate"]
+            continue
+        known = {name: info[name] for name in Row.__annotations__ if name in info}
+        row = Row(seconds=0.0, best=stats["min"], **known)
         if row.op == "copy":
-            bandwidth[row.dtype] = row.bytes / benchmark["stats"]["min"]
+            bandwidth[row.dtype] = row.bytes / stats["min"]
         elif row.op == "matmul":
-            matmul[row.dtype] = row.flops / benchmark["stats"]["min"]
+            matmul[row.dtype] = row.flops / stats["min"]
         else:
             rows.append(row)
             yardsticks.setdefault(row.key, []).append(info["yardstick_seconds"])
     rows = [replace(row, seconds=statistics.median(yardsticks[row.key]) / row.ratio) for row in rows]
-    return Run(rows, data["machine_info"], data["commit_info"], data["datetime"], bandwidth, matmul)
+    return Run(rows, data["machine_info"], data["commit_info"], data["datetime"], bandwidth, matmul, peaks)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -184,9 +205,15 @@ def best_other(rows: Iterable[Row]) -> Row | None:
 Table = list[list[str]]
 
 
+def filled(table: Table) -> Table:
+    """Without the columns that have nothing below their head."""
+    columns = [i for i in range(len(table[0])) if len(table) == 1 or any(line[i] for line in table[1:])]
+    return [[line[i] for i in columns] for line in table]
+
+
 def short(run: Run, models: bool) -> Table:
     """What a user gets, one line for each case and way to get it."""
-    table = [["case", "", "speed", "against", "torch.compile", "best other", "error (its)", "of floor"]]
+    table = [["case", "", "speed", "against", "torch.compile", "best other", "error (its)", "of peak"]]
     for rows in run.cases():
         other, compiled = best_other(rows), best_other(row for row in rows if "compile" in row.peer)
         for row in rows:
@@ -201,16 +228,16 @@ def short(run: Run, models: bool) -> Table:
                     times(row.ratio / compiled.ratio) if compiled else "",
                     f"{other.peer}: {times(row.ratio / other.ratio)}" if other else "",
                     f"{error(row.errors)} ({error(row.yardstick_errors)})",
-                    run.of_floor(row),
+                    run.of_peak(row),
                 ]
             )
-    return table
+    return filled(table)
 
 
 def full(run: Run, rows: list[Row]) -> Table:
     """Every peer of one case."""
     other = best_other(rows)
-    table = [["", "speed", f"against {rows[0].yardstick}", "against best other", "error", "memory", "of floor"]]
+    table = [["", "speed", f"against {rows[0].yardstick}", "against best other", "error", "memory", "of peak"]]
     for row in sorted(rows, key=lambda row: -row.ratio):
         table.append(
             [
@@ -220,10 +247,10 @@ def full(run: Run, rows: list[Row]) -> Table:
                 times(row.ratio / other.ratio) if other and row.ours else "",
                 error(row.errors),
                 memory(row),
-                run.of_floor(row),
+                run.of_peak(row),
             ]
         )
-    return table
+    return filled(table)
 
 
 def scaling(run: Run) -> Table:
@@ -250,11 +277,22 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
+def ceilings(run: Run) -> Table:
+    """What the machine can do at most: our own loops on each number of threads, and PyTorch's copy and matmul."""
+    threads = sorted({count for rates in run.peaks.values() for count in rates})
+    table = [["at most", *(f"{count} thread{'s' if count > 1 else ''}" for count in threads)]]
+    for what, rates in run.peaks.items():
+        unit = "GB/s" if "MiB" in what else "GFLOP/s"
+        table.append([what, *(f"{rates[count] / 1e9:,.1f} {unit}" if count in rates else "" for count in threads)])
+    return table
+
+
 def headline_tables(run: Run) -> list[tuple[str, Table]]:
     found = (
         ("Models", short(run, models=True)),
         ("Operations", short(run, models=False)),
         ("Scaling", scaling(run)),
+        ("The processor", ceilings(run)),
     )
     return [(title, table) for title, table in found if len(table) > 1]
 
@@ -276,5 +314,14 @@ def notes(run: Run) -> str:
     if run.bandwidth and run.matmul:
         copies = ", ".join(f"{name} {value / 1e9:,.0f} GB/s" for name, value in run.bandwidth.items())
         rates = ", ".join(f"{name} {value / 1e12:,.2f} TFLOP/s" for name, value in run.matmul.items())
-        said.append(f"The floor is the time at the rates of torch's copy ({copies}) and matmul ({rates}) in this run.")
+        said.append(f"In this run torch's copy reached {copies}, its matmul {rates}.")
+    if any(row.rate for row in run.rows):
+        said.append(
+            "Of peak is a row's best round against the best that loops of our own reach between its rounds: products "
+            "in registers, and its bytes read and written, of each thread while it has its processor, added up. "
+            "Products are those that are done: of Winograd's convolution 16 where the definition has 36, and none for "
+            "samples that are dropped."
+        )
+    elif "gpu" in run.machine:
+        said.append("Of peak is a row's best round against torch's matmul, or its copy.")
     return " ".join(said)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nest_fast
-from helpers.common import CPP_ISA, ROOT, run_python
+from helpers.common import CPP_ISA, ISAS, ROOT, instructions, run_python, with_threads
 from nest_fast import blockify
 from nest_fast.ops import _extension
 
@@ -248,3 +249,42 @@ def test_a_driver_too_old_for_nvccs_runtime_is_foreseen(setup_py, monkeypatch, t
             setup_py.check_nvcc(nvcc, torch)
     else:
         setup_py.check_nvcc(nvcc, torch)
+
+
+# --- the processor's limits, for benchmarks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_peak_of_products_is_above_what_a_matmul_reaches(isa):
+    """PyTorch's matmul, of the same instructions or narrower ones, stays below; threads add up."""
+
+    def matmul():
+        start = time.perf_counter()
+        torch.mm(x, x, out=out)
+        return 2 * len(x) ** 3 / (time.perf_counter() - start)
+
+    def best(rate):
+        return max(rate() for _ in range(20))
+
+    x, out = torch.randn(256, 256), torch.empty(256, 256)
+    with instructions(isa):
+        one, two = with_threads(lambda: best(lambda: OPS.peak_multiply(torch.float32)), (1, 2))
+    assert 0.9 * one < two < 2.5 * one
+    if isa == CPP_ISA:
+        assert one > 0.9 * with_threads(lambda: best(matmul), (1,))[0]
+
+
+@pytest.mark.skipif(not CPP_ISA, reason="the extension is not built, or the processor has no AVX2")
+def test_peak_of_memory_moves_all_of_it():
+    def moved(read, written):
+        x, out = torch.randn(read), torch.full((written,), torch.nan)
+        assert OPS.peak_move(x, out) > 0
+        return x, out
+
+    for read, written in ((640, 64), (64, 640), (448, 448), (64, 0), (0, 64)):
+        both = min(read, written)
+        one, *more = with_threads(lambda read=read, written=written: moved(read, written))
+        assert torch.equal(one[0][:both], one[1][:both])
+        assert all(out.isfinite().all() for _, out in (one, *more))
+    with pytest.raises(RuntimeError, match="read, written: expected multiples of 64 elements, got 3 and 64"):
+        OPS.peak_move(torch.zeros(3), torch.zeros(64))

@@ -76,6 +76,9 @@ class Library(torch.library.Library):
 _LIB = Library()
 _LIB.define("cpp_isa() -> str")
 _LIB.define("cpp_set_isa(str isa) -> ()")  # another that the processor has, for tests
+# The processor's limits, for benchmarks: FLOP/s of products in registers, bytes/s of memory read and written.
+_LIB.define("peak_multiply(ScalarType dtype) -> float")
+_LIB.define("peak_move(Tensor read, Tensor(a!) written) -> float")
 _LIB.define("cuda_why_not(int device) -> str")
 
 
