@@ -21,6 +21,7 @@ import runtimes
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, DTYPES, Case, Peers, Problem, Run, compiled, forward, parametrize, with_parameter_gradients
+from runs import ACCELERATED, FROZEN
 from torch import Tensor, nn
 
 import nest_fast
@@ -50,8 +51,13 @@ class ModelCase(Case):
     @property
     def runtimes(self) -> bool:
         """Whether exported models are measured beside the model."""
-        plain = self.dtype == torch.float32 and not self.backward and not self.beside
+        plain = self.dtype == torch.float32 and self.batch > 1 and not self.backward and not self.beside
         return DEVICE == "cpu" and self.op == "nest_tiny" and plain
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model is measured with its weights packed once, too."""
+        return DEVICE == "cpu" and self.op == "nest_tiny" and not self.backward and not self.beside
 
     @property
     def is_nest(self) -> bool:
@@ -78,6 +84,7 @@ def _cpu_cases():
     size: dict[str, Any] = {"name": "224 px", "px": 224}
     for dtype in DTYPES:
         yield ModelCase(op="nest_tiny", batch=8, dtype=dtype, **size)
+    yield ModelCase(op="nest_tiny", batch=1, dtype=torch.float32, compile=False, **size)
     step: dict[str, Any] = {"op": "nest_tiny", "batch": 4, "dtype": torch.float32, "backward": True, "compile": False}
     yield ModelCase(**step, **size)
     yield ModelCase(name="224 px drop path", px=224, drop_path=0.5, **step)
@@ -143,18 +150,21 @@ def peers(case: ModelCase) -> Peers:
     models: dict[str, Callable[[], nn.Module]] = {
         case.library: original,
         "timm 4-D": lambda: _four_d(original()),
-        "nest_fast accelerate": lambda: _accelerated(original()),
+        ACCELERATED: lambda: _accelerated(original()),
+        FROZEN: lambda: _frozen(original()),
         "nest_fast NesT": lambda: _nest(case, original()),
     }
+    if not case.frozen:
+        del models[FROZEN]
     if _is_32_px(case):  # timm has none of these
-        del models["timm 4-D"], models["nest_fast accelerate"]
+        del models["timm 4-D"], models[ACCELERATED]
     elif case.drop_path:
         del models["timm 4-D"]
     elif case.beside or not case.is_nest:
         del models["timm 4-D"], models["nest_fast NesT"]
     found = {name: peer(make) for name, make in models.items()}
     if case.runtimes:
-        found |= {name: functools.partial(_exported, case, models["nest_fast accelerate"], name) for name in RUNTIMES}
+        found |= {name: functools.partial(_exported, case, models[ACCELERATED], name) for name in RUNTIMES}
     if case.compile:
         for name in [name for name in models if name in (case.library, "nest_fast NesT")]:
             found |= {f"{name} {label}": peer(models[name], mode) for label, mode in _compile_modes(case).items()}
@@ -233,6 +243,12 @@ def _nest(case: ModelCase, original: nn.Module) -> nn.Module:
 def _accelerated(original: nn.Module) -> nn.Module:
     model = copy.deepcopy(original)
     nest_fast.accelerate(model)
+    return model
+
+
+def _frozen(original: nn.Module) -> nn.Module:
+    model = _accelerated(original)
+    nest_fast.freeze(model)
     return model
 
 

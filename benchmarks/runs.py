@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # What a user gets, as against the single implementations.
-ACCELERATED, NEST = "nest_fast accelerate", "nest_fast NesT"
-HEADLINE = ("nest_fast", ACCELERATED, NEST)
+ACCELERATED, FROZEN, NEST = "nest_fast accelerate", "nest_fast accelerate and freeze", "nest_fast NesT"
+HEADLINE = ("nest_fast", ACCELERATED, FROZEN, NEST)
 # What people call the models; the paper sets NesT beside Swin.
 MODELS = {
     "nest_tiny": "NesT-T",

@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, Tensor qkv_weight,
     std::optional<Tensor> qkv_bias, Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> bias,
     std::optional<Tensor> mask, std::optional<Tensor> scales, IntHeaderOnlyArrayRef windows, int64_t tokens,
-    int64_t heads, int64_t kv_heads, double scale, double branch_scale, bool training) {
+    int64_t heads, int64_t kv_heads, double scale, double branch_scale, bool training,
+    std::optional<Tensor> qkv_packed, std::optional<Tensor> proj_packed) {
   const ScalarType dtype = x.scalar_type();
   const AttentionLayerKernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t features = x.size(1);
@@ -116,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
   }
   if (out.numel() == 0) return {out, qkv_out, attended, lse};
-  const PackedLinear qkv("qkv_weight", isa.packing, qkv_weight, qkv_bias, dtype, features);
-  const PackedLinear proj("proj_weight", isa.packing, proj_weight, proj_bias, dtype, features);
+  const PackedLinear qkv("qkv_weight", isa.packing, qkv_weight, qkv_bias, dtype, features, qkv_packed);
+  const PackedLinear proj("proj_weight", isa.packing, proj_weight, proj_bias, dtype, features, proj_packed);
   STD_TORCH_CHECK(qkv.linear.out == packed_features, "qkv_weight: expected ", packed_features, " output features, got ",
                   qkv.linear.out);
   STD_TORCH_CHECK(proj.linear.out == features, "proj_weight: expected ", features, " output features, got ",

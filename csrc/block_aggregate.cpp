@@ -126,21 +126,45 @@ Outputs prepare(Aggregate& p, const Tensor& like, const Parameters& given) {
   return {out, mean, rstd, argmax};
 }
 
-// The filters of the convolution for Winograd's algorithm, which p.filters then is. Transformed anew in every call: a
-// remembered copy would not see a weight that is changed through its data.
-Tensor transform_filters(const BlockAggregateKernels& isa, Aggregate& p, const Tensor& like, const void* weight,
-                         const int64_t (&stride)[4]) {
-  const int64_t groups = ceil_div(p.out_channels, isa.nr),
-                k_steps = round_up(ceil_div(p.channels, isa.vnni), isa.lanes);
-  Tensor transformed = torch::stable::new_empty(like, {groups, 16, k_steps, isa.nr}, ScalarType::Float);
+// The sizes of the filters as Winograd's algorithm takes them.
+std::vector<int64_t> packed_size(const BlockAggregateKernels& isa, int64_t channels, int64_t out_channels) {
+  return {ceil_div(out_channels, isa.nr), 16, round_up(ceil_div(channels, isa.vnni), isa.lanes), isa.nr};
+}
+
+// The filters of a convolution for Winograd's algorithm. In every call, or by the caller, who then answers for it that
+// the weight is the same.
+Tensor transform_filters(const BlockAggregateKernels& isa, int64_t channels, int64_t out_channels, const Tensor& like,
+                         const void* weight, const int64_t (&stride)[4]) {
+  Tensor transformed = torch::stable::new_empty(like, packed_size(isa, channels, out_channels), ScalarType::Float);
   const Filters filters{weight,
                         {stride[0], stride[1], stride[2], stride[3]},
-                        p.channels,
-                        p.out_channels,
+                        channels,
+                        out_channels,
                         static_cast<float*>(transformed.mutable_data_ptr())};
-  p.filters = filters.transformed;
-  parallel_for(groups, [&](int64_t begin, int64_t end) { isa.transform_filters(filters, begin, end); });
+  parallel_for(transformed.size(0), [&](int64_t begin, int64_t end) { isa.transform_filters(filters, begin, end); });
   return transformed;
+}
+
+Tensor transform_filters(const BlockAggregateKernels& isa, const Tensor& weight) {
+  return transform_filters(isa, weight.size(1), weight.size(0), weight, weight.const_data_ptr(),
+                           {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)});
+}
+
+// What pack_filters gave, checked: of floats for another set of instructions the sizes are others.
+Tensor given_filters(const BlockAggregateKernels& isa, const Aggregate& p, const Tensor& packed) {
+  check_dtype("conv_packed", packed, ScalarType::Float);
+  const std::vector<int64_t> size = packed_size(isa, p.channels, p.out_channels);
+  bool same = packed.dim() == 4 && packed.is_contiguous();
+  for (int64_t i = 0; same && i < 4; ++i) same = packed.size(i) == size[i];
+  STD_TORCH_CHECK(same, "conv_packed: expected (", size[0], ", 16, ", size[2], ", ", size[3], ")");
+  return packed;
+}
+
+// conv_weight (C', C, 3, 3) as floats (groups, 16, K steps, NR), for the set of instructions in use.
+Tensor pack_filters(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight: expected (C', C, 3, 3), got ", weight.dim(), " dimensions");
+  return transform_filters(kernels_for(kKernels, "weight", weight.scalar_type()), weight);
 }
 
 // x (B, T, N, C), blocks on a grid; an image (B, H, W, C) is one block. Returns out (B, T', N', C') in blocks of
@@ -149,7 +173,7 @@ Tensor transform_filters(const BlockAggregateKernels& isa, Aggregate& p, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
     Tensor x, Tensor conv_weight, std::optional<Tensor> conv_bias, Tensor norm_weight, Tensor norm_bias,
     std::optional<Tensor> pos_embed, IntHeaderOnlyArrayRef grid_size, IntHeaderOnlyArrayRef block_size,
-    IntHeaderOnlyArrayRef out_block_size, double eps, bool same, bool training) {
+    IntHeaderOnlyArrayRef out_block_size, double eps, bool same, bool training, std::optional<Tensor> conv_packed) {
   const BlockAggregateKernels& isa = kernels_for(kKernels, "x", x.scalar_type());
   const Size2 grid = size2("grid_size", grid_size), block = size2("block_size", block_size);
   Aggregate p{};
@@ -168,9 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
   p.y = image("y", y.mutable_data_ptr(), y);
   if (out.numel() == 0) return {out, y, mean, rstd, argmax};
 
-  const int64_t strides[] = {conv_weight.stride(0), conv_weight.stride(1), conv_weight.stride(2),
-                             conv_weight.stride(3)};
-  const Tensor filters = transform_filters(isa, p, conv_weight, conv_weight.const_data_ptr(), strides);
+  const Tensor filters = conv_packed ? given_filters(isa, p, *conv_packed) : transform_filters(isa, conv_weight);
+  p.filters = static_cast<const float*>(filters.const_data_ptr());
   parallel_for(B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); });
   return {out, y, mean, rstd, argmax};
 }
@@ -259,8 +282,9 @@ Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayR
   const int64_t rows = conv_weight.stride(2), columns = conv_weight.stride(3);
   const char* last = static_cast<const char*>(conv_weight.const_data_ptr()) +
                      2 * (rows + columns) * static_cast<int64_t>(conv_weight.element_size());
-  const Tensor filters =
-      transform_filters(isa, p, dy, last, {conv_weight.stride(1), conv_weight.stride(0), -rows, -columns});
+  const Tensor filters = transform_filters(isa, p.channels, p.out_channels, dy, last,
+                                           {conv_weight.stride(1), conv_weight.stride(0), -rows, -columns});
+  p.filters = static_cast<const float*>(filters.const_data_ptr());
   parallel_for(dy.size(0) * p.height / 2, [&](int64_t begin, int64_t end) { isa.convolve(p, begin, end); });
   return dx;
 }
@@ -273,4 +297,5 @@ STABLE_TORCH_LIBRARY_IMPL(nest_fast, CPU, m) {
   m.impl("block_aggregate_cpp_fwd", TORCH_BOX(&nest_fast::block_aggregate_cpp_fwd));
   m.impl("norm_pool_cpp_fwd", TORCH_BOX(&nest_fast::norm_pool_cpp_fwd));
   m.impl("norm_pool_cpp_bwd", TORCH_BOX(&nest_fast::norm_pool_cpp_bwd));
+  m.impl("pack_filters", TORCH_BOX(&nest_fast::pack_filters));
 }

@@ -38,7 +38,8 @@ Activation activation_of(const std::string& name) {
 std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                          double eps, Tensor fc1_weight, std::optional<Tensor> fc1_bias,
                                          std::string activation, Tensor fc2_weight, std::optional<Tensor> fc2_bias,
-                                         double branch_scale, bool training) {
+                                         double branch_scale, bool training, std::optional<Tensor> fc1_packed,
+                                         std::optional<Tensor> fc2_packed) {
   const ScalarType dtype = x.scalar_type();
   const MlpLayerKernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -56,8 +57,8 @@ std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_we
   p.out = out.mutable_data_ptr();
   if (training) p.hidden = hidden.mutable_data_ptr();
   if (out.numel() == 0) return {out, hidden};
-  const PackedLinear fc1("fc1_weight", isa.packing, fc1_weight, fc1_bias, dtype, features);
-  const PackedLinear fc2("fc2_weight", isa.packing, fc2_weight, fc2_bias, dtype, fc1.linear.out);
+  const PackedLinear fc1("fc1_weight", isa.packing, fc1_weight, fc1_bias, dtype, features, fc1_packed);
+  const PackedLinear fc2("fc2_weight", isa.packing, fc2_weight, fc2_bias, dtype, fc1.linear.out, fc2_packed);
   STD_TORCH_CHECK(fc2.linear.out == features, "fc2_weight: expected ", features, " output features, got ",
                   fc2.linear.out);
   p.fc1 = fc1.linear, p.fc2 = fc2.linear;

@@ -14,20 +14,23 @@
 
 namespace nest_fast {
 
-// A Linear and the memory of its packed weight. Packed anew in every call, which costs as much as reading it once: a
-// remembered copy would not see a weight that is changed through its data.
+// A Linear and the memory of its packed weight, floats (groups, K steps, NR). Packed in every call, which costs as much
+// as reading and writing it once, or by the caller, who then answers for it that the weight is the same.
 struct PackedLinear {
   Linear linear{};
   Tensor memory;
 
-  // x @ weight^T + bias, for a weight (out, in).
+  // x @ weight^T + bias, for a weight (out, in), which is not read if it is given `packed`.
   PackedLinear(const char* name, const LinearKernels& isa, const Tensor& weight, const std::optional<Tensor>& bias,
-               ScalarType dtype, int64_t in) {
+               ScalarType dtype, int64_t in, const std::optional<Tensor>& packed) {
     check_rank(name, weight);
     linear.in = in, linear.out = weight.size(0);
     linear.weight = rows_of(name, weight, dtype, in, linear.weight_stride);
     linear.bias = bias ? vector_of<void>("bias", *bias, dtype, linear.out) : nullptr;
-    pack(isa, isa.pack_weight, weight);
+    if (packed)
+      take(name, isa, *packed);
+    else
+      pack(isa, isa.pack_weight, weight);
   }
 
   // x @ weight, for a weight (in, out).
@@ -49,9 +52,22 @@ struct PackedLinear {
     STD_TORCH_CHECK(weight.dim() == 2, name, ": expected 2 dimensions (out, in), got ", weight.dim());
   }
 
+  // Of floats for another set of instructions, or of another weight, the sizes are others.
+  void take(const char* name, const LinearKernels& isa, const Tensor& packed) {
+    const int64_t groups = ceil_div(linear.out, isa.nr), floats = isa.packed_floats(linear.in, linear.out);
+    check_dtype(name, packed, ScalarType::Float);
+    STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == groups && packed.size(2) == isa.nr &&
+                        packed.numel() == floats && packed.is_contiguous(),
+                    name, ": expected packed floats (", groups, ", ", floats / (groups * isa.nr), ", ", isa.nr, ")");
+    memory = packed;
+    linear.packed_b = static_cast<float*>(const_cast<void*>(packed.const_data_ptr()));  // only read from now on
+  }
+
   void pack(const LinearKernels& isa, void (*pack_groups)(const Linear&, int64_t begin, int64_t end),
             const Tensor& weight) {
-    memory = torch::stable::new_empty(weight, {isa.packed_floats(linear.in, linear.out)}, ScalarType::Float);
+    const int64_t groups = ceil_div(linear.out, isa.nr), floats = isa.packed_floats(linear.in, linear.out);
+    const int64_t k_steps = groups ? floats / (groups * isa.nr) : 0;
+    memory = torch::stable::new_empty(weight, {groups, k_steps, isa.nr}, ScalarType::Float);
     linear.packed_b = static_cast<float*>(memory.mutable_data_ptr());
     parallel_for(ceil_div(linear.out, isa.nr), [&](int64_t begin, int64_t end) { pack_groups(linear, begin, end); });
   }

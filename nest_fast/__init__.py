@@ -4,6 +4,7 @@ Importing needs no GPU, no triton, no compiler and no timm.
 """
 
 from nest_fast import export, reference, weights
+from nest_fast.frozen import freeze, unfreeze
 from nest_fast.integrations import accelerate, explain, restore
 from nest_fast.interpretation import attention_maps, gradcat
 from nest_fast.modules import BlockAggregation, BlockAttention, TransformerLayer
@@ -49,6 +50,7 @@ __all__ = [
     "blockify",
     "explain",
     "export",
+    "freeze",
     "gradcat",
     "layer_norm_mean",
     "linear",
@@ -64,6 +66,7 @@ __all__ = [
     "restore",
     "tune",
     "unblockify",
+    "unfreeze",
     "weights",
     "windows",
 ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nest_fast import fusion
+from nest_fast import frozen, fusion
 from nest_fast.modules import KNOWN, BlockAggregation, BlockAttention, PatchEmbed, TransformerLayer
 from nest_fast.ops import _plan
 
@@ -118,7 +118,7 @@ def tell_layer(
         elif by_parts and attention:
             plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
         else:
-            plan = _plan.sub_layer(x, attention, list(layer.parameters()), chained)
+            plan = _frozen(half.body, x, _plan.sub_layer(x, attention, list(layer.parameters()), chained))
         yield Row(name, f"{half.names[1]} sub-layer", *plan)
 
 
@@ -128,6 +128,16 @@ def _channels(half: fusion.Half) -> int:
     first = inside.get("qkv", inside.get("fc1"))
     known = getattr(first, "in_features", None)
     return known if known is not None else getattr(half.norm, "normalized_shape", (1,))[-1]
+
+
+def _frozen(module: Any, x: Tensor, plan: _plan.Plan) -> _plan.Plan:
+    """The plan, or why a frozen module would raise an error now."""
+    if not frozen.is_frozen(module):
+        return plan
+    why = frozen.why_not(module, x, list(module.parameters()))
+    if why:
+        return "an error", why
+    return (f"{plan[0]}, frozen" if "C++" in plan[0] else plan[0], plan[1])
 
 
 def _called(why: object, inside: _plan.Plan | None = None) -> _plan.Plan:
@@ -143,7 +153,7 @@ def tell_aggregation(name: str, pool: Any, like: Like, *, parts: Callable, known
     conv = pool._modules.get("conv")
     x = like(conv.in_channels if isinstance(conv, nn.Conv2d) else 1)
     why = fusion.everywhere(x) or fusion.why_not(x, parts(pool), known)
-    yield Row(name, "aggregation", *(_called(why) if why else _plan.aggregation(x, pool.conv.weight)))
+    yield Row(name, "aggregation", *(_called(why) if why else _frozen(pool, x, _plan.aggregation(x, pool.conv.weight))))
 
 
 def _tell_patches(name: str, embed: Any, like: Like) -> Iterator[Row]:

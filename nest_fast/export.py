@@ -135,7 +135,7 @@ def _block_attention_triton(
 def _attention_layer(
     x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, bias, mask, scales, *rest
 ) -> tuple[Tensor, ...]:
-    numbers, tokens, heads, kv_heads, scale, branch_scale, training = rest
+    numbers, tokens, heads, kv_heads, scale, branch_scale, training, *_ = rest  # nothing is packed in a program
     C, windows = x.shape[1], reference.Windows.of_numbers(numbers)
     y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
     if windows is None:
@@ -160,8 +160,9 @@ def _attention_layer(
 
 
 def _mlp_layer(
-    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, branch_scale, training
+    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest
 ) -> tuple[Tensor, ...]:
+    branch_scale, training, *_ = rest
     y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
     hidden = F.linear(y, fc1_weight, fc1_bias)
     y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -174,8 +175,9 @@ def _block_aggregate(
 ) -> tuple[Tensor, ...]:
     image = reference.unblockify(x, grid_size, block_size).permute(0, 3, 1, 2)
     y = F.conv2d(image, conv_weight, padding=1).permute(0, 2, 3, 1).contiguous()
-    out, *statistics = _norm_pool(y, conv_bias, norm_weight, norm_bias, pos_embed, *rest)
-    return out, *_kept(rest[-1], y), *statistics
+    out_block, eps, same, training, *_ = rest
+    out, *statistics = _norm_pool(y, conv_bias, norm_weight, norm_bias, pos_embed, out_block, eps, same, training)
+    return out, *_kept(training, y), *statistics
 
 
 def _norm_pool(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
 
+from nest_fast import frozen
 from nest_fast.ops import (
     add_layer_norm,
     attention_layer,
@@ -376,6 +377,11 @@ class Half(NamedTuple):
         own = [(f"{self.names[1]}.{name}", _inside(self.body, name), place) for name, place in self.written.parts]
         return [*own, *self.more]
 
+    def weights(self) -> list[Tensor]:
+        """What the weights of the operation are made of: those of its linear layers, and the LayerScale's."""
+        linears = [module for _, module, place in self.parts() if place.roles == LINEAR.roles]
+        return [*(linear.weight for linear in linears), *_gamma(self)]
+
     def inside(self, *wanted: Place) -> list[Any]:
         """Those of its parts that have one of these places, in their order."""
         return [module for _, module, place in self.parts() if place in wanted]
@@ -464,12 +470,14 @@ def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
 
 def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
     norm, (fc1, act, fc2) = half.norm, half.inside(LINEAR, ACTIVATION)
+    fc2_weight, packed = frozen.kept(half.body, x, half.weights, lambda: scaled(fc2.weight, half))
     return mlp_layer(
-        *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, *scaled(fc2.weight, fc2.bias, half)),
+        *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2_weight, scaled(fc2.bias, half)),
         activation="gelu_tanh" if _approximate(act, half) == "tanh" else "gelu",
         post_norm=half.post_norm,
         branch_scale=branch_scale,
         eps=norm.eps,
+        packed=packed,
     )
 
 
@@ -483,22 +491,28 @@ def attention(
     half: Half,
     branch_scale: float,
     *,
-    qkv: tuple[Tensor, Tensor | None] | None = None,
+    qkv: tuple[Tensor | Callable[[], Tensor], Tensor | None] | None = None,
     cosine_scale: Tensor | None = None,
     **within: Any,
 ) -> Tensor:
     """An attention sub-layer on blocks ``(B, T, N, C)``, or ``within`` the windows of an image and with their bias.
 
-    ``qkv`` is the weight and bias of q, k and v where these are not those of a module; ``cosine_scale`` ``(heads,)`` is
-    the scale of attention by cosines.
+    ``qkv`` is the weight and bias of q, k and v where these are not those of a module; a function returns a weight that
+    is made of those of the body's linear layers. ``cosine_scale`` ``(heads,)`` is the scale of attention by cosines.
     """
     norm, body = half.norm, half.body
     *_, proj = half.inside(LINEAR)
     options = half.written.options(body)  # type: ignore[misc]
-    qkv_weight, qkv_bias = (body.qkv.weight, body.qkv.bias) if qkv is None else qkv
+    given: Any
+    given, qkv_bias = (body.qkv.weight, body.qkv.bias) if qkv is None else qkv
+    is_made = callable(given)
+
+    def make() -> tuple[Tensor, Tensor]:
+        return given() if is_made else given, scaled(_head_major(proj.weight, options), half)
+
+    (qkv_weight, proj_weight), packed = frozen.kept(body, x, half.weights, make, options, is_made)
     return attention_layer(
-        *(x, norm.weight, norm.bias, qkv_weight, qkv_bias),
-        *scaled(_head_major(proj.weight, options), proj.bias, half),
+        *(x, norm.weight, norm.bias, qkv_weight, qkv_bias, proj_weight, scaled(proj.bias, half)),
         num_heads=options.num_heads,
         multi_query=options.multi_query,
         scale=options.scale if cosine_scale is None else cosine_scale,
@@ -506,16 +520,20 @@ def attention(
         post_norm=half.post_norm,
         branch_scale=branch_scale,
         eps=norm.eps,
+        packed=packed,
         **within,
     )
 
 
-def scaled(weight: Tensor, bias: Tensor | None, half: Half) -> tuple[Tensor, Tensor | None]:
-    """The last linear layer of a sub-layer with its LayerScale, anew every time, as :func:`_head_major`."""
+def scaled(x: Any, half: Half) -> Any:
+    """The weight, or the bias if there is one, of the last linear layer of a sub-layer, with its LayerScale."""
+    gamma = _gamma(half)
+    return x if x is None or not gamma else x * gamma[0].view(-1, *(1,) * (x.dim() - 1))
+
+
+def _gamma(half: Half) -> tuple[Tensor, ...]:
     gamma = None if half.scale is None else half.scale._parameters.get("gamma")
-    if gamma is None:
-        return weight, bias
-    return weight * gamma.unsqueeze(1), None if bias is None else bias * gamma
+    return () if gamma is None else (gamma,)
 
 
 def _drop_rate(half: Half) -> float:
@@ -535,10 +553,7 @@ def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
 
 
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
-    """The weight for a head-major input: reordering its columns costs far less than reordering every token.
-
-    Done anew every time: a remembered copy could not see a weight that changes through ``.data``.
-    """
+    """The weight for a head-major input: reordering its columns costs far less than reordering every token."""
     return head_minor_to_major(proj_weight, options.num_heads) if options.head_minor else proj_weight
 
 
@@ -580,7 +595,8 @@ def aggregate(x: Tensor, pool: Any, padding: str, **options: Any) -> Tensor:
     """``block_aggregate`` with the parameters of ``pool.conv`` and ``pool.norm``."""
     conv, norm = pool.conv, pool.norm
     weights = conv.weight, conv.bias, norm.weight, norm.bias
-    return block_aggregate(x, *weights, eps=norm.eps, padding=padding, **options)
+    _, packed = frozen.kept(pool, x, lambda: [conv.weight], lambda: None)
+    return block_aggregate(x, *weights, eps=norm.eps, padding=padding, packed=packed, **options)
 
 
 def embed_patches(x: Tensor, conv: Any, block_size: tuple[int, int], impl: str = "auto") -> Tensor:

@@ -33,7 +33,7 @@ PLACE = re.compile(r"(?<=<!-- versions: begin -->\n\n).*?(?=\n\n<!-- versions: e
 FILES = (
     *("attention_layer", "mlp_layer", "linear", "add_layer_norm", "bias_gelu", "layer_norm_mean", "blockify"),
     *("block_attention", "block_attention_kernel", "block_aggregate", "norm_pool"),
-    *("operations", "modules", "fusion", "nest", "timm", "export"),
+    *("operations", "modules", "fusion", "freeze", "nest", "timm", "export"),
 )
 WITHOUT = "not any_shape and not special_values and not buffers and not repeats and not every and not gradcheck"
 # Triton 3.6 interprets nothing with a later numpy, which no longer takes an array of one number for that number.

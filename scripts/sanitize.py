@@ -23,7 +23,8 @@ CASES = "3000"  # of the fuzzer
 # What runs a kernel of the CPU part; the rest of these files, kernels for GPUs in Triton's interpreter, does not.
 TESTS = [
     *("test_attention_layer", "test_block_aggregate", "test_block_attention", "test_block_attention_cpu"),
-    *("test_blockify", "test_guard_pages", "test_mlp_layer", "test_norm_pool", "test_operations", "test_windows"),
+    *("test_blockify", "test_freeze", "test_guard_pages", "test_mlp_layer", "test_norm_pool", "test_operations"),
+    "test_windows",
 ]
 NOT = "not triton and not compile and not export and not opcheck and not interpret"
 

@@ -320,6 +320,23 @@ def test_is_as_accurate_as_its_library(family, dtype):
         assert distance(fast(x), golden(x.double())) <= 2 * distance(plain(x), golden(x.double()))
 
 
+@EACH_ADAPTER
+def test_a_frozen_one_computes_the_same_and_sees_every_weight(family):
+    model, x = accelerated(plain_model(family)), image(FAMILIES[family].size)
+    with torch.no_grad():
+        before = model(x)
+        nest_fast.freeze(model)
+        assert torch.equal(model(x), before)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "gamma" in name:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+                after = model(x)
+                assert not torch.equal(after, before), name
+                before = after
+        nest_fast.unfreeze(model)
+        assert torch.equal(model(x), before)
+
+
 @ALL
 def test_images_of_other_sizes_and_stochastic_depth(family):
     """Gradients too; as many random numbers are drawn, and the same samples dropped."""

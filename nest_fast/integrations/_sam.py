@@ -63,7 +63,7 @@ def attention(
     else:
         y = block_attention(q, k, v, scale=options.scale)
     y = unblockify(y.flatten(-2), grid, size)[:, :H, :W]
-    weight, bias = fusion.scaled(attn.proj.weight, attn.proj.bias, half)
+    weight, bias = fusion.scaled(attn.proj.weight, half), fusion.scaled(attn.proj.bias, half)
     if branch_scale == 1.0:
         return linear(y, weight, bias, residual=x)
     return x + branch_scale * linear(y, weight, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,9 +93,12 @@ def kept(x: Tensor, keep: float) -> Tensor:
     return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + keep)
 
 
-def packed(*linears: Any) -> tuple[Tensor, Tensor | None]:
-    """The weights of several linear layers, one below the other, and their biases."""
-    weight = torch.cat([linear.weight for linear in linears])
+def packed(*linears: Any) -> tuple[Callable[[], Tensor], Tensor | None]:
+    """What makes the weight of several linear layers, one below the other, and their biases."""
+
+    def weight() -> Tensor:
+        return torch.cat([linear.weight for linear in linears])
+
     if all(linear.bias is None for linear in linears):
         return weight, None
     biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]

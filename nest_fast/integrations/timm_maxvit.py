@@ -7,6 +7,7 @@ Source: timm/models/maxxvit.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,13 +58,13 @@ def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any)
     return y.view(x.shape)
 
 
-def _qkv_major(attn: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of q, k and v, each of all heads, where each head has its own three."""
+def _qkv_major(attn: Any) -> tuple[Callable[[], Tensor], Tensor | None]:
+    """What makes the weight, and the bias, of q, k and v, each of all heads, where each head has its own three."""
 
     def sorted_(x: Tensor) -> Tensor:
         return x.unflatten(0, (attn.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
-    return sorted_(attn.qkv.weight), None if attn.qkv.bias is None else sorted_(attn.qkv.bias)
+    return lambda: sorted_(attn.qkv.weight), None if attn.qkv.bias is None else sorted_(attn.qkv.bias)
 
 
 _KNOWN: fusion.Known = {

@@ -144,12 +144,13 @@ def _autograd(op: Any, saved: Sequence[str], gradients: Callable, differentiable
 
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         douts = douts[:differentiable]
+        own = inputs[: len(ctx.needs_input_grad)]  # the last ones are left out where they have their defaults
         if all(dout is None for dout in douts):
-            return (None,) * len(inputs)
-        needed = dict(zip(inputs, ctx.needs_input_grad, strict=True))
+            return (None,) * len(own)
+        needed = dict(zip(own, ctx.needs_input_grad, strict=True))
         dtypes, shapes = (dict(zip(inputs, values, strict=True)) for values in (ctx.dtypes, ctx.shapes))
         found = gradients(Kept._make([*ctx.constants, *ctx.saved_tensors, needed, dtypes, shapes]), *douts)
-        pairs = zip((found.get(name) for name in inputs), ctx.dtypes, strict=True)
+        pairs = ((found.get(name), dtypes[name]) for name in own)
         return tuple(dx if dx is None or dx.dtype == dtype else dx.to(dtype) for dx, dtype in pairs)
 
     return setup, backward

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layer, _layout, _modes, _tuned
+from nest_fast.ops import _checks, _flops, _layer, _layout, _modes, _packed, _tuned
 from nest_fast.ops._backends import Backend, Rules
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import nothing_like, operation
@@ -41,6 +41,7 @@ def attention_layer(
     post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
+    packed: _packed.Packed | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block, or each window of an image.
@@ -66,6 +67,8 @@ def attention_layer(
         post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
+        packed: where "cpp" keeps its packed weights: a dict, empty at first, given again with the same weights only,
+            and without gradients. None: they are packed in every call.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
             it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
@@ -86,6 +89,7 @@ def attention_layer(
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
     tokens = x.shape[2] if windows is None else windows.tokens
     given = Given(x, *weights, bias, mask, scale if isinstance(scale, Tensor) else None, multi_query, num_heads, tokens)
+    _packed.check(packed, given)
     if impl == "auto":
         impl = _layer.choose("attention_layer", _ABLE, AUTO, given)
     elif impl in BACKENDS:
@@ -105,13 +109,14 @@ def attention_layer(
             eps=eps,
         )
     if impl == "cpp":
+        qkv_weight, proj_weight = _layout.dense_rows(qkv_weight), _layout.dense_rows(proj_weight)
         out, *_ = _CPP(
             _layout.dense_rows(x).reshape(-1, C),
             *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
-            _layout.dense_rows(qkv_weight),
+            qkv_weight,
             _layout.dense(qkv_bias),
-            _layout.dense_rows(proj_weight),
+            proj_weight,
             _layout.dense(proj_bias),
             as_scores(bias),
             as_scores(mask),
@@ -120,6 +125,8 @@ def attention_layer(
             tokens,
             *(num_heads, kv_heads, 1.0 if isinstance(scale, Tensor) else scale, branch_scale),
             _modes.wants_gradients(given),
+            _packed.linear(packed, "qkv", qkv_weight),
+            _packed.linear(packed, "proj", proj_weight),
         )
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
@@ -229,7 +236,7 @@ def _rows(rows, windows):
 
 
 def _fake(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, mask, scales, *rest):
-    windows, tokens, heads, *_, training = rest
+    windows, tokens, heads, _, _, _, training, *_ = rest
     C, kept = x.shape[1], _rows(x.shape[0], windows) if training else 0
     numbers = (2,) if any(x is not None for x in (bias, mask, scales)) or any(windows[4:6]) else ()
     lse = x.new_empty((kept // tokens, heads, tokens, *numbers), dtype=torch.float32)
@@ -283,8 +290,8 @@ def _bwd_flops(dout, x, qkv_out, attended, lse, qkv, proj, bias, mask, scales, w
 _CPP = operation(
     "attention_layer_cpp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight,"
     " Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? bias, Tensor? mask, Tensor? scales,"
-    " SymInt[] windows, SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training)"
-    " -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
+    " SymInt[] windows, SymInt tokens, int heads, int kv_heads, float scale, float branch_scale, bool training,"
+    " Tensor? qkv_packed=None, Tensor? proj_packed=None) -> (Tensor out, Tensor qkv, Tensor attended, Tensor lse)",
     fake=_fake,
     saved=(
         *("x", "norm_weight", "norm_bias", "qkv_weight", "proj_weight", "bias", "mask", "scales"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _extension, _gpu, _layout, _modes, _tuned
+from nest_fast.ops import _backends, _checks, _extension, _gpu, _layout, _modes, _packed, _tuned
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
@@ -34,6 +34,7 @@ def block_aggregate(
     eps: float = 1e-6,
     padding: str = "symmetric",
     pos_embed: Tensor | None = None,
+    packed: _packed.Packed | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``max_pool(layer_norm(conv3x3(x))) + pos_embed`` on blocks, or on an image: four blocks become one.
@@ -51,6 +52,8 @@ def block_aggregate(
             and below (the authors, timm's ``_jx`` models). Padding never wins the maximum.
         pos_embed: ``(1, T/4, N, C')`` added to blocks, or ``(1, H/2, W/2, C')`` to an image, or None. Any
             floating-point dtype; the result's is what PyTorch's promotion gives the sum.
+        packed: where "cpp" keeps its transformed filters: a dict, empty at first, given again with the same weight
+            only, and without gradients. None: they are transformed in every call.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch on channels-last
             memory. "two_step" is the library's convolution, then one kernel for all the rest: the extension's on a
             CPU, Triton's on a GPU (and on CPU tensors under ``TRITON_INTERPRET=1`` if there is no extension). "cpp" is
@@ -68,6 +71,7 @@ def block_aggregate(
     """
     given = Given(x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed)
     sizes = _check(given, grid_size, block_size, padding, impl)
+    _packed.check(packed, given)
     if impl == "auto":
         impl = choose(given)
     elif impl in BACKENDS:
@@ -86,7 +90,7 @@ def block_aggregate(
             padding=padding,
             pos_embed=pos_embed,
         )
-    return _run(impl, given, sizes, eps, padding == "same")
+    return _run(impl, given, sizes, eps, padding == "same", packed)
 
 
 def _check(given: Given, grid_size: object, block_size: object, padding: str, impl: str) -> tuple[Size2, Size2] | None:
@@ -223,7 +227,14 @@ def _on_gpu(x: Tensor) -> str:
 # --- computing --------------------------------------------------------------------------------------------------------
 
 
-def _run(impl: str, given: Given, sizes: tuple[Size2, Size2] | None, eps: float, same: bool) -> Tensor:
+def _run(
+    impl: str,
+    given: Given,
+    sizes: tuple[Size2, Size2] | None,
+    eps: float,
+    same: bool,
+    packed: _packed.Packed | None,
+) -> Tensor:
     x, conv_weight, *vectors, pos_embed = given
     training = _modes.wants_gradients(given)
     kind, autocast = x.device.type, _modes.under_autocast(x)
@@ -241,7 +252,8 @@ def _run(impl: str, given: Given, sizes: tuple[Size2, Size2] | None, eps: float,
         fused_pos = fused_pos if fused_pos.dtype == x.dtype and not autocast else None
     if impl != "two_step":
         x = x.reshape(x.shape[0], 1, H * W, x.shape[3]) if image_shape else x
-        out = _FUSED[impl](x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training)[0]
+        more = (_packed.filters(packed, "conv", conv_weight),) if impl == "cpp" else ()
+        out = _FUSED[impl](x, conv_weight, *vectors, fused_pos, grid, block, out_block, eps, same, training, *more)[0]
     else:
         image = x if image_shape else unblockify(x, grid, block)
         # An NHWC image seen as NCHW is channels_last memory, and so is what the convolution makes of it.
@@ -320,9 +332,8 @@ for _part in ("cpp", "triton"):
 # --- registration: everything in one kernel ---------------------------------------------------------------------------
 
 
-def _fused_fake(
-    x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid, block, out_block, eps, same, training
-):
+def _fused_fake(x, conv_weight, conv_bias, norm_weight, norm_bias, pos_embed, grid, block, out_block, *rest):
+    _, _, training, *_ = rest
     B, H, W, C = x.shape[0], grid[0] * block[0], grid[1] * block[1], conv_weight.shape[0]
     out, *statistics = _outputs(x, (B, H, W, C), out_block, training)
     return out, x.new_empty((B if training else 0, H, W, C)), *statistics
@@ -369,7 +380,8 @@ _FUSED = {
     part: operation(
         f"block_aggregate_{part}_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
         " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
-        " float eps, bool same, bool training) -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)",
+        f" float eps, bool same, bool training{more})"
+        " -> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor argmax)",
         launch="block_aggregate.block_aggregate_fwd" if part == "triton" else "",
         fake=_fused_fake,
         saved=("x", "conv_weight", "conv_bias", "norm_weight", "y", "mean", "rstd", "argmax"),
@@ -377,7 +389,7 @@ _FUSED = {
         vmap=(1, 6),
         flops=_flops,
     )
-    for part in ("cpp", "triton")
+    for part, more in (("cpp", ", Tensor? conv_packed=None"), ("triton", ""))
 }
 _CPP_DX = operation(
     "block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, SymInt[2] grid_size, SymInt[2] block_size) -> Tensor",

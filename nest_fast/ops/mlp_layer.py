@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layout, _modes, _tuned
+from nest_fast.ops import _checks, _flops, _layout, _modes, _packed, _tuned
 from nest_fast.ops._layer import ABLE, AUTO, BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
 from nest_fast.ops.linear import linear
@@ -32,6 +32,7 @@ def mlp_layer(
     post_norm: bool = False,
     branch_scale: float = 1.0,
     eps: float = 1e-6,
+    packed: _packed.Packed | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``.
@@ -45,6 +46,8 @@ def mlp_layer(
         post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
         eps: added to the variance.
+        packed: where "cpp" keeps its packed weights: a dict, empty at first, given again with the same weights only,
+            and without gradients. None: they are packed in every call.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
             wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again.
@@ -60,6 +63,7 @@ def mlp_layer(
     """
     given = Given(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*given, activation, branch_scale, impl)
+    _packed.check(packed, given)
     if impl == "auto":
         impl = choose("mlp_layer", ABLE, AUTO, given)
     elif impl in BACKENDS:
@@ -69,17 +73,20 @@ def mlp_layer(
             *given, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
         )
     if impl == "cpp":
+        fc1_weight, fc2_weight = _layout.dense_rows(fc1_weight), _layout.dense_rows(fc2_weight)
         out, _ = _CPP(
             _layout.dense_rows(x).reshape(-1, C),
             *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
-            _layout.dense_rows(fc1_weight),
+            fc1_weight,
             _layout.dense(fc1_bias),
             activation,
-            _layout.dense_rows(fc2_weight),
+            fc2_weight,
             _layout.dense(fc2_bias),
             branch_scale,
             _modes.wants_gradients(given),
+            _packed.linear(packed, "fc1", fc1_weight),
+            _packed.linear(packed, "fc2", fc2_weight),
         )
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
@@ -135,7 +142,8 @@ def _check(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale, training):
+def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest):
+    _, training, *_ = rest
     return x.new_empty(x.shape), x.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
 
 
@@ -163,8 +171,8 @@ def _bwd_flops(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
 
 _CPP = operation(
     "mlp_layer_cpp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight,"
-    " Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training)"
-    " -> (Tensor out, Tensor hidden)",
+    " Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training,"
+    " Tensor? fc1_packed=None, Tensor? fc2_packed=None) -> (Tensor out, Tensor hidden)",
     fake=_fake,
     saved=("x", "norm_weight", "norm_bias", "fc1_weight", "fc2_weight", "hidden"),
     gradients=_gradients,
