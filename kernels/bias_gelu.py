@@ -1,7 +1,7 @@
 """``gelu(x + bias)`` and its gradients in Triton, one pass over memory each.
 
-Maths: gelu(x) = x Phi(x), or with tanh x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3); dx = dout gelu'(x + bias),
-dbias = sum over rows of dx. Floor of n elements in half precision: 4n bytes forward, 6n backward, dozens of FLOP each.
+Maths: gelu(x) as _gelu has it; dx = dout gelu'(x + bias), dbias = sum over rows of dx. Floor of n elements in half
+precision: 4n bytes forward, 6n backward, a dozen FLOP each.
 Tiling: a program has TILE_ROWS rows of TILE_C channels, in the backward several such tiles below each other, whose sums
 are one row of partial sums of dbias.
 """
@@ -14,52 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nest_fast.kernels import _configs
+from nest_fast.kernels._gelu import gelu, gelu_derivative, gelu_of
 from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import cdiv, load, load_row, round_to
 
 __all__ = ["bias_gelu_bwd", "bias_gelu_fwd"]
-
-ROOT_HALF = tl.constexpr(0.7071067811865476)  # sqrt(1 / 2)
-ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-NORMAL_DENSITY = tl.constexpr(0.3989422804014327)  # at 0: 1 / sqrt(2 pi)
-CUBIC = tl.constexpr(0.044715)
-
-
-@triton.jit
-def _tanh_argument(x):
-    """``u = sqrt(2 / pi) (x + 0.044715 x^3)`` and ``exp(-2|u|)``, which cannot overflow."""
-    u = ROOT_2_OVER_PI * (x + CUBIC * (x * x * x))
-    return u, tl.exp(-2.0 * tl.abs(u))
-
-
-@triton.jit
-def _divide(x, y, ROUNDED: tl.constexpr):
-    """``x / y``; ROUNDED if the result ends in half precision, which hides the last bits of a cheaper division."""
-    return x / y if ROUNDED else tl.div_rn(x, y)
-
-
-@triton.jit
-def _normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * ROOT_HALF))
-
-
-@triton.jit
-def _gelu(x, TANH: tl.constexpr, ROUNDED: tl.constexpr):
-    if TANH:
-        # (1 + tanh u) / 2 = sigmoid(2u), whose digits do not cancel below zero. NaN is not >= 0 and stays in the sum.
-        u, small = _tanh_argument(x)
-        return _divide(tl.where(u >= 0.0, x, x * small), 1.0 + small, ROUNDED)
-    return x * _normal_cdf(x)
-
-
-@triton.jit
-def _gelu_derivative(x, TANH: tl.constexpr, ROUNDED: tl.constexpr):
-    if TANH:
-        u, small = _tanh_argument(x)
-        whole = _divide(1.0, 1.0 + small, ROUNDED)
-        slope = 2.0 * ROOT_2_OVER_PI * (1.0 + 3.0 * CUBIC * (x * x))
-        return tl.where(u >= 0.0, whole, small * whole) + x * (small * whole * whole) * slope
-    return _normal_cdf(x) + x * (NORMAL_DENSITY * tl.exp(-0.5 * (x * x)))
 
 
 @triton.jit
@@ -78,7 +37,7 @@ def _bias_gelu_fwd_kernel(
     rows,
     column_tiles,  # tiles side by side that cover C
     C,
-    TANH: tl.constexpr,
+    GELU: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -89,8 +48,7 @@ def _bias_gelu_fwd_kernel(
     mask = (row < rows)[:, None] & (c < C)[None, :]
     offsets = row[:, None] * C + c[None, :]  # [TILE_ROWS, TILE_C]
     x = _load_with_bias(x_ptr, bias_ptr, offsets, c, mask, C)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + offsets, round_to(_gelu(x, TANH, dtype != tl.float32), dtype), mask=mask)
+    tl.store(out_ptr + offsets, round_to(gelu(x, GELU), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "column_tiles"])
@@ -104,7 +62,7 @@ def _bias_gelu_bwd_kernel(
     column_tiles,  # tiles side by side that cover C
     tiles,  # tiles below each other that a program has
     C,
-    TANH: tl.constexpr,
+    GELU: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -113,14 +71,13 @@ def _bias_gelu_bwd_kernel(
     first = (pid // column_tiles).to(tl.int64) * tiles * TILE_ROWS
     c = pid % column_tiles * TILE_C + tl.arange(0, TILE_C)  # [TILE_C]
     dbias = tl.zeros([TILE_ROWS, TILE_C], tl.float32)
-    dtype: tl.constexpr = dx_ptr.dtype.element_ty
     for tile in range(tiles):
         row = first + tile * TILE_ROWS + tl.arange(0, TILE_ROWS)  # [TILE_ROWS]
         mask = (row < rows)[:, None] & (c < C)[None, :]
         offsets = row[:, None] * C + c[None, :]  # [TILE_ROWS, TILE_C]
         x = _load_with_bias(x_ptr, bias_ptr, offsets, c, mask, C)
-        dx = load(dout_ptr, offsets, mask) * _gelu_derivative(x, TANH, dtype != tl.float32)  # [TILE_ROWS, TILE_C]
-        tl.store(dx_ptr + offsets, round_to(dx, dtype), mask=mask)
+        dx = load(dout_ptr, offsets, mask) * gelu_derivative(x, GELU)  # [TILE_ROWS, TILE_C]
+        tl.store(dx_ptr + offsets, round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
         # Rows past the end have the bias's derivative, which may be NaN.
         dbias += tl.where(mask, dx, 0.0)
     if partial_ptr is not None:
@@ -144,11 +101,12 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool
         return out
     C, rows = x.shape[-1], x.shape[:-1].numel()
     x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
+    formula = gelu_of(tanh, dtype)
 
     def run(tile, start):
         column_tiles = cdiv(C, tile["TILE_C"])
         programs = cdiv(rows, tile["TILE_ROWS"]) * column_tiles
-        start(_bias_gelu_fwd_kernel, programs, x, bias, out, rows, column_tiles, C, TANH=tanh, **tile)
+        start(_bias_gelu_fwd_kernel, programs, x, bias, out, rows, column_tiles, C, GELU=formula, **tile)
 
     launch(_configs.bias_gelu, ("fwd", C, tanh, x.dtype, dtype), x, run)
     return out
@@ -172,6 +130,7 @@ def bias_gelu_bwd(
     if x.numel() == 0:
         return dx, torch.zeros(C, dtype=torch.float32, device=x.device) if need_dbias else None
     dout, x, bias = dout.contiguous(), x.contiguous(), bias if bias is None else bias.contiguous()
+    formula = gelu_of(tanh, x.dtype)
 
     def run(tile, start):
         tile_rows, column_tiles = tile["TILE_ROWS"], cdiv(C, tile["TILE_C"])
@@ -182,7 +141,7 @@ def bias_gelu_bwd(
         partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None
         start(
             _bias_gelu_bwd_kernel, programs * column_tiles,
-            dout, x, bias, dx, partial, rows, column_tiles, tiles, C, TANH=tanh, **tile,
+            dout, x, bias, dx, partial, rows, column_tiles, tiles, C, GELU=formula, **tile,
         )  # fmt: skip
         return partial
 

@@ -92,8 +92,8 @@ def add_layer_norm_gradients(dtotal, dnormed, branch_scale):
 
 
 def bias_gelu(bias):
-    given = (empty(5, 70, 136), bias)  # 128 columns and 8 more; 8 rows of 350 in a tile
-    return Case(given, (bias_gelu_fwd(*given, BF16, False),), [2 * 44])
+    given = (empty(5, 70, 136), bias)  # 128 columns and 8 more; 16 rows of 350 in a tile
+    return Case(given, (bias_gelu_fwd(*given, BF16, False),), [2 * 22])
 
 
 def bias_gelu_gradients(bias, programs):
@@ -158,7 +158,7 @@ CASES = {
     "bias_gelu_fwd": lambda: bias_gelu(empty(136)),
     "bias_gelu_fwd, without bias": lambda: bias_gelu(None),
     "bias_gelu_bwd": lambda: bias_gelu_gradients(empty(136), 2 * 11),
-    "bias_gelu_bwd, without bias": lambda: bias_gelu_gradients(None, 2 * 44),
+    "bias_gelu_bwd, without bias": lambda: bias_gelu_gradients(None, 2 * 22),
     "layer_norm_mean_fwd": lambda: layer_norm_mean(100, [3]),
     "layer_norm_mean_fwd, in parts": lambda: layer_norm_mean(300, [9, 3]),
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
