@@ -11,7 +11,8 @@ from harness import DEVICE, DTYPES, Case, Peers, Problem, compiled_peers, impl_p
 from torch import Tensor
 
 from nest_fast import attention_layer, mlp_layer, reference
-from nest_fast.ops.mlp_layer import IMPLS
+from nest_fast.ops.attention_layer import IMPLS as ATTENTION_IMPLS
+from nest_fast.ops.mlp_layer import IMPLS as MLP_IMPLS
 from nest_fast.testing import import_timm
 
 
@@ -27,6 +28,7 @@ class LayerCase(Case):
 
 
 OPS: dict[str, Callable[..., Tensor]] = {"attention_layer": attention_layer, "mlp_layer": mlp_layer}
+IMPLS = {"attention_layer": ATTENTION_IMPLS, "mlp_layer": MLP_IMPLS}
 # name: blocks, channels, heads, at 14 x 14 tokens a block
 LEVELS = {"NesT-T L1": (16, 96, 3), "NesT-T L2": (4, 192, 6), "NesT-T L3": (1, 384, 12)}
 WIDE = {"NesT-B L1": (16, 128, 4), "NesT-B L2": (4, 256, 8), "NesT-B L3": (1, 512, 16)}
@@ -60,7 +62,7 @@ def peers(case: LayerCase) -> Peers:
     op = OPS[case.op]
     return {
         "reference": lambda: case.run(plain),
-        **impl_peers(case, IMPLS, lambda impl: _layer(case, partial(op, impl=impl))),
+        **impl_peers(case, IMPLS[case.op], lambda impl: _layer(case, partial(op, impl=impl))),
         **(compiled_peers(case, plain) if case.compile else {}),
         **({"timm": lambda: case.run(_timm_attention(case))} if case.op == "attention_layer" else {}),
     }

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "both", "cdiv", "dot", "fma", "load", "load_row", "next_power_of_2", "normalise", "piece", "pieces",
-    "round_to", "tiles_and_tail", "zeros",
+    "LN2", "LOG2E", "both", "cdiv", "channel_pieces", "dot", "fma", "load", "load_row", "next_power_of_2", "normalise",
+    "piece", "pieces", "round_to", "tiles_and_tail", "zeros",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -121,6 +121,12 @@ def pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
         cut.append((start, size))
         start += size
     return tuple(cut)
+
+
+def channel_pieces(channels: int, largest: int) -> tuple[tuple[int, int], ...]:
+    """Pieces that cover the channels, at most four unless ``largest`` cuts them: 192 → 128 + 64."""
+    unit = max(16, next_power_of_2(channels) // 8)
+    return pieces(cdiv(channels, unit) * unit, largest)
 
 
 def tiles_and_tail(length: int, tile: int) -> tuple[int, int]:

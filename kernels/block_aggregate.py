@@ -19,11 +19,10 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import cdiv, dot, load, next_power_of_2, piece, round_to, zeros
+from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, next_power_of_2, piece, round_to, zeros
 from nest_fast.kernels.norm_pool import (
     Norm,
     Spec,
-    channel_pieces,
     empty_statistics,
     image_of,
     layer_norm,

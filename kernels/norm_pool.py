@@ -21,10 +21,10 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import both, cdiv, load, load_row, next_power_of_2, piece, pieces, round_to, zeros
+from nest_fast.kernels._primitives import both, cdiv, channel_pieces, load, load_row, piece, round_to, zeros
 
 __all__ = [
-    "MAX_CHANNELS", "Image", "Norm", "Spec", "channel_pieces", "empty_statistics", "image_of", "layer_norm",
+    "MAX_CHANNELS", "Image", "Norm", "Spec", "empty_statistics", "image_of", "layer_norm",
     "norm_pool_bwd", "norm_pool_fwd", "pooled_offset",
 ]  # fmt: skip
 
@@ -318,12 +318,6 @@ def _norm_pool_bwd_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def channel_pieces(channels: int, largest: int = MAX_CHANNELS) -> tuple[tuple[int, int], ...]:
-    """Pieces that cover the channels, at most four unless ``largest`` cuts them: 192 → 128 + 64."""
-    unit = max(16, next_power_of_2(channels) // 8)
-    return pieces(cdiv(channels, unit) * unit, largest)
-
-
 def image_of(height: int, width: int, out_block: tuple[int, int]) -> Image:
     return Image(height, width, width // 2 // out_block[1], *out_block)
 
@@ -373,7 +367,7 @@ def norm_pool_fwd(
     mean, rstd, argmax = empty_statistics(out, H, W, training)
     if out.numel() == 0:
         return out, mean, rstd, argmax
-    spec, image = Spec(C, channel_pieces(C), 0 if same else 1, training), image_of(H, W, out_block)
+    spec, image = Spec(C, channel_pieces(C, MAX_CHANNELS), 0 if same else 1, training), image_of(H, W, out_block)
     pixels, norm = _pixels(y), Norm(conv_bias, norm_weight, norm_bias, eps)
     pos_embed = None if pos_embed is None else pos_embed.contiguous()
 
@@ -413,7 +407,8 @@ def norm_pool_bwd(
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if dy.numel() == 0:
         return dy, torch.zeros((3, C), dtype=torch.float32, device=y.device)
-    spec, image = Spec(C, channel_pieces(C), 0 if same else 1, True), image_of(y.shape[1], y.shape[2], out_block)
+    spec = Spec(C, channel_pieces(C, MAX_CHANNELS), 0 if same else 1, True)
+    image = image_of(y.shape[1], y.shape[2], out_block)
     dout, rows, norm = dout.contiguous(), _pixels(y), Norm(conv_bias, norm_weight, None, 0.0)
 
     def run(tile, start):

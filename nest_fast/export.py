@@ -40,6 +40,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.block_attention_triton_fwd.default: _block_attention_triton,
         ops.attention_layer_cpp.default: _attention_layer,
         ops.mlp_layer_cpp.default: _mlp_layer,
+        ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
         ops.block_aggregate_cpp_fwd.default: _block_aggregate,
         ops.block_aggregate_triton_fwd.default: _block_aggregate,
         ops.norm_pool_cpp_fwd.default: _norm_pool,
@@ -168,6 +169,14 @@ def _mlp_layer(
     y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     out = F.linear(y, fc2_weight, fc2_bias)
     return out if norm_weight is None else x + branch_scale * out, *_kept(training, hidden)
+
+
+def _mlp_layer_triton(
+    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale
+) -> Tensor:
+    y = F.linear(_layer_norm(x, norm_weight.float(), norm_bias.float(), eps), fc1_weight, fc1_bias)
+    y = F.linear(F.gelu(y, approximate="tanh" if tanh else "none"), fc2_weight, fc2_bias)
+    return (x + branch_scale * y).contiguous()
 
 
 def _block_aggregate(

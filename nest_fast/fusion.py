@@ -35,6 +35,7 @@ from nest_fast.ops import (
     patchify,
 )
 from nest_fast.ops._modes import TENSORS, autocast_dtype, under_autocast
+from nest_fast.ops.mlp_layer import is_one_kernel
 from nest_fast.weights import head_minor_to_major
 
 # --- what is known of a class of modules ------------------------------------------------------------------------------
@@ -481,6 +482,15 @@ def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
     )
 
 
+def is_fused_mlp(x: Tensor, half: Half) -> bool:
+    """Whether a sub-layer that nothing speaks against is one kernel on a GPU; in a chain its input is summed before."""
+    if half.written.role != "mlp" or not x.is_cuda:
+        return False
+    norm, (fc1, fc2) = half.norm, half.inside(LINEAR)
+    last = scaled(fc2.weight, half), scaled(fc2.bias, half)
+    return is_one_kernel(x, norm.weight, norm.bias, fc1.weight, fc1.bias, *last, half.post_norm)
+
+
 def _approximate(act: Any, half: Half) -> str:
     """PyTorch's GELU says it, those of libraries are a class for each."""
     return getattr(act, "approximate", "tanh" if half.known[type(act)].role == "gelu_tanh" else "none")
@@ -643,11 +653,17 @@ def is_chained(x: Tensor) -> bool:
 
 
 def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
-    """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it."""
+    """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it.
+
+    An MLP that is one kernel takes a sum that is complete and returns one.
+    """
     branch: Tensor | None = None
     scale: Tensor | None = None
     dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
     for half in halves:
+        if _drop_rate(half) == 0.0 and is_fused_mlp(x, half):
+            x, branch, scale = _mlp(_sum(x, branch, scale), half, 1.0), None, None
+            continue
         norm = half.norm
         if branch is None:
             y = norm(x)
@@ -656,6 +672,10 @@ def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
                 x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
             )
         branch, scale = _branch(y, half, dtype), _sample_scale(x, half)
+    return _sum(x, branch, scale)
+
+
+def _sum(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
     if branch is None:
         return x
     return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))

@@ -39,6 +39,7 @@ from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
+from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 
 ARCHITECTURES = tuple(SHARED_BYTES)
@@ -81,6 +82,18 @@ class Aggregation(NamedTuple):
         return f"aggregate-{self.kind}-C{self.C_in}-{self.C_out}-{self.dtype}"
 
 
+class Mlp(NamedTuple):
+    """A launch of the MLP sub-layer to compile, "mlp" or with tanh "mlp-tanh", with 4 C hidden features."""
+
+    kind: str
+    C: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-C{self.C}-{self.dtype}"
+
+
 class Pass(NamedTuple):
     """Launches of a pass between the matmuls to compile, in bf16; ``kind`` may end with what is special about them."""
 
@@ -91,6 +104,9 @@ class Pass(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.kind}-C{self.C}-{self.dtype}"
+
+
+Shipped = Case | Aggregation | Mlp | Pass
 
 
 class _OfflineDriver:
@@ -163,11 +179,13 @@ def _tf32(allowed: bool) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def launch(case: Case | Aggregation | Pass) -> None:
+def launch(case: Shipped) -> None:
     """Run the launcher of case on meta tensors."""
     with _tf32(case.dtype == "tf32"):
         if isinstance(case, Pass):
             _launch_pass(case)
+        elif isinstance(case, Mlp):
+            _launch_mlp(case)
         elif isinstance(case, Aggregation):
             _launch_aggregation(case)
         else:
@@ -209,6 +227,17 @@ def _launch_attention(case: Case) -> None:
     else:
         out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
         block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
+
+
+def _launch_mlp(case: Mlp) -> None:
+    """Batch 8 of 16 blocks of 14 x 14."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta")
+
+    C, hidden = case.C, 4 * case.C
+    norm, fc1, fc2 = (empty(C), empty(C), 1e-6), (empty(hidden, C), empty(hidden)), (empty(C, hidden), empty(C))
+    mlp_layer_fwd(empty(8, 16, 196, C), *norm, *fc1, case.kind == "mlp-tanh", *fc2, 1.0)
 
 
 def _launch_pass(case: Pass) -> None:
@@ -300,6 +329,12 @@ AGGREGATIONS = [
     *(Aggregation(kind, C_in, C_out, dtype, grid) for kind, dtype in _LAUNCHES for C_in, C_out, grid in _WIDTHS),
     Aggregation("norm-pool", 192, 384, "fp32"),
 ]
+# The models' channels of levels 1 and 2, and what has to be padded.
+MLPS = [
+    *(Mlp("mlp", C, dtype) for dtype in ("bf16", "tf32", "fp32") for C in (96, 128, 192, 256)),
+    Mlp("mlp-tanh", 192, "fp16"),
+    Mlp("mlp", 100, "bf16"),
+]
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
 PASSES = [
     *(Pass(f"bias-gelu-{approximate}", 384) for approximate in ("none", "tanh")),
@@ -312,22 +347,23 @@ PASSES = [
 ]
 
 
-def models(architecture: int) -> list[Case | Aggregation | Pass]:
+def models(architecture: int) -> list[Shipped]:
     """What the models launch in half precision, and window models with bias and mask."""
     aggregations = [case for case in AGGREGATIONS if case.dtype == "bf16"]
+    mlps = [case for case in MLPS if case.dtype == "bf16"]
     if architecture < 80:  # without matrix instructions that Triton knows
         return [*(case for case in aggregations if case.kind == "norm-pool"), *PASSES]
     if architecture in (86, 89):  # as sm_80 but for ptxas and the shared memory: what takes most of both
-        return [*MODELS[:2], *(case for case in aggregations if case.C_out == 256)]
-    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *aggregations, *PASSES]
+        return [*MODELS[:2], *(case for case in aggregations if case.C_out == 256), *mlps]
+    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *aggregations, *mlps, *PASSES]
 
 
-def shipped(architecture: int) -> list[Case | Aggregation | Pass]:
+def shipped(architecture: int) -> list[Shipped]:
     """And, where the tables have rows of their own, float32 and the largest shape of every row of attention's."""
     cases = models(architecture)
     if architecture not in TUNED:
         return cases
-    cases += [*WINDOWS, *AGGREGATIONS]
+    cases += [*WINDOWS, *AGGREGATIONS, *MLPS]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION
@@ -350,7 +386,7 @@ def every_shape(architecture: int) -> Iterator[Case]:
 CASES = {"models": models, "shipped": shipped, "every": every_shape}
 
 
-def broken_bars(architecture: int, case: Case | Aggregation | Pass, row: dict[str, int]) -> list[str]:
+def broken_bars(architecture: int, case: Shipped, row: dict[str, int]) -> list[str]:
     """What no shipped configuration may do."""
     broken = []
     if row["spill_bytes"]:

@@ -124,6 +124,7 @@ def decomposition_cases():
         yield OPS.attention_layer_cpp, (*alone, [5, 6, 3, 2, 0, 0, 0, 0], 6, 2, 2, 0.4, 0.7, training)
         yield OPS.mlp_layer_cpp, (*alone[:4], r(16, 8), r(16), "gelu", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_cpp, (*layer, "gelu_tanh", r(8, 16), None, 0.7, training)
+        yield OPS.mlp_layer_triton_fwd, (*layer, training, r(8, 16), None, 0.7)
         for same in (False, True):
             yield OPS.block_aggregate_cpp_fwd, (*image, same, training)
             yield OPS.norm_pool_cpp_fwd, (r(2, 8, 12, 5), None, r(5), r(5), None, (2, 3), 1e-6, same, training)

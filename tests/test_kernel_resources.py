@@ -36,6 +36,7 @@ SAMPLE = "|".join(
     [
         "sm_80 (fwd-N196-d32-bf16$|add-layer-norm-bwd-C96)",
         "sm_90 (bwd-N16-d64-h3-mq-bf16|aggregate-norm-pool-C256-512-bf16|bias-gelu-none|layer-norm-mean-C96)",
+        "sm_89 mlp-C128-bf16",
         "sm_100 (aggregate-fwd-C192-384-bf16|add-layer-norm-fwd-C96)",
     ]
 )
@@ -147,6 +148,11 @@ def test_models_waste_little_matrix_work_on_hopper():
 @pytest.mark.parametrize("kind", ["fwd", "train"])
 def test_fused_aggregation_uses_hopper_matrix_instructions(kind, channels):
     assert figures(90, f"aggregate-{kind}-{channels}-bf16 block_aggregate_fwd")["HGMMA"] > 0
+
+
+@pytest.mark.parametrize("channels", [96, 128, 192, 256])
+def test_the_mlp_uses_hopper_matrix_instructions(channels):
+    assert figures(90, f"mlp-C{channels}-bf16 mlp_layer_fwd")["HGMMA"] > 0
 
 
 @pytest.mark.parametrize(("channels", "edge"), [(192, 56), (256, 56), (384, 28), (512, 28)])

@@ -106,6 +106,8 @@ def test_every_launch_has_a_choice():
             assert 2 <= len(_configs.attention(kernel, spec, dtype, architecture)) <= 6
     for operands, architecture in itertools.product(("half", "tf32", "ieee"), (80, 90, 100, 120)):
         assert 2 <= len(_configs.block_aggregate(512, operands, architecture)) <= 6
+        for channels in (16, 96, 192, 256):
+            assert 2 <= len(_configs.mlp_layer(channels, operands, architecture)) <= 6
 
 
 @pytest.mark.gpu

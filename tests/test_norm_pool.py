@@ -24,7 +24,8 @@ from helpers.aggregation import (
 from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, run_python, with_threads
 from nest_fast import reference
 from nest_fast.kernels import _configs
-from nest_fast.kernels.norm_pool import MAX_CHANNELS, channel_pieces
+from nest_fast.kernels._primitives import channel_pieces
+from nest_fast.kernels.norm_pool import MAX_CHANNELS
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast
@@ -312,7 +313,7 @@ def test_says_what_a_gradient_needs(part):
 
 @pytest.mark.parametrize("channels", range(1, MAX_CHANNELS + 1, 7))
 def test_pieces_cover_the_channels(channels):
-    pieces = channel_pieces(channels)
+    pieces = channel_pieces(channels, MAX_CHANNELS)
     ends = [start + size for start, size in pieces]
     assert [start for start, _ in pieces] == [0, *ends[:-1]]
     assert all(size & (size - 1) == 0 and size >= 16 for _, size in pieces)

@@ -9,7 +9,9 @@ import torch
 
 import nest_fast
 from helpers import twins
+from helpers.layer_tests import mlp_inputs
 from helpers.pretend_gpu import pretend_gpu
+from nest_fast.ops import _tuned
 from nest_fast.testing import relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
@@ -73,6 +75,66 @@ def test_a_model_computes_on_a_gpu_what_plain_pytorch_does(kind, dtype, mode, op
         assert ours.dtype == theirs.dtype, name
         band = 0.1 if halves and name != "output" else 2 * torch.finfo(autocast or dtype).eps
         assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + band, name
+
+
+# --- the MLP as one kernel --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["timm's", "NesT"])
+def test_without_gradients_in_half_precision_an_mlp_is_one_kernel(kind):
+    """In a chain of layers, one for each, and the sum before it is complete; explain says so."""
+    fast, double = MODELS[kind]().half().eval(), as_reference(MODELS[kind]().eval().double())
+    if kind == "timm's":
+        nest_fast.accelerate(fast)
+    x = twins.image(dtype=torch.float16)
+    with pretend_gpu() as calls, torch.no_grad():
+        out = fast(x)
+        told = nest_fast.explain(fast, x)
+    counted = Counter(name for name, _ in calls)
+    layers = sum(SMALLER["depths"])
+    assert counted["mlp_layer_triton_fwd"] == layers
+    assert not counted["bias_gelu_triton_fwd"]
+    assert [row.how for row in told if row.what == "mlp sub-layer"] == ["mlp_layer: Triton"] * layers
+    with torch.no_grad():
+        golden = double(x.double())
+        plain = as_reference(MODELS[kind]().half().eval())(x)
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+def test_an_mlp_of_which_samples_are_dropped_is_not_one_kernel():
+    """Of two layers the second drops samples, in training."""
+    model = MODELS["NesT"](drop_path_rate=0.5).half().train()
+    with pretend_gpu() as calls, torch.no_grad():
+        model(twins.image(dtype=torch.float16))
+    counted = Counter(name for name, _ in calls)
+    assert (counted["mlp_layer_triton_fwd"], counted["bias_gelu_triton_fwd"]) == (1, 1)
+
+
+def test_which_mlps_are_one_kernel_where_nothing_was_measured():
+    """And tune may measure those that can be."""
+    given = {"dtype": torch.bfloat16, "capability": (9, 0), "C": 192, "gradients": False}
+    for change, rule, able in (
+        ({}, "triton", ("triton", "parts")),
+        ({"capability": (8, 6)}, "triton", ("triton", "parts")),
+        ({"capability": (10, 0)}, "parts", ("triton", "parts")),
+        ({"C": 256}, "parts", ("triton", "parts")),
+        ({"dtype": torch.float32}, "parts", ("triton", "parts")),
+        ({"gradients": True}, "parts", ("parts",)),
+        ({"C": 257}, "parts", ("parts",)),
+        ({"capability": (7, 5)}, "parts", ("parts",)),
+    ):
+        made = {**given, **change}
+        tensors, _ = mlp_inputs(1, 1, 3, made["C"], 8, dtype=made["dtype"])
+        tensors[3].requires_grad_(made["gradients"])
+        with (
+            pretend_gpu(made["capability"]) as calls,
+            torch.set_grad_enabled(made["gradients"]),
+            _tuned.watched() as asked,
+        ):
+            nest_fast.mlp_layer(*tensors)
+        assert [name for name, _ in calls] == ["mlp_layer_triton_fwd" if rule == "triton" else "bias_gelu_triton_fwd"]
+        (question,) = (one for key, one in asked.items() if key[0] == "mlp_layer")
+        assert (question.rule, question.able) == (rule, able), change
 
 
 def as_reference(model):

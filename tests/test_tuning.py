@@ -1,5 +1,6 @@
 """nest_fast.tune: what is measured and checked, what of it "auto" takes, and the file between processes."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import torch
 
 import nest_fast
 from helpers.common import run_python
+from helpers.pretend_gpu import pretend_gpu
 from nest_fast.kernels import _launch
 from nest_fast.ops import _extension, _tuned
 
@@ -235,6 +237,31 @@ def test_launch_configurations_are_checked_measured_and_taken(file, clock, monke
     _tuned.set_choices(CPU, _tuned.read(CPU))
     nest_fast.block_attention(q, k, v, impl="triton")
     assert _launch.CHOSEN[key] == others[0]
+
+
+def test_a_chain_takes_the_mlp_that_was_measured(monkeypatch):
+    """A chain calls it only where it is one kernel, which by the rules it is not in float32."""
+    gpu, x = torch.device("cuda", 0), images()
+
+    def measure(question, *_):
+        fastest = "triton" if question.key[0] == "mlp_layer" else question.rule
+        return nest_fast.tuning.Measured("", {}, question.rule, fastest), {}
+
+    monkeypatch.setattr("nest_fast.tuning._measure", measure)
+    monkeypatch.setattr(_tuned, "write", lambda *_: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    launched = []
+    try:
+        for tuned in (False, True):
+            with pretend_gpu() as calls, torch.no_grad():
+                if tuned:
+                    nest_fast.tune(model(), x, progress=False)
+                    calls.clear()
+                model()(x)
+            launched.append([name for name, _ in calls if name in ("bias_gelu_triton_fwd", "mlp_layer_triton_fwd")])
+    finally:
+        _tuned.set_choices(gpu, _tuned.Choices())
+    assert launched == [["bias_gelu_triton_fwd"] * 2, ["mlp_layer_triton_fwd"] * 2]
 
 
 def test_bad_arguments():

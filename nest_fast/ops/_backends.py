@@ -131,6 +131,7 @@ CPP: Rules = EXTENSION + _ON_CPU + _DTYPE + PLAIN
 CPP_LAYER: Rules = CPP + _INSIDE
 # Before 8.0 Triton's matmuls do not use the matrix units; what has none of them compiles cleanly from 7.5 on.
 TRITON_MATMUL: Rules = _for_triton((8, 0)) + _DTYPE + PLAIN
+TRITON_LAYER: Rules = TRITON_MATMUL + _INSIDE
 TRITON: Rules = _for_triton((7, 5)) + _DTYPE + PLAIN
 TRITON_PASS: Rules = _for_triton((7, 5)) + _DTYPES + PLAIN
 ONEDNN: Rules = (

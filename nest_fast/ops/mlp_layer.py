@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _layout, _modes, _packed, _tuned
-from nest_fast.ops._layer import ABLE, AUTO, BACKENDS, IMPLS, choose, fake_branch_backward, layer_backward
+from nest_fast.ops import _backends, _checks, _flops, _gpu, _layer, _layout, _modes, _packed, _tuned
+from nest_fast.ops._backends import Backend
+from nest_fast.ops._layer import fake_branch_backward, layer_backward
 from nest_fast.ops._register import operation
+from nest_fast.ops.bias_gelu import bias_gelu
 from nest_fast.ops.linear import linear
 
-__all__ = ["mlp_layer"]
+__all__ = ["is_one_kernel", "mlp_layer"]
 
+IMPLS = (*_layer.IMPLS, "triton")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
@@ -50,7 +54,9 @@ def mlp_layer(
             and without gradients. None: they are packed in every call.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
-            wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again.
+            wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again. "triton" is one kernel
+            on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), for inference, C at most 256 and the LayerNorm
+            first; the hidden activations never leave the chip. Only "auto" may choose.
 
     Returns:
         ``(…, C)``.
@@ -61,17 +67,21 @@ def mlp_layer(
 
     Source: the authors' ``libml/self_attention.py`` (EncoderNDBlock).
     """
-    given = Given(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    C = _check(*given, activation, branch_scale, impl)
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    C = _check(*tensors, activation, branch_scale, impl)
+    given = Given(*tensors, post_norm)
     _packed.check(packed, given)
     if impl == "auto":
-        impl = choose("mlp_layer", ABLE, AUTO, given)
+        impl = choose(given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("mlp_layer", given)
     if impl == "reference":
         return reference.mlp_layer(
-            *given, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
+            *tensors, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
         )
+    if impl == "triton":
+        tanh = activation == "gelu_tanh"
+        return _TRITON(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale)
     if impl == "cpp":
         fc1_weight, fc2_weight = _layout.dense_rows(fc1_weight), _layout.dense_rows(fc2_weight)
         out, _ = _CPP(
@@ -91,21 +101,15 @@ def mlp_layer(
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
     y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    y = linear(y, fc1_weight, fc1_bias, activation=activation)
+    if _is_eager_on_a_gpu(given):
+        y = F.linear(y, fc1_weight)
+        y = bias_gelu(y, fc1_bias, approximate="tanh" if activation == "gelu_tanh" else "none", dtype=y.dtype)
+    else:
+        y = linear(y, fc1_weight, fc1_bias, activation=activation)
     if branch_scale == 1.0 and not post_norm:
         return linear(y, fc2_weight, fc2_bias, residual=x)
     y = linear(y, fc2_weight, fc2_bias)
     return x + branch_scale * (torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y)
-
-
-class Given(NamedTuple):
-    x: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
 
 
 def _check(
@@ -139,6 +143,78 @@ def _check(
     return C
 
 
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    post_norm: bool
+
+
+MAX_CHANNELS = 256  # more do not fit in a program's registers
+CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
+
+BACKENDS = {
+    **_layer.BACKENDS,
+    "triton": Backend(
+        "triton",
+        (
+            *_backends.TRITON_LAYER,
+            ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
+            ("the LayerNorm comes last", lambda given: given.post_norm),
+            (
+                lambda given: f"C = {given[0].shape[-1]} channels are over {MAX_CHANNELS}",
+                lambda given: given[0].shape[-1] > MAX_CHANNELS,
+            ),
+            ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31),
+        ),
+    ),
+}
+# Where nothing was measured, "auto" on a GPU keeps these rules, or is "parts".
+_AUTO_ON_GPU = Backend(
+    "triton",
+    (
+        *BACKENDS["triton"].rules,
+        ("its gain in float32 is not certain", lambda given: given[0].dtype == torch.float32),
+        (
+            lambda given: f"its gain with C = {given[0].shape[-1]} channels, over {CERTAIN_CHANNELS}, is not certain",
+            lambda given: given[0].shape[-1] > CERTAIN_CHANNELS,
+        ),
+        (
+            "its gain on compute capability 10.x is not certain",
+            lambda given: given[0].device.type == "cuda" and _gpu.capability(given[0].device)[0] == 10,
+        ),
+    ),
+)
+
+
+def choose(given: Given) -> str:
+    """What "auto" is: "cpp" on a CPU, "triton" on a GPU, or "parts"."""
+    if _is_eager_on_a_gpu(given):
+        return _tuned.implementation("mlp_layer", (BACKENDS["triton"], _layer.PARTS), given, _rule_on_a_gpu)
+    return _layer.choose("mlp_layer", _layer.ABLE, _layer.AUTO, given)
+
+
+def _is_eager_on_a_gpu(given: Given) -> bool:
+    """A compiler that sees plain PyTorch decides itself what to fuse."""
+    return given.x.is_cuda and not (torch.compiler.is_compiling() or _modes.needs_plain(given))
+
+
+def _rule_on_a_gpu(given: Given) -> str:
+    return "triton" if _AUTO_ON_GPU.can(given) else "parts"
+
+
+def is_one_kernel(*given: Any) -> bool:
+    """Whether :func:`mlp_layer` of its first seven arguments, and then ``post_norm``, is one kernel on a GPU."""
+    return given[0].is_cuda and choose(Given._make(given)) == "triton"
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +245,18 @@ def _bwd_flops(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
     return _flops.linear_gradients(x, fc1, dx, dfc1) + _flops.linear_gradients(hidden, fc2, hidden, dfc2)
 
 
+def _triton_fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale):
+    return x.new_empty(x.shape)
+
+
+def _triton_gradients(kept, dout):
+    raise RuntimeError("impl: expected 'auto' or 'reference' where gradients are wanted, got 'triton'")
+
+
+def _triton_flops(x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, *_, out_shape=None):
+    return _flops.linear(x, fc1) + _flops.linear((*x[:-1], fc1[0]), fc2)
+
+
 _CPP = operation(
     "mlp_layer_cpp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight,"
     " Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, bool training,"
@@ -184,4 +272,12 @@ _CPP_BWD = operation(
     fake=_bwd_fake,
     backward_of="mlp_layer",
     flops=_bwd_flops,
+)
+_TRITON = operation(
+    "mlp_layer_triton_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
+    " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale) -> Tensor",
+    launch="mlp_layer.mlp_layer_fwd",
+    fake=_triton_fake,
+    gradients=_triton_gradients,
+    flops=_triton_flops,
 )

@@ -21,6 +21,7 @@ from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
+from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 
 ARCHITECTURE = 90
@@ -113,6 +114,15 @@ def layer_norm_mean_gradients():
     return Case(given, (dx,), [3])  # an image is one part
 
 
+def mlp_layer(biases, norm_dtype=BF16):
+    """150 rows in tiles of 128; a tile of hidden features and a part of one."""
+    norm, fc1, fc2 = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(72, 24), empty(24, 72)
+    fc1_bias, fc2_bias = (empty(72), empty(24)) if biases else (None, None)
+    given = (empty(3, 50, 24), *norm, fc1, fc1_bias, fc2, fc2_bias)
+    out = mlp_layer_fwd(given[0], *norm, 1e-6, fc1, fc1_bias, biases, fc2, fc2_bias, 1.7)
+    return Case(given, (out,), [2])
+
+
 def norm_pool(optional, training):
     y, weight, bias = empty(2, 16, 12, 24), empty(24, dtype=FP32), empty(24, dtype=FP32)
     conv_bias, pos_embed = (empty(24, dtype=FP32), empty(1, 1, 48, 24)) if optional else (None, None)
@@ -162,6 +172,8 @@ CASES = {
     "layer_norm_mean_fwd": lambda: layer_norm_mean(100, [3]),
     "layer_norm_mean_fwd, in parts": lambda: layer_norm_mean(300, [9, 3]),
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
+    "mlp_layer_fwd": lambda: mlp_layer(True),
+    "mlp_layer_fwd, without biases": lambda: mlp_layer(False, FP32),
     "norm_pool_fwd": lambda: norm_pool(True, True),
     "norm_pool_fwd, bare": lambda: norm_pool(False, False),
     "norm_pool_bwd": norm_pool_gradients,

@@ -25,7 +25,7 @@ OPERATIONS = {
     "blockify": ("test_blockify",),  # and unblockify, patchify
     "layer_norm_mean": ("test_layer_norm_mean",),
     "linear": ("test_linear",),
-    "mlp_layer": ("test_mlp_layer",),
+    "mlp_layer": ("test_mlp_layer", "test_mlp_layer_kernel"),
     "norm_pool": ("test_norm_pool",),
 }
 PART_OF = {"unblockify": "blockify", "patchify": "blockify"}
@@ -80,7 +80,9 @@ ELSEWHERE = {
     },
     "without kernels": dict.fromkeys(OPERATIONS, ("test_export", "test_decompositions_return_what_the_kernels_do")),
 }
-_TRITON = ("add_layer_norm", "bias_gelu", "block_aggregate", "block_attention", "layer_norm_mean", "norm_pool")
+_TRITON = (
+    *("add_layer_norm", "bias_gelu", "block_aggregate", "block_attention", "layer_norm_mean", "mlp_layer", "norm_pool"),
+)
 ELSEWHERE["many blocks"] = dict.fromkeys(_TRITON, ("test_imports", "test_of_many_blocks_no_grid_is_on_y"))
 ELSEWHERE["resources"] = dict.fromkeys(
     _TRITON, ("test_kernel_resources", "test_no_configuration_spills_or_overflows_or_leaves_the_matrix_units")
@@ -106,15 +108,15 @@ EMPTY = {
         "blockify": "its outputs are compared byte by byte; memory of C++ has no bands",
         "linear": _LIBRARY,
     },
-    "64-bit offsets": {"attention_layer": _DENSE, "mlp_layer": _DENSE, "linear": _LIBRARY},
-    "many blocks": dict.fromkeys(("attention_layer", "mlp_layer", "linear"), _NO_GPU),
+    "64-bit offsets": {"attention_layer": _DENSE, "linear": _LIBRARY},
+    "many blocks": dict.fromkeys(("attention_layer", "linear"), _NO_GPU),
     "little kept for the gradient": {
         "blockify": "nothing: the gradient is the inverse permutation",
         "linear": "what PyTorch keeps",
         "norm_pool": _STEP,
     },
     "resources": {
-        **dict.fromkeys(("attention_layer", "mlp_layer", "linear"), _NO_GPU),
+        **dict.fromkeys(("attention_layer", "linear"), _NO_GPU),
         "blockify": "CUDA in C++: `make cuda-check` compiles it for every architecture",
     },
     "gradcheck": {"linear": _PLAIN, "norm_pool": _STEP},

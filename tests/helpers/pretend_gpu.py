@@ -54,6 +54,7 @@ def pretend_gpu(
     with contextlib.ExitStack() as stack:
         for name, value in (("device", CUDA), ("is_cuda", True), ("is_cpu", False)):
             stack.enter_context(mock.patch.object(torch.Tensor, name, property(lambda x, value=value: value)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "get_device", return_value=0))
         for name, value in (
             ("get_device_capability", lambda device=None: capability),
             ("get_device_properties", lambda device=None: properties),

@@ -1,0 +1,233 @@
+"""The MLP sub-layer in one Triton kernel: ``x + scale fc2(gelu(fc1(layer_norm(x))))``, forward alone.
+
+Maths: 16 C^2 FLOP a row for 4 C hidden features, on the matrix units, and as many GELUs. Floor of a row in half
+precision: 4 C bytes, x read and out written; what is hidden stays on chip. The weights, 16 C^2 bytes, stream by once
+for each tile of rows, from the L2 cache.
+Tiling: a program normalises TILE_ROWS rows, all their channels in pieces, and walks over the hidden features: TILE_H of
+them are made, activated and multiplied into all C columns of the sum, which stays in registers. So C has an end.
+"""
+# ruff: noqa: RUF005 (Triton's tuples grow by +; it knows no starred elements)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nest_fast.kernels import _configs
+from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
+from nest_fast.kernels._launch import launch
+from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, load_row, piece, round_to, zeros
+
+__all__ = ["mlp_layer_fwd"]
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters, ``(C,)``."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Linear(NamedTuple):
+    """``(out, in)`` and ``(out,)`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Spec(NamedTuple):
+    """What the kernel is compiled for: channels and their pieces, hidden features, the activation."""
+
+    C: int
+    PIECES: tuple[tuple[int, int], ...]
+    HIDDEN: int
+    GELU: Gelu
+
+
+class Tile(NamedTuple):
+    """``ROWS`` by ``H`` hidden features at once, ``STAGES`` steps in flight. TF32: of float32 matmuls."""
+
+    ROWS: int
+    H: int
+    STAGES: int
+    TF32: bool
+
+
+@triton.jit
+def _mask(exists, n: tl.constexpr, SPEC: tl.constexpr):
+    """Which of rows [TILE_ROWS] that may not exist and channels of piece n there are."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    mask = exists[:, None]
+    if PIECES[n][0] + PIECES[n][1] > SPEC.C:
+        mask = mask & (piece(PIECES, n) < SPEC.C)[None, :]
+    return mask
+
+
+@triton.jit
+def _layer_norm(x_ptr, m, exists, norm, SPEC: tl.constexpr):
+    """LayerNorm of rows m [TILE_ROWS] of x, in its dtype: [TILE_ROWS, size] for every piece of C."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    rows = ()
+    mean = tl.zeros([m.shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        source = x_ptr + m[:, None] * SPEC.C + piece(PIECES, n)[None, :]
+        x = tl.load(source, mask=_mask(exists, n, SPEC), other=0.0)
+        mean += tl.sum(x.to(tl.float32), 1)
+        rows = rows + (x,)
+    mean = mean / SPEC.C
+    # The mean of a row far from zero is rounded by more than such differences are.
+    rest = tl.zeros([m.shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        rest += tl.sum(tl.where(_mask(exists, n, SPEC), rows[n].to(tl.float32) - mean[:, None], 0.0), 1)
+    rest = rest / SPEC.C
+    variance = tl.zeros([m.shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        x = tl.where(_mask(exists, n, SPEC), rows[n].to(tl.float32) - mean[:, None] - rest[:, None], 0.0)
+        variance += tl.sum(x * x, 1)
+    rstd = 1.0 / tl.sqrt_rn(variance / SPEC.C + norm.eps)
+    normed = ()
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        x = (rows[n].to(tl.float32) - mean[:, None] - rest[:, None]) * rstd[:, None]
+        x = x * load_row(norm.weight, c, SPEC.C) + load_row(norm.bias, c, SPEC.C)
+        normed = normed + (round_to(x, rows[n].dtype),)
+    return normed
+
+
+@triton.jit
+def _load_weight(source, exists, n: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """A tile of a weight whose one side is piece n of C; with a mask only where some of it does not exist."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    if SPEC.HIDDEN % TILE.H or PIECES[n][0] + PIECES[n][1] > SPEC.C:
+        weight = tl.load(source, mask=exists, other=0.0)
+    else:
+        weight = tl.load(source)
+    return weight
+
+
+@triton.jit
+def _hidden(normed, fc1, h, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Features h [TILE_H] of fc1, activated: [TILE_ROWS, TILE_H] in the dtype of normed."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    GELU: tl.constexpr = SPEC.GELU
+    sums = tl.zeros([normed[0].shape[0], h.shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        exists = (h < SPEC.HIDDEN)[:, None] & (c < SPEC.C)[None, :]
+        weight = _load_weight(fc1.weight + h[:, None] * SPEC.C + c[None, :], exists, n, SPEC, TILE)  # [TILE_H, size]
+        sums = dot(normed[n], tl.trans(weight), sums, TILE.TF32)
+    if fc1.bias is not None:
+        sums += load_row(fc1.bias, h, SPEC.HIDDEN)
+    return round_to(gelu(sums, GELU), normed[0].dtype)
+
+
+@triton.jit
+def _add_fc2(acc, hidden, fc2, h, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """acc, [TILE_ROWS, size] for every piece of C, and fc2 of the features h."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    new_acc = ()
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        exists = (c < SPEC.C)[:, None] & (h < SPEC.HIDDEN)[None, :]
+        weight = _load_weight(fc2.weight + c[:, None] * SPEC.HIDDEN + h[None, :], exists, n, SPEC, TILE)
+        new_acc = new_acc + (dot(hidden, tl.trans(weight), acc[n], TILE.TF32),)
+    return new_acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mlp_layer_fwd_kernel(
+    x_ptr,  # (rows, C)
+    norm,  # Norm
+    fc1,  # Linear (HIDDEN, C)
+    fc2,  # Linear (C, HIDDEN)
+    out_ptr,  # (rows, C)
+    rows,
+    scale,  # of what is added to x
+    SPEC: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: TILE_ROWS rows."""
+    PIECES: tl.constexpr = SPEC.PIECES
+    first = tl.program_id(0).to(tl.int64) * TILE.ROWS
+    m = tl.arange(0, TILE.ROWS)  # [TILE_ROWS]
+    exists = first + m < rows
+    x_ptr += first * SPEC.C
+    out_ptr += first * SPEC.C
+    normed = _layer_norm(x_ptr, m, exists, norm, SPEC)
+    acc = zeros(PIECES, TILE.ROWS)
+    for start in tl.range(0, SPEC.HIDDEN, TILE.H, num_stages=TILE.STAGES):
+        h = start + tl.arange(0, TILE.H)  # [TILE_H]
+        acc = _add_fc2(acc, _hidden(normed, fc1, h, SPEC, TILE), fc2, h, SPEC, TILE)
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        mask = _mask(exists, n, SPEC)
+        offsets = m[:, None] * SPEC.C + c[None, :]  # [TILE_ROWS, size]
+        branch = acc[n]
+        if fc2.bias is not None:
+            branch += load_row(fc2.bias, c, SPEC.C)
+        out = load(x_ptr, offsets, mask) + scale * branch
+        tl.store(out_ptr + offsets, round_to(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+def _operands(dtype: torch.dtype) -> str:
+    """Of matmuls: "tf32" or "ieee" for float32, as torch's are, "half" for other dtypes."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def mlp_layer_fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    tanh: bool,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    branch_scale: float,
+) -> Tensor:
+    """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``. Checks nothing.
+
+    Args:
+        x: ``(..., C)``, float32, float16 or bfloat16, any strides, but one that is not contiguous is copied; C at most
+            256.
+        norm_weight, norm_bias: ``(C,)``, of x's dtype or float32; eps: added to the variance.
+        fc1_weight, fc1_bias: ``(hidden, C)`` and ``(hidden,)`` or None, in x's dtype; fewer than 2^31 numbers. float32
+            is multiplied as torch's matmuls do.
+        tanh: whether tanh stands in for the normal distribution in the GELU.
+        fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None, in x's dtype.
+        branch_scale: factor of what is added to x.
+
+    Returns:
+        ``(..., C)`` in x's dtype.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    hidden, C = fc1_weight.shape
+    rows = x.shape[:-1].numel()
+    operands = _operands(x.dtype)
+    norm = Norm(norm_weight.contiguous(), norm_bias.contiguous(), eps)
+    fc1, fc2 = (
+        Linear(weight.contiguous(), bias if bias is None else bias.contiguous())
+        for weight, bias in ((fc1_weight, fc1_bias), (fc2_weight, fc2_bias))
+    )
+    x, formula = x.contiguous(), gelu_of(tanh, x.dtype)
+
+    def run(config, start):
+        spec = Spec(C, channel_pieces(C, config.tile_c), hidden, formula)
+        tile = Tile(config.tile_rows, config.tile_h, config.num_stages, operands == "tf32")
+        start(
+            _mlp_layer_fwd_kernel, cdiv(rows, config.tile_rows),
+            x, norm, fc1, fc2, out, rows, float(branch_scale), SPEC=spec, TILE=tile, num_warps=config.num_warps,
+        )  # fmt: skip
+
+    launch(_configs.mlp_layer, (C, operands, hidden, tanh, x.dtype, norm_weight.dtype), x, run)
+    return out
