@@ -47,7 +47,7 @@ SHARED = {
         *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "ops._tuned", "kernels.*"),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
-    "benchmarks": {"ops._extension", "kernels._launch"},
+    "benchmarks": {"ops._extension", "kernels._configs", "kernels._launch"},
     "scripts": {"kernels._configs", "kernels._launch"},
 }
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
