@@ -130,7 +130,8 @@ def bias_gelu_bwd(
     if x.numel() == 0:
         return dx, torch.zeros(C, dtype=torch.float32, device=x.device) if need_dbias else None
     dout, x, bias = dout.contiguous(), x.contiguous(), bias if bias is None else bias.contiguous()
-    formula = gelu_of(tanh, x.dtype)
+    # The bias may be more exact than x, and so is its gradient then.
+    formula = gelu_of(tanh, torch.promote_types(x.dtype, bias.dtype) if need_dbias and bias is not None else x.dtype)
 
     def run(tile, start):
         tile_rows, column_tiles = tile["TILE_ROWS"], cdiv(C, tile["TILE_C"])
