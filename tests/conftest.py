@@ -1,5 +1,6 @@
 """One process-wide choice before triton is imported: without a CUDA device its kernels run in the interpreter."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -26,6 +27,14 @@ if not torch.cuda.is_available():
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     make_faster()
 os.environ.setdefault("NEST_FAST_TUNED", "off")  # what this machine's user measured is not what is tested
+
+
+def pytest_configure(config):
+    """xdist 3.8 marks tests of a group in vain from pytest 9.2 on, and distributes them without a word."""
+    if config.getoption("dist", "no") == "loadgroup" and pytest.version_tuple >= (9, 2):
+        xdist = importlib.metadata.version("pytest-xdist")
+        if tuple(map(int, xdist.split(".")[:2])) <= (3, 8):
+            raise pytest.UsageError(f"--dist: expected pytest below 9.2 beside xdist {xdist}, which loses its groups")
 
 
 def pytest_collection_modifyitems(items):
