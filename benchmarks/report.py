@@ -17,6 +17,7 @@ from pathlib import Path
 from charts import html, picture
 from runs import (
     ACCELERATED,
+    FROZEN,
     NEST,
     Row,
     Run,
@@ -53,7 +54,7 @@ def page(run: Run, heading: str = "##") -> str:
 # --- what the project says of its speed -------------------------------------------------------------------------------
 
 
-OURS = {ACCELERATED: "`accelerate(timm)`", NEST: "`nest_fast.NesT`"}
+OURS = {ACCELERATED: "`accelerate(timm)`", FROZEN: "and `freeze`", NEST: "`nest_fast.NesT`"}
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "timm 4-D": "timm with 4-D attention"}
 BESIDE = {"timm": "NesT, timm", ACCELERATED: "NesT, `accelerate`"}
 
