@@ -6,7 +6,20 @@ import math
 from collections.abc import Callable
 from html import escape
 
-from runs import ACCELERATED, Row, Run, Table, duration, error, headline_tables, notes, shown_cases, times
+from runs import (
+    ACCELERATED,
+    OTHERS,
+    Row,
+    Run,
+    Table,
+    best_other,
+    duration,
+    error,
+    headline_tables,
+    notes,
+    shown_cases,
+    times,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --text: #1f2328; --faint: #667; --line: #d8dee4; --card: #f6f8fa;
@@ -207,7 +220,6 @@ LIGHT = ("#1f2328", "#59636e", "#0a7d6c", "#afb8c1")
 DARK = ("#f0f6fc", "#9198a1", "#2fc3ab", "#59636e")
 # Narrow enough that its letters can be read on a telephone.
 PICTURE_WIDTH, BAR_LEFT, BAR_RIGHT, BAR = 480, 158, 118, 17
-SHOWN = {ACCELERATED: "nest_fast", "timm compiled": "torch.compile", "timm": "timm"}
 
 
 def picture(run: Run, dark: bool) -> str:
@@ -233,7 +245,7 @@ def picture(run: Run, dark: bool) -> str:
 
 def _panel(title: str, one: str, cases: list[list[Row]], top: int) -> tuple[list[str], int]:
     """The bars of ``cases`` under a title, from ``top`` on; and where they end. ``one`` is what the dashed line is."""
-    bars = [(rows, [row for peer in SHOWN for row in rows if row.peer == peer != row.yardstick]) for rows in cases]
+    bars = [(rows, _shown(rows)) for rows in cases]
     scale = (PICTURE_WIDTH - BAR_LEFT - BAR_RIGHT) / max(row.ratio_high for _, shown in bars for row in shown)
     shapes = [f'<text class="title" x="0" y="{top + 15}">{escape(title)}</text>']
     start = y = top + 26
@@ -250,13 +262,21 @@ def _panel(title: str, one: str, cases: list[list[Row]], top: int) -> tuple[list
     return shapes, y + 6
 
 
+def _shown(rows: list[Row]) -> list[Row]:
+    """Ours, the best of all others, and timm's where the yardstick is another model."""
+    best = best_other(rows)
+    wanted = (ACCELERATED, best and best.peer, "timm")
+    shown = [row for peer in dict.fromkeys(wanted) for row in rows if row.peer == peer]
+    return [row for row in shown if row.peer != row.yardstick]
+
+
 def _bar(row: Row, y: int, scale: float) -> str:
     low, ratio, high = (BAR_LEFT + scale * value for value in (row.ratio_low, row.ratio, row.ratio_high))
     kind, weight = ("ours", "ours-value") if row.ours else ("other", "faint")
-    middle = y + 7
+    name, middle = "nest_fast" if row.ours else OTHERS.get(row.peer, row.peer), y + 7
     return (
         f'<rect class="{kind}" x="{BAR_LEFT}" y="{y}" width="{ratio - BAR_LEFT:.1f}" height="{BAR - 3}" rx="2"/>'
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 3}v6M{high:.1f} {middle - 3}v6"/>'
         f'<text class="{weight}" x="{max(high, BAR_LEFT + scale) + 6:.1f}" y="{y + 12}">'
-        f"{times(row.ratio)} {escape(SHOWN[row.peer])}</text>"
+        f"{times(row.ratio)} {escape(name)}</text>"
     )

@@ -19,10 +19,12 @@ from runs import (
     ACCELERATED,
     FROZEN,
     NEST,
+    OTHERS,
     Row,
     Run,
     Table,
     aligned,
+    best_other,
     full,
     headline_tables,
     images_per_second,
@@ -55,7 +57,6 @@ def page(run: Run, heading: str = "##") -> str:
 
 
 OURS = {ACCELERATED: "`accelerate(timm)`", FROZEN: "and `freeze`", NEST: "`nest_fast.NesT`"}
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "timm 4-D": "timm with 4-D attention"}
 BESIDE = {"timm": "NesT, timm", ACCELERATED: "NesT, `accelerate`"}
 
 
@@ -113,17 +114,19 @@ def paper(cases: list[list[Row]]) -> str:
 def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str, str]) -> Table:
     """A line for each case: the yardstick's images per second, then how many times as fast each of ``peers`` is, and
     the fastest that is not ours."""
-    others = [max((row for row in rows if not row.ours), key=lambda row: row.ratio) for rows in cases]
-    with_best = any(row.peer not in (row.yardstick, *peers) for row in others)
+    others = [best_other(rows) for rows in cases]
+    with_best = any(best is not None and best.peer not in (best.yardstick, *peers) for best in others)
     table = [[title, yardstick, *peers.values(), *["best of all others"] * with_best]]
     for rows, best in zip(cases, others, strict=True):
         by_peer = {row.peer: row for row in rows}
         cells = [with_spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
-        if with_best:
-            beaten = best.peer in (best.yardstick, *peers)
-            cells.append("" if beaten else f"{RUNTIMES.get(best.peer, best.peer)} {with_spread(best)}")
+        if best is not None and best.peer != best.yardstick and with_best:
+            cells.append(f"{OTHERS.get(best.peer, best.peer)} {with_spread(best)}")
         speed = images_per_second(rows[0].items / (rows[0].seconds * rows[0].ratio))
-        table.append([rows[0].label, *(cell.replace(" ", "&nbsp;") for cell in (speed, *cells))])
+        # Quartiles below the median, so that all columns fit a page.
+        words = (cell.replace(" (", "<br>(").replace(" ", "&nbsp;") for cell in (speed, *cells))
+        line = [rows[0].label, *words]
+        table.append([*line, *[""] * (len(table[0]) - len(line))])
     return table
 
 

@@ -297,6 +297,15 @@ def headline_tables(run: Run) -> list[tuple[str, Table]]:
     return [(title, table) for title, table in found if len(table) > 1]
 
 
+# What people call the other peers.
+OTHERS = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "timm 4-D": "timm, 4-D",
+    "timm compiled": "torch.compile",
+}
+
+
 def shown_cases(run: Run) -> tuple[list[list[Row]], list[list[Row]]]:
     """What README shows: NesT-T against timm's, and NesT beside the models that the paper sets it beside."""
     cases = run.cases()

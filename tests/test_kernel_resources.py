@@ -27,7 +27,7 @@ TABLE = Path(__file__).with_name("kernel_resources.json")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "kernel_resources.py"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # The first has the figures of every shape, others those of the models'.
-TRITONS = ("3.7.1",)
+TRITONS = ("3.7.1", "3.8.0")
 N = 196  # the models' blocks of 14 x 14
 
 
