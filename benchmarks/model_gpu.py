@@ -18,6 +18,7 @@ The rules, in seconds, and what they were fitted to:
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runs import MODELS as NAMES
-from runs import Run, load
+from runs import Run, load, markdown
 
 from nest_fast.kernels import _configs
 from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
@@ -99,27 +100,31 @@ def _norm(p: float, *parts: float) -> float:
 # --- what the compiled kernels execute --------------------------------------------------------------------------------
 
 
+@functools.cache
+def figures() -> dict[str, dict]:
+    """Of the Triton with which every shape was compiled; others have fewer."""
+    tables = json.loads(TABLE.read_text())
+    return max((table["figures"] for table in tables.values()), key=len)
+
+
 class Compiled:
-    """Warp instructions of the kernels that are chosen on ``architecture``, of the table's newest Triton."""
+    """Warp instructions of the kernels that are chosen on ``architecture``."""
 
     def __init__(self, architecture: int) -> None:
-        tables = json.loads(TABLE.read_text())
-        newest = max(tables, key=lambda version: tuple(int(n) for n in version.split(".")))
-        self.figures: dict[str, dict] = tables[newest]["figures"]
         # sm_89 compiles few shapes of its own: it has sm_80's instructions.
         self.architectures = (architecture, 80)
 
     def of(self, case: str, kernel: str) -> dict:
         for architecture in self.architectures:
-            if (found := self.figures.get(f"sm_{architecture} {case} {kernel}")) is not None:
+            if (found := figures().get(f"sm_{architecture} {case} {kernel}")) is not None:
                 return found
         raise KeyError(f"{case}: expected a case of {TABLE.name}, of sm_{self.architectures[0]} or sm_80")
 
     def layer_norm(self, rows: float, C: int) -> float:
-        """A tile of whole rows, 1,024 values; of the compiled widths, the one nearer to C."""
+        """A tile of whole rows; of the compiled widths, the one nearer to C."""
         row = self.of(f"add-layer-norm-fwd-C{96 if C < 768 else 1536}-bf16", "add_layer_norm_fwd")
-        tile = max(1, 1024 // _power_of_2(C))
-        return row["instructions"] * row["warps"] * math.ceil(rows / tile)
+        tile = _configs.layer_norm("add_layer_norm_fwd", C)[row.get("candidate", 0)]
+        return row["instructions"] * row["warps"] * math.ceil(rows / tile["TILE_ROWS"])
 
     def gelu(self, values: float) -> float:
         """Without a loop: a program has the same number of values for each thread at any width."""
@@ -128,24 +133,23 @@ class Compiled:
         return row["instructions"] * row["warps"] / (tile["TILE_ROWS"] * tile["TILE_C"]) * values
 
     def attention(self, sequences: float, N: int) -> float:
-        """One program a block and head, with 196 tokens: the loop walks over whole tiles of 64 queries (128 before
-        Hopper, whose rows of the table have eight warps), what follows it is the last, partial one."""
+        """One program a block and head, of 196 tokens: a loop over the whole tiles of queries, then the partial one."""
         row = self.of("fwd-N196-d32-bf16", "block_attention_fwd")
-        trips = 196 // (16 * row["warps"])
-        once = row["instructions"] - row["in loop"]
-        return (once + trips * row["in loop"]) * row["warps"] * sequences * (N / 196) ** 2
+        table = _configs.ATTENTION["fwd", _configs.row_architecture(self.architectures[0]), "half"]
+        fit = [one.config for one in table if min(one.queries, one.keys) >= 196 and one.head_dim >= 32]
+        trips = 196 // fit[row.get("candidate", 0)].block_m
+        return _with_loop(row, trips) * sequences * (N / 196) ** 2
 
     def mlp(self, rows: float, C: int) -> tuple[float, int]:
         """Its loop walks over the hidden features; and how many rows a program has."""
         row = self.of(f"mlp-C{C}-bf16", "mlp_layer_fwd")
         config = _configs.mlp_layer(C, "half", self.architectures[0])[row.get("candidate", 0)]
-        once = row["instructions"] - row["in loop"]
-        trips = 4 * C / config.tile_h
-        return (once + trips * row["in loop"]) * row["warps"] * rows / config.tile_rows, config.tile_rows
+        return _with_loop(row, 4 * C / config.tile_h) * rows / config.tile_rows, config.tile_rows
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _with_loop(row: dict, trips: float) -> float:
+    """What all warps of a program execute."""
+    return (row["instructions"] + (trips - 1) * row["in loop"]) * row["warps"]
 
 
 # --- what a model launches --------------------------------------------------------------------------------------------
@@ -288,11 +292,6 @@ PUBLISHED = (
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def table(heading: list[str], lines: list[list[str]]) -> str:
-    rows = [heading, ["---"] * len(heading), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def checks() -> list[list[str]]:
     lines = []
     for one in PUBLISHED:
@@ -346,16 +345,17 @@ def main() -> None:
         for name, levels in MODELS.items()
         for what, one_mlp in (("", True), (", the MLP in parts", False))
     ]
-    print(table(["model", *GPUS], speeds))
+    print(markdown([["model", *GPUS], *speeds]))
     print("\nWhat others measured, and what is predicted for it.\n")
-    print(table(["what", "GPU", "published", "predicted", "ratio", "source"], checks()))
+    print(markdown([["what", "GPU", "published", "predicted", "ratio", "source"], *checks()]))
     if args.layers:
         print("\nPredicted microseconds of a layer's kernels.\n")
-        print(table(["level", "kernel", *GPUS], layers()))
+        print(markdown([["level", "kernel", *GPUS], *layers()]))
     if args.beside is not None:
         measured = beside(load(args.beside))
         print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")
-        print(table(["case", "peer", "measured", "predicted", "ratio"], measured) if measured else "Nothing of that.")
+        heading = ["case", "peer", "measured", "predicted", "ratio"]
+        print(markdown([heading, *measured]) if measured else "Nothing of that.")
 
 
 if __name__ == "__main__":

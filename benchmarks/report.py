@@ -25,6 +25,7 @@ from runs import (
     Table,
     aligned,
     best_other,
+    filled,
     full,
     headline_tables,
     images_per_second,
@@ -114,20 +115,20 @@ def paper(cases: list[list[Row]]) -> str:
 def compared(cases: list[list[Row]], title: str, yardstick: str, peers: dict[str, str]) -> Table:
     """A line for each case: the yardstick's images per second, then how many times as fast each of ``peers`` is, and
     the fastest that is not ours."""
-    others = [best_other(rows) for rows in cases]
-    with_best = any(best is not None and best.peer not in (best.yardstick, *peers) for best in others)
-    table = [[title, yardstick, *peers.values(), *["best of all others"] * with_best]]
-    for rows, best in zip(cases, others, strict=True):
+    table = [[title, yardstick, *peers.values(), "best of all others"]]
+    for rows in cases:
         by_peer = {row.peer: row for row in rows}
         cells = [with_spread(by_peer[peer]) if peer in by_peer else "" for peer in peers]
-        if best is not None and best.peer != best.yardstick and with_best:
+        best = best_other(rows)
+        if best is None or best.peer in (best.yardstick, *peers):
+            cells.append("")
+        else:
             cells.append(f"{OTHERS.get(best.peer, best.peer)} {with_spread(best)}")
         speed = images_per_second(rows[0].items / (rows[0].seconds * rows[0].ratio))
         # Quartiles below the median, so that all columns fit a page.
         words = (cell.replace(" (", "<br>(").replace(" ", "&nbsp;") for cell in (speed, *cells))
-        line = [rows[0].label, *words]
-        table.append([*line, *[""] * (len(table[0]) - len(line))])
-    return table
+        table.append([rows[0].label, *words])
+    return filled(table)
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

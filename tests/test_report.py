@@ -62,6 +62,14 @@ def test_the_model_of_time_is_near_what_others_measured():
         assert tiny < model_gpu.model(model_gpu.MODELS["NesT-T"], gpu, one_mlp=False)
 
 
+@pytest.mark.parametrize("gpu", ["H100", "A100"])
+def test_the_page_about_gpus_quotes_the_predictions(gpu):
+    page = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
+    speeds = [model_gpu.BATCH / model_gpu.model(levels, model_gpu.GPUS[gpu]) for levels in model_gpu.MODELS.values()]
+    tiny, small, base = (f"{round(speed, -2):,.0f}" for speed in speeds)
+    assert f"{tiny}, {small} and {base} on an {gpu}" in page
+
+
 @pytest.mark.parametrize(("free", "batches"), [(79, [256, 1]), (40, [128, 1]), (23, [64, 1]), (15, [32, 1])])
 def test_batches_fit_the_memory(monkeypatch, free, batches):
     monkeypatch.setattr(harness, "DEVICE", "cuda")
