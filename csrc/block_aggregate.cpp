@@ -150,16 +150,6 @@ Tensor transform_filters(const BlockAggregateKernels& isa, const Tensor& weight)
                            {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)});
 }
 
-// What pack_filters gave, checked: of floats for another set of instructions the sizes are others.
-Tensor given_filters(const BlockAggregateKernels& isa, const Aggregate& p, const Tensor& packed) {
-  check_dtype("conv_packed", packed, ScalarType::Float);
-  const std::vector<int64_t> size = packed_size(isa, p.channels, p.out_channels);
-  bool same = packed.dim() == 4 && packed.is_contiguous();
-  for (int64_t i = 0; same && i < 4; ++i) same = packed.size(i) == size[i];
-  STD_TORCH_CHECK(same, "conv_packed: expected (", size[0], ", 16, ", size[2], ", ", size[3], ")");
-  return packed;
-}
-
 // conv_weight (C', C, 3, 3) as floats (groups, 16, K steps, NR), for the set of instructions in use.
 Tensor pack_filters(Tensor weight) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
@@ -192,7 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
   p.y = image("y", y.mutable_data_ptr(), y);
   if (out.numel() == 0) return {out, y, mean, rstd, argmax};
 
-  const Tensor filters = conv_packed ? given_filters(isa, p, *conv_packed) : transform_filters(isa, conv_weight);
+  if (conv_packed) check_packed("conv_packed", *conv_packed, packed_size(isa, p.channels, p.out_channels));
+  const Tensor filters = conv_packed ? *conv_packed : transform_filters(isa, conv_weight);
   p.filters = static_cast<const float*>(filters.const_data_ptr());
   parallel_for(B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); });
   return {out, y, mean, rstd, argmax};

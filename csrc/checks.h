@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "sizes.h"
 
@@ -45,6 +47,21 @@ const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t 
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size && x.is_contiguous(), name, ": expected ", size,
                   " contiguous elements");
   return static_cast<const T*>(x.const_data_ptr());
+}
+
+// A weight that the caller has packed. Of floats for another set of instructions, or of another weight, the sizes are
+// others.
+inline void check_packed(const char* name, const Tensor& packed, const std::vector<int64_t>& sizes) {
+  check_dtype(name, packed, ScalarType::Float);
+  const auto words = [](const std::vector<int64_t>& sizes) {
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+    return text + ")";
+  };
+  std::vector<int64_t> given(packed.dim());
+  for (int64_t i = 0; i < packed.dim(); ++i) given[i] = packed.size(i);
+  STD_TORCH_CHECK(given == sizes && packed.is_contiguous(), name, ": expected packed floats ", words(sizes), ", got ",
+                  words(given), packed.is_contiguous() ? "" : " with gaps");
 }
 
 // An attention's lse as its backward takes it.

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "checks.h"
 #include "linear.h"
@@ -52,24 +53,22 @@ struct PackedLinear {
     STD_TORCH_CHECK(weight.dim() == 2, name, ": expected 2 dimensions (out, in), got ", weight.dim());
   }
 
-  // Of floats for another set of instructions, or of another weight, the sizes are others.
-  void take(const char* name, const LinearKernels& isa, const Tensor& packed) {
+  std::vector<int64_t> packed_size(const LinearKernels& isa) const {
     const int64_t groups = ceil_div(linear.out, isa.nr), floats = isa.packed_floats(linear.in, linear.out);
-    check_dtype(name, packed, ScalarType::Float);
-    STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == groups && packed.size(2) == isa.nr &&
-                        packed.numel() == floats && packed.is_contiguous(),
-                    name, ": expected packed floats (", groups, ", ", floats / (groups * isa.nr), ", ", isa.nr, ")");
+    return {groups, groups ? floats / (groups * isa.nr) : 0, isa.nr};
+  }
+
+  void take(const char* name, const LinearKernels& isa, const Tensor& packed) {
+    check_packed(name, packed, packed_size(isa));
     memory = packed;
     linear.packed_b = static_cast<float*>(const_cast<void*>(packed.const_data_ptr()));  // only read from now on
   }
 
   void pack(const LinearKernels& isa, void (*pack_groups)(const Linear&, int64_t begin, int64_t end),
             const Tensor& weight) {
-    const int64_t groups = ceil_div(linear.out, isa.nr), floats = isa.packed_floats(linear.in, linear.out);
-    const int64_t k_steps = groups ? floats / (groups * isa.nr) : 0;
-    memory = torch::stable::new_empty(weight, {groups, k_steps, isa.nr}, ScalarType::Float);
+    memory = torch::stable::new_empty(weight, packed_size(isa), ScalarType::Float);
     linear.packed_b = static_cast<float*>(memory.mutable_data_ptr());
-    parallel_for(ceil_div(linear.out, isa.nr), [&](int64_t begin, int64_t end) { pack_groups(linear, begin, end); });
+    parallel_for(memory.size(0), [&](int64_t begin, int64_t end) { pack_groups(linear, begin, end); });
   }
 };
 

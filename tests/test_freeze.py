@@ -304,8 +304,8 @@ def test_operations_keep_what_they_are_told_to():
     with pytest.raises(ValueError, match=r"^packed: expected None where gradients are recorded, got a dict$"):
         nest_fast.mlp_layer(x.requires_grad_(), *call[1:], packed={})
     wrong = {(name, torch.float32): torch.zeros(3, 7, 5) for name in ("fc1", "conv")}
-    with pytest.raises(RuntimeError, match=r"fc1_weight: expected packed floats \("):
+    with pytest.raises(RuntimeError, match=r"fc1_weight: expected packed floats \(\d+, \d+, \d+\), got \("):
         nest_fast.mlp_layer(x.detach(), *call[1:], packed=wrong, impl="cpp")
     blocks, filters = torch.randn(1, 4, 4, 16), torch.randn(16, 16, 3, 3)
-    with pytest.raises(RuntimeError, match=r"conv_packed: expected \("):
+    with pytest.raises(RuntimeError, match=r"conv_packed: expected packed floats \(\d+, 16, \d+, \d+\), got \("):
         nest_fast.block_aggregate(blocks, filters, vector, vector, vector, packed=wrong, impl="cpp")
