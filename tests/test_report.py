@@ -1,5 +1,6 @@
 """What the project says of its speed is what benchmarks/report.py makes of the kept runs."""
 
+import re
 import sys
 
 import pytest
@@ -60,6 +61,22 @@ def test_the_model_of_time_is_near_what_others_measured():
         tiny, small, base = (model_gpu.model(levels, gpu) for levels in model_gpu.MODELS.values())
         assert tiny < small < base
         assert tiny < model_gpu.model(model_gpu.MODELS["NesT-T"], gpu, one_mlp=False)
+
+
+def test_the_gains_of_families_are_those_of_kept_runs():
+    """In docs/models.md every row of the run of all families; in README's table nothing that no run has."""
+    runs = [load(path) for path in report.RESULTS.glob("*avx2*/*.json")]
+    gains = {report.with_spread(row) for run in runs for row in run.rows if row.peer == report.ACCELERATED}
+    page, families = (ROOT / "docs" / "models.md").read_text(), load(*report.RESULTS.glob("*/*-families.json"))
+    for row in families.rows:
+        if row.peer != row.yardstick:
+            assert any(f"| {row.op} |" in line and report.with_spread(row) in line for line in page.splitlines())
+    table = README[README.index("| Family |") : README.index("Gains on two AVX2 threads")]
+    quoted = re.findall(r"\d\.\d\dx \([^)]*\)", table)
+    assert len(quoted) > 5
+    assert set(quoted) <= gains
+    rounded = {gain.split()[0] for gain in gains}
+    assert set(re.findall(r"\d\.\d\dx", table)) <= rounded
 
 
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
