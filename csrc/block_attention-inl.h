@@ -25,7 +25,7 @@
 
 NEST_FAST_BEGIN_ISA
 
-constexpr int64_t kAttentionKC = 2 * kLanes;
+constexpr int64_t kAttentionKC = 64;  // K steps summed in a register before a sum is stored
 
 // score * scale, and what TABLES tables have at `offset`.
 template <int TABLES>
