@@ -40,7 +40,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 bench: $(READY)
 	$(call say,benchmarks on this machine$(comma) results in $(RESULTS)/)
 	@mkdir -p $(RESULTS)
-	$(PY) -m pytest benchmarks/ --benchmark-only -v --time-limit 480 \
+	$(PY) -m pytest benchmarks/ --benchmark-only -v --time-limit 510 \
 	    --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(RESULTS)/bench.json
 	@$(PY) benchmarks/report.py $(RESULTS)/bench.json --out $(RESULTS)
 

@@ -49,10 +49,13 @@ class ModelCase(Case):
         return "training step" if self.backward else "inference"
 
     @property
-    def runtimes(self) -> bool:
-        """Whether exported models are measured beside the model."""
-        plain = self.dtype == torch.float32 and self.batch > 1 and not self.backward and not self.beside
-        return DEVICE == "cpu" and self.op == "nest_tiny" and plain
+    def runtimes(self) -> list[str]:
+        """The exported models that are measured beside the model."""
+        plain = self.dtype == torch.float32 and not self.backward and not self.beside
+        if DEVICE != "cpu" or self.op != "nest_tiny" or not plain:
+            return []
+        # A package of one image takes as long to build as all other peers to measure.
+        return [name for name in RUNTIMES if self.batch > 1 or name != "nest_fast AOTInductor"]
 
     @property
     def frozen(self) -> bool:
@@ -163,8 +166,7 @@ def peers(case: ModelCase) -> Peers:
     elif case.beside or not case.is_nest:
         del models["timm 4-D"], models["nest_fast NesT"]
     found = {name: peer(make) for name, make in models.items()}
-    if case.runtimes:
-        found |= {name: functools.partial(_exported, case, models[ACCELERATED], name) for name in RUNTIMES}
+    found |= {name: functools.partial(_exported, case, models[ACCELERATED], name) for name in case.runtimes}
     if case.compile:
         for name in [name for name in models if name in (case.library, "nest_fast NesT")]:
             found |= {f"{name} {label}": peer(models[name], mode) for label, mode in _compile_modes(case).items()}
