@@ -28,7 +28,7 @@
 
 NEST_FAST_BEGIN_ISA
 
-constexpr int64_t kConvolutionKC = 16 * kLanes;
+constexpr int64_t kConvolutionKC = 256;
 
 // --- the convolution -------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@
 
 NEST_FAST_BEGIN_ISA
 
-constexpr int64_t kAttentionGradientKC = 16 * kLanes;  // the bound of gradients is wider than the output's
+constexpr int64_t kAttentionGradientKC = 256;  // the bound of gradients is wider than the output's
 constexpr int64_t kKeptFloats = 1 << 14;
 
 template <class T>

@@ -20,9 +20,9 @@
 
 NEST_FAST_BEGIN_ISA
 
-constexpr int64_t kCache = 1 << 20;                 // bytes of a core's second-level cache, or less
-constexpr int64_t kLinearKC = 16 * kLanes;          // K steps summed in a register before a sum is stored
-constexpr int64_t kLinearGradientKC = 32 * kLanes;  // the same, over rows
+constexpr int64_t kCache = 1 << 20;         // bytes of a core's second-level cache, or less
+constexpr int64_t kLinearKC = 256;          // K steps summed in a register before a sum is stored
+constexpr int64_t kLinearGradientKC = 512;  // the same, over rows
 
 template <class Op>
 inline int64_t k_steps_of(int64_t features) {
