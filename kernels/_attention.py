@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from nest_fast.kernels._primitives import LN2, LOG2E, dot, fma, round_to
+from nest_fast.kernels._windows import pads, regions, rows
 
 __all__ = [
     "Spec", "exp_scores", "load_keys", "load_lse", "load_queries", "load_vector", "online_softmax_update",
@@ -22,8 +23,9 @@ __all__ = [
 class Spec(NamedTuple):
     """What the kernels are compiled for, beside tiles.
 
-    ADDS: there is a bias or a mask. FOLD_SCALE: the scale is positive and not tiny, so that it can be left to the
-    exponent. TF32: of float32 matmuls.
+    ADDS: there is a bias, a mask or REGIONS. FOLD_SCALE: the scale is positive and not tiny, so that it can be left to
+    the exponent. TF32: of float32 matmuls. WIDTH: of the windows of an image, where blocks are these. PADS: some reach
+    beyond the image. REGIONS: scores between tokens from beyond an edge of the image and those at it have -100 added.
     """
 
     N: int
@@ -32,6 +34,9 @@ class Spec(NamedTuple):
     ADDS: bool
     FOLD_SCALE: bool
     TF32: bool
+    WIDTH: int = 0
+    PADS: bool = False
+    REGIONS: bool = False
 
 
 @triton.jit
@@ -42,36 +47,58 @@ def program_index(per_block, T):
 
 
 @triton.jit
-def _pointers(x, index, rows, N: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr):
+def _pointers(x, index, row, SPEC: tl.constexpr, HEADS: tl.constexpr):
     """Pointers [rows, HEAD_DIM padded to a power of two] into x, and which exist.
 
     x is a ``(B, T, N, heads, HEAD_DIM)`` tensor whose last dimension is dense, with its other strides; index is batch,
-    block and the first of HEADS heads; row r is token r % N of the head r // N further on.
+    block, the first of HEADS heads, and the cut of an image or None; row r is token r % N of the head r // N further
+    on. With a cut x is ``(B, 1, H * W, heads, HEAD_DIM)``; padding exists where x goes on with a
+    ``(B, 1, pads, heads, HEAD_DIM)`` for it.
     """
-    PADDED_DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 16))
-    ptr, stride_b, stride_t, stride_n, stride_h = x
-    b, t, head = index
-    offsets = rows.to(tl.int64) * stride_n
-    if HEADS > 1:
-        offsets = (rows % N).to(tl.int64) * stride_n + (rows // N).to(tl.int64) * stride_h
+    N: tl.constexpr = SPEC.N
+    PADDED_DIM: tl.constexpr = triton.next_power_of_2(max(SPEC.HEAD_DIM, 16))
+    b, t, head, cut = index
+    token = row if HEADS == 1 else row % N
+    exists = row < HEADS * N
+    if SPEC.WIDTH:
+        place, inside = rows(cut, t, token, SPEC.WIDTH)
+        pointers = _rows(x[:5], b, 0, place, head, row, N, HEADS)
+        if SPEC.PADS:
+            if len(x) > 5:
+                padding = _rows(x[5:], b, 0, pads(cut, t, token, SPEC.WIDTH), head, row, N, HEADS)
+                pointers = tl.where(inside, pointers, padding)
+            else:
+                exists = exists & inside
+    else:
+        pointers = _rows(x, b, t, token, head, row, N, HEADS)
     d = tl.arange(0, PADDED_DIM)[None, :]
-    exists = (rows < HEADS * N)[:, None]
-    if HEAD_DIM < PADDED_DIM:
-        exists = exists & (d < HEAD_DIM)
-    return ptr + b * stride_b + t * stride_t + head * stride_h + offsets[:, None] + d, exists
+    exists = exists[:, None]
+    if SPEC.HEAD_DIM < PADDED_DIM:
+        exists = exists & (d < SPEC.HEAD_DIM)
+    return pointers[:, None] + d, exists
+
+
+@triton.jit
+def _rows(x, b, t, token, head, row, N: tl.constexpr, HEADS: tl.constexpr):
+    """Pointers [rows] to the first of HEAD_DIM numbers of tokens."""
+    ptr, stride_b, stride_t, stride_n, stride_h = x
+    offsets = token.to(tl.int64) * stride_n
+    if HEADS > 1:
+        offsets += (row // N).to(tl.int64) * stride_h
+    return ptr + b * stride_b + t * stride_t + head * stride_h + offsets
 
 
 @triton.jit
 def load_queries(x, index, m, SPEC: tl.constexpr):
     """[BLOCK_M, HEAD_DIM] of x, which has all heads, at queries m [BLOCK_M]; 0 past the last."""
-    pointers, exists = _pointers(x, index, m, SPEC.N, SPEC.HEAD_DIM, SPEC.HEADS)
+    pointers, exists = _pointers(x, index, m, SPEC, SPEC.HEADS)
     return tl.load(pointers, mask=exists, other=0.0)
 
 
 @triton.jit
 def load_keys(x, index, n, SPEC: tl.constexpr):
     """[BLOCK_N, HEAD_DIM] of x, which has one head here, at keys n [BLOCK_N]; 0 past the last."""
-    pointers, exists = _pointers(x, index, n, SPEC.N, SPEC.HEAD_DIM, 1)
+    pointers, exists = _pointers(x, index, n, SPEC, 1)
     return tl.load(pointers, mask=exists, other=0.0)
 
 
@@ -101,13 +128,13 @@ def load_lse(lse_ptr, sequence, m, SPEC: tl.constexpr):
 
 @triton.jit
 def store_queries(x, index, m, value, SPEC: tl.constexpr):
-    pointers, exists = _pointers(x, index, m, SPEC.N, SPEC.HEAD_DIM, SPEC.HEADS)
+    pointers, exists = _pointers(x, index, m, SPEC, SPEC.HEADS)
     tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def store_keys(x, index, n, value, SPEC: tl.constexpr):
-    pointers, exists = _pointers(x, index, n, SPEC.N, SPEC.HEAD_DIM, 1)
+    pointers, exists = _pointers(x, index, n, SPEC, 1)
     tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
 
 
@@ -126,7 +153,8 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of q [BLOCK_M, HEAD_DIM] and k [BLOCK_N, HEAD_DIM] but for a factor, and that factor.
 
     They are ``scale * q @ k^T + bias[head] + mask[t % groups]``, and -inf beyond the last key. addends are bias
-    ``(heads, N, N)`` or None, mask ``(groups, N, N)``, bool as uint8, or None, and groups.
+    ``(heads, N, N)`` or None, mask ``(groups, N, N)``, bool as uint8, or None, and groups. Instead of a mask, with
+    REGIONS, there is Swin's, compared here.
 
     With FOLD_SCALE the scale is left to the exponent, where it is free (a fused multiply-add) and the largest score
     stays the largest; bias and mask, divided by the scale, start the accumulator. Added afterwards, they would drag the
@@ -134,7 +162,8 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """
     N: tl.constexpr = SPEC.N
     bias_ptr, mask_ptr, groups = addends
-    _, t, head = index
+    _, t, head, cut = index
+    token = m if SPEC.HEADS == 1 else m % N
     exists = (m < SPEC.HEADS * N)[:, None] & (n < N)[None, :]
     added = tl.zeros([m.shape[0], n.shape[0]], tl.float32)  # [BLOCK_M, BLOCK_N]
     if bias_ptr is not None:
@@ -142,10 +171,12 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
         bias = bias_ptr + head * (N * N) + m[:, None] * N + n[None, :]
         added += tl.load(bias, mask=exists, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        token = m if SPEC.HEADS == 1 else m % N
         mask = mask_ptr + t % groups * (N * N) + token[:, None] * N + n[None, :]
         mask = tl.load(mask, mask=exists, other=1)
         added = tl.where(mask != 0, added, float("-inf")) if mask.dtype == tl.uint8 else added + mask.to(tl.float32)
+    if SPEC.REGIONS:
+        of_queries, of_keys = regions(cut, t, token, SPEC.WIDTH), regions(cut, t, n, SPEC.WIDTH)
+        added += tl.where(of_queries[:, None] != of_keys[None, :], -100.0, 0.0)
     if SPEC.ADDS:
         added = _bounded(added)
     if SPEC.FOLD_SCALE:

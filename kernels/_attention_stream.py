@@ -40,17 +40,17 @@ def block_attention_fwd_stream_kernel(
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
     scale,
-    T,
-    per_block,  # sequences of a block
+    blocks,  # T; sequences of a block; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: a tile of BLOCK_M queries. Keys stream by under an online softmax, where they do not fit on chip."""
     M_TILES: tl.constexpr = triton.cdiv(SPEC.HEADS * SPEC.N, BLOCK_M)
+    T, per_block, cut = blocks
     q, k, v = qkv
     b, t, program = program_index(per_block * M_TILES, T)
-    index = (b, t, program // M_TILES * SPEC.HEADS)
+    index = (b, t, program // M_TILES * SPEC.HEADS, cut)
     sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
@@ -74,18 +74,18 @@ def block_attention_dq_stream_kernel(
     dq,  # View
     addends,  # as above
     scale,
-    blocks,  # T; sequences of a block
+    blocks,  # as above
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: dq and delta of a tile of BLOCK_M queries. Keys stream by."""
     M_TILES: tl.constexpr = triton.cdiv(SPEC.HEADS * SPEC.N, BLOCK_M)
-    T, per_block = blocks
+    T, per_block, cut = blocks
     q, k, v = qkv
     lse_ptr, delta_ptr = statistics
     b, t, program = program_index(per_block * M_TILES, T)
-    index = (b, t, program // M_TILES * SPEC.HEADS)
+    index = (b, t, program // M_TILES * SPEC.HEADS, cut)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
@@ -112,19 +112,19 @@ def block_attention_dkv_stream_kernel(
     grads,  # Views of dk, dv
     addends,  # as above
     scale,
-    blocks,  # T; sequences of a block
+    blocks,  # as above
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: dk and dv of a tile of BLOCK_N keys. Queries stream by."""
     N_TILES: tl.constexpr = triton.cdiv(SPEC.N, BLOCK_N)
-    T, per_block = blocks
+    T, per_block, cut = blocks
     q, k, v = qkv
     lse_ptr, delta_ptr = statistics
     dk, dv = grads
     b, t, program = program_index(per_block * N_TILES, T)
-    index = (b, t, program // N_TILES * SPEC.HEADS)
+    index = (b, t, program // N_TILES * SPEC.HEADS, cut)
     n = (program % N_TILES).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     sequence = (tl.program_id(0) // N_TILES).to(tl.int64)
     key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]

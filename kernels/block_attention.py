@@ -6,10 +6,13 @@ most 256 tokens) in half precision: 4 N^2 HEAD_DIM FLOP and 8 N HEAD_DIM bytes f
 Tiling: the forward holds a sequence's keys and values and softmaxes a tile of BLOCK_M queries at once; the backward
 holds the queries and walks over tiles of BLOCK_N keys, so that one pass gives dq, dk and dv. 196 is no power of two, so
 both sides are cut into powers of two that cover N with little to spare. What does not fit on chip streams
-by (_attention_stream).
+by (_attention_stream). Blocks may be the windows of an image, whose tokens are read and written where they are in it
+(_windows).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,7 +21,6 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._attention import (
-    Spec,
     exp_scores,
     load_keys,
     load_lse,
@@ -31,6 +33,7 @@ from nest_fast.kernels._attention import (
     store_keys,
     store_queries,
 )
+from nest_fast.kernels._attention_operands import addends, dense, kinds, operands, problem, sum_pads, view
 from nest_fast.kernels._attention_stream import (
     block_attention_dkv_stream_kernel,
     block_attention_dq_stream_kernel,
@@ -43,10 +46,6 @@ __all__ = ["MAX_HEAD_DIM", "MAX_SEQ", "block_attention_bwd", "block_attention_fw
 
 MAX_SEQ = 256
 MAX_HEAD_DIM = 128
-
-# A View is a (B, T, N, heads, HEAD_DIM) tensor whose last dimension is dense, with its other strides. Launching takes a
-# NamedTuple apart in 2 us more than a plain tuple.
-View = tuple[Tensor, int, int, int, int]
 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
@@ -87,17 +86,17 @@ def _block_attention_fwd_kernel(
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
     scale,
-    T,
-    per_block,  # programs for a block, of HEADS heads each
+    blocks,  # T; programs for a block, of HEADS heads each; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     KEY_PIECES: tl.constexpr,  # (start, size) of each
     BLOCK_M: tl.constexpr,
     M_TILES: tl.constexpr,  # whole tiles of BLOCK_M queries, and the size of a last shorter one or 0
 ):
     """One program: HEADS heads of a block. Keys and values stay, queries go by."""
+    T, per_block, cut = blocks
     q, k, v = qkv
     b, t, program = program_index(per_block, T)
-    index = (b, t, program * SPEC.HEADS)
+    index = (b, t, program * SPEC.HEADS, cut)
     keys = ()
     values = ()
     for i in tl.static_range(len(KEY_PIECES)):
@@ -154,18 +153,18 @@ def _block_attention_bwd_kernel(
     grads,  # Views of dq, dk, dv
     addends,  # as above
     scale,
-    blocks,  # T; programs for a block, of HEADS heads each
+    blocks,  # as above
     SPEC: tl.constexpr,
     QUERY_PIECES: tl.constexpr,  # (start, size) of each
     BLOCK_N: tl.constexpr,
     N_TILES: tl.constexpr,  # whole tiles of BLOCK_N keys, and the size of a last shorter one or 0
 ):
     """One program: HEADS heads of a block. Queries stay, keys and values go by."""
-    T, per_block = blocks
+    T, per_block, cut = blocks
     q, k, v = qkv
     dq, dk, dv = grads
     b, t, program = program_index(per_block, T)
-    index = (b, t, program * SPEC.HEADS)
+    index = (b, t, program * SPEC.HEADS, cut)
     queries = ()
     douts = ()
     lses = ()
@@ -202,7 +201,7 @@ def _block_attention_dbias_kernel(
     dbias_ptr,  # (SPLITS, heads, N, N) float32
     addends,  # as above
     scale,
-    sizes,  # T, heads, B * T
+    sizes,  # T, heads, B * T, and the cut of an image
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,7 +211,7 @@ def _block_attention_dbias_kernel(
     N: tl.constexpr = SPEC.N
     M_TILES: tl.constexpr = triton.cdiv(N, BLOCK_M)
     N_TILES: tl.constexpr = triton.cdiv(N, BLOCK_N)
-    T, heads, blocks = sizes
+    T, heads, blocks, cut = sizes
     q, k, v = qkv
     pid = tl.program_id(0)
     head = (pid // (M_TILES * N_TILES) % heads).to(tl.int64)
@@ -221,7 +220,7 @@ def _block_attention_dbias_kernel(
     n = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(split, blocks, SPLITS):
-        index = (block // T, block % T, head)
+        index = (block // T, block % T, head, cut)
         key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(load_queries(q, index, m, SPEC), key, index, m, n, addends, scale, SPEC)
         lse = load_lse(lse_ptr, block * heads + head, m, SPEC)
@@ -234,33 +233,6 @@ def _block_attention_dbias_kernel(
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
-
-
-def _view(x: Tensor) -> View:
-    b, t, n, h, _ = x.stride()
-    return x, b, t, n, h
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _spec(q: Tensor, heads: int, scale: float, adds: bool) -> Spec:
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Spec(q.shape[2], q.shape[4], heads, adds, scale > 1e-6, tf32)
-
-
-def _addends(bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    if mask is not None:
-        mask = mask.contiguous()
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    return None if bias is None else bias.contiguous(), mask, 1 if mask is None else mask.shape[0]
-
-
-def _kinds(addends: tuple[Tensor | None, Tensor | None, int]) -> tuple[bool, torch.dtype | None]:
-    """What the kernels are compiled for beside a Spec."""
-    bias, mask, _ = addends
-    return bias is None, None if mask is None else mask.dtype
 
 
 def _options(config: _configs.AttentionConfig) -> dict[str, int]:
@@ -276,50 +248,60 @@ def _pieces(length: int, largest: int) -> tuple[tuple[int, int], ...]:
 
 
 def block_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    windows: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head. Checks nothing.
 
     Args:
         q: ``(B, T, N, heads, head_dim)``, float32, float16 or bfloat16, N up to MAX_SEQ, head_dim up to MAX_HEAD_DIM;
-            any strides, but a last dimension that is not dense is copied.
+            any strides, but a last dimension that is not dense is copied. With ``windows``
+            ``(B, 1, H * W, heads, head_dim)``, an image, T and N being those of its windows.
         k, v: as q, or with one head.
         bias: ``(heads, N, N)``, floating point, added to the scores of every block.
         mask: ``(groups, N, N)``, groups dividing T: block t takes ``mask[t % groups]``, added to the scores or, if
             bool, keeping those that are true. A row that keeps no key, or has -inf for every one, gives zeros.
         scale: factor of ``q @ k^T``.
+        pad_k, pad_v: ``(1 or pads, heads or 1, head_dim)``, what k and v are where windows reach beyond the image, row
+            by row of the padded image, or for all of it; zeros if None.
+        windows: the numbers of ``nest_fast.windows``; none, or all of them 0, for blocks. Windows that are shifted have
+            Swin's mask where ``mask`` is None.
 
     Returns:
         ``out``, contiguous, shape and dtype of q; ``lse`` float32, for the backward: ``(B, T, heads, N)``, the natural
         logarithm of the softmax denominators, or with a bias or mask ``(B, T, heads, N, 2)``, a row's largest score in
         the kernel's unit (inf where there is no key) and the logarithm of its sum beside that.
     """
-    B, T, N, heads, _ = q.shape
+    given = problem(q, k, bias, mask, scale, windows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    adds = bias is not None or mask is not None
-    lse = torch.empty((B, T, heads, N, 2) if adds else (B, T, heads, N), dtype=torch.float32, device=q.device)
+    lse = torch.empty(given.lse, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    per_block = k.shape[3]
-    queries, programs = heads // per_block * N, B * T * per_block
-    spec, addends = _spec(q, heads // per_block, scale, adds), _addends(bias, mask)
-    q, k, v = (_dense(x) for x in (q, k.expand_as(q), v.expand_as(q)))
-    args = ((_view(q), _view(k), _view(v)), _view(out), lse, addends, scale, T, per_block)
+    spec, programs, added = given.spec, given.programs, addends(bias, mask)
+    qkv = operands(given, q, k, v, pad_k, pad_v)
+    args = (qkv, view(out), lse, added, scale, given.blocks)
 
     def run(config, start):
         if config.resident == "keys":
             start(
                 _block_attention_fwd_kernel, programs, *args,
-                SPEC=spec, KEY_PIECES=_pieces(N, config.block_n), BLOCK_M=config.block_m,
-                M_TILES=tiles_and_tail(queries, config.block_m), **_options(config),
+                SPEC=spec, KEY_PIECES=_pieces(given.N, config.block_n), BLOCK_M=config.block_m,
+                M_TILES=tiles_and_tail(given.queries, config.block_m), **_options(config),
             )  # fmt: skip
         else:
             start(
-                block_attention_fwd_stream_kernel, programs * cdiv(queries, config.block_m), *args,
+                block_attention_fwd_stream_kernel, programs * cdiv(given.queries, config.block_m), *args,
                 SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
             )  # fmt: skip
 
-    launch(_configs.attention, ("fwd", spec, q.dtype, *_kinds(addends)), q, run)
+    launch(_configs.attention, ("fwd", spec, q.dtype, *kinds(added, qkv[1])), q, run)
     return out, lse
 
 
@@ -334,67 +316,79 @@ def block_attention_bwd(
     mask: Tensor | None,
     scale: float,
     need_dbias: bool,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    windows: Sequence[int] = (),
+    need_dpads: bool = False,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of block_attention_fwd. No atomics: the same input gives the same bits.
 
     Args:
         dout: shape and dtype of out, any strides.
-        q, k, v, bias, mask, scale: as the forward took them; out, lse: as it returned them.
+        q, k, v, bias, mask, scale, pad_k, pad_v, windows: as the forward took them; out, lse: as it returned them.
         need_dbias: whether to compute the gradient of bias (a kernel of its own, which reads everything again).
+        need_dpads: whether to compute those of pad_k and pad_v.
         grads: tensors to write dq, dk and dv into, such as views of one packed gradient; last dimensions dense.
 
     Returns:
-        dq, dk, dv (contiguous unless given), and dbias, contiguous and in bias's dtype, or None.
+        dq, dk, dv (contiguous unless given), dbias, contiguous and in bias's dtype, or None, and the gradients of pad_k
+        and pad_v one behind the other ``(2, 1 or pads, heads or 1, head_dim)``, or None.
     """
-    B, T, N, heads, _ = q.shape
+    given = problem(q, k, bias, mask, scale, windows)
     dq, dk, dv = grads or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dbias = torch.zeros_like(bias) if need_dbias and bias is not None else None
+    dpads = pad_k.new_zeros((2, *pad_k.shape)) if need_dpads and pad_k is not None else None
     if q.numel() == 0:
-        return dq, dk, dv, torch.zeros_like(bias) if need_dbias and bias is not None else None
-    per_block = k.shape[3]
-    queries, programs = heads // per_block * N, B * T * per_block
-    adds = bias is not None or mask is not None
-    spec, addends = _spec(q, heads // per_block, scale, adds), _addends(bias, mask)
-    dout, q, k, v, out = (_dense(x) for x in (dout, q, k.expand_as(q), v.expand_as(q), out))
-    dout_view, qkv, out_view = _view(dout), (_view(q), _view(k), _view(v)), _view(out)
-    rest = (addends, scale, (T, per_block))
+        return dq, dk, dv, dbias, dpads
+    spec, programs, added = given.spec, given.programs, addends(bias, mask)
+    qkv = operands(given, q, k, v, pad_k, pad_v)
+    dout_view, out_view = view(dense(dout)), view(dense(out))
+    padding = None  # the gradients of each token that is padding, which are summed afterwards
+    if dpads is not None and given.pads:
+        padding = k.new_empty((2, given.B, 1, given.pads, *k.shape[3:]))
+    dkv = (view(dk), view(dv)) if padding is None else (view(dk, padding[0]), view(dv, padding[1]))
+    rest = (added, scale, given.blocks)
 
     def run(config, start):
         if config.resident == "queries":
             start(
                 _block_attention_bwd_kernel, programs,
-                dout_view, qkv, out_view, lse, (_view(dq), _view(dk), _view(dv)), *rest,
-                SPEC=spec, QUERY_PIECES=_pieces(queries, config.block_m), BLOCK_N=config.block_n,
-                N_TILES=tiles_and_tail(N, config.block_n), **_options(config),
+                dout_view, qkv, out_view, lse, (view(dq), *dkv), *rest,
+                SPEC=spec, QUERY_PIECES=_pieces(given.queries, config.block_m), BLOCK_N=config.block_n,
+                N_TILES=tiles_and_tail(given.N, config.block_n), **_options(config),
             )  # fmt: skip
             return
-        statistics = (lse, torch.empty((B, T, heads, N), dtype=torch.float32, device=q.device))
+        delta = torch.empty(given.lse[:4], dtype=torch.float32, device=q.device)
         tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
         start(
-            block_attention_dq_stream_kernel, programs * cdiv(queries, config.block_m),
-            dout_view, qkv, out_view, statistics, _view(dq), *rest, **tiles,
+            block_attention_dq_stream_kernel, programs * cdiv(given.queries, config.block_m),
+            dout_view, qkv, out_view, (lse, delta), view(dq), *rest, **tiles,
         )  # fmt: skip
         start(
-            block_attention_dkv_stream_kernel, programs * cdiv(N, config.block_n),
-            dout_view, qkv, statistics, (_view(dk), _view(dv)), *rest, **tiles,
+            block_attention_dkv_stream_kernel, programs * cdiv(given.N, config.block_n),
+            dout_view, qkv, (lse, delta), dkv, *rest, **tiles,
         )  # fmt: skip
 
-    launch(_configs.attention, ("bwd", spec, q.dtype, *_kinds(addends)), q, run)
-    if not need_dbias or bias is None:
-        return dq, dk, dv, None
+    launch(_configs.attention, ("bwd", spec, q.dtype, *kinds(added, qkv[1], *dkv)), q, run)
+    if dpads is not None and padding is not None:
+        dpads = sum_pads(padding, dpads)
+    if dbias is None:
+        return dq, dk, dv, None, dpads
     one_head = spec._replace(HEADS=1)
 
     def run_dbias(config, start):
         # The sum over all blocks in two stages: enough partial sums to fill a device, then theirs.
+        blocks, N, heads = given.B * given.T, given.N, given.heads
         tiles_each = cdiv(N, config.block_m) * cdiv(N, config.block_n)
-        splits = min(B * T, cdiv(1024, heads * tiles_each))
+        splits = min(blocks, cdiv(1024, heads * tiles_each))
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)
         start(
             _block_attention_dbias_kernel, splits * heads * tiles_each,
-            dout_view, qkv, out_view, lse, partial, addends, scale, (T, heads, B * T),
+            dout_view, qkv, out_view, lse, partial, added, scale, (given.T, heads, blocks, given.cut),
             SPEC=one_head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits, **_options(config),
         )  # fmt: skip
         return partial
 
-    partial = launch(_configs.attention, ("dbias", one_head, q.dtype, *_kinds(addends)), q, run_dbias)
-    return dq, dk, dv, partial.sum(0).to(bias.dtype)
+    partial = launch(_configs.attention, ("dbias", one_head, q.dtype, *kinds(added, qkv[1])), q, run_dbias)
+    return dq, dk, dv, partial.sum(0).to(dbias.dtype), dpads

@@ -124,9 +124,25 @@ def _block_attention(
 
 
 def _block_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    numbers: list[int],
 ) -> tuple[Tensor, ...]:
+    windows = reference.Windows.of_numbers(numbers)
+    if windows is not None:
+        images = (q, None), (k, pad_k), (v, pad_v)
+        q, k, v = (reference.into_windows(x.squeeze(1), windows, pad) for x, pad in images)
+        if any(windows.shift) and mask is None:
+            mask = reference.window_mask(windows, q.device)
     out, lse = _block_attention(q, k, v, bias, mask, scale)
+    if windows is not None:
+        out = reference.from_windows(out, windows).unsqueeze(1)
     if bias is None and mask is None:
         return out, lse
     row_max, log_sum = lse.unbind(-1)  # the maximum in the unit of the kernel that leaves the scale to the exponent

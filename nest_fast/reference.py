@@ -119,22 +119,23 @@ class Windows(NamedTuple):
 
 
 def window_rows(windows: Windows, device: torch.device | str = "cpu") -> Tensor:
-    """Which row of an image ``(B, H * W, C)`` each token of each window is: ``(T, N)``, -1 for padding."""
+    """Which row of an image ``(B, H * W, C)`` each token of each window is: ``(T, N)``.
+
+    Padding has the numbers from ``H * W`` on, row by row of the padded image.
+    """
+    (H, W), padded = windows.size, windows.counts[1] * windows.window[1]
     y, x = (_tokens_of_axis(windows, axis, device) for axis in (0, 1))
-    rows = y[:, None, :, None] * windows.size[1] + x[None, :, None, :]
-    rows = rows.masked_fill((y < 0)[:, None, :, None] | (x < 0)[None, :, None, :], -1)
+    y, x = y[:, None, :, None], x[None, :, None, :]
+    rows = torch.where((y < H) & (x < W), y * W + x, H * W + y * padded + x - (y + 1).clamp(max=H) * W)
     return rows.flatten(2).flatten(0, 1)
 
 
 def _tokens_of_axis(windows: Windows, axis: int, device: torch.device | str) -> Tensor:
-    """Along one axis, the place in the image of each token of each window: (count, window)."""
+    """Along one axis, the place in the image of each token of each window, from its edge on for padding."""
     size, window, shift, count = (x[axis] for x in (windows.size, windows.window, windows.shift, windows.counts))
     at = torch.arange(count * window, device=device)
-    if windows.pad_first:
-        place = (at + shift) % (count * window)
-        place = place.masked_fill(place >= size, -1)
-    else:
-        place = ((at + shift) % size).masked_fill(at >= size, -1)
+    period = count * window if windows.pad_first else size
+    place = torch.where(at < period, (at + shift) % period, at)
     return place.view(window, count).T if windows.grid else place.view(count, window)
 
 
@@ -152,9 +153,14 @@ def _windows_of_axis(windows: Windows, axis: int, device: torch.device | str) ->
     return (at % count, at // count) if windows.grid else (at // window, at % window)
 
 
-def into_windows(x: Tensor, windows: Windows) -> Tensor:
-    """The tokens of an image in windows: ``(B, H * W, C)`` → ``(B, T, N, C)``; padding is zeros."""
-    return F.pad(x, (0, 0, 0, 1))[:, window_rows(windows, x.device)]
+def into_windows(x: Tensor, windows: Windows, pad: Tensor | None = None) -> Tensor:
+    """The tokens of an image in windows: ``(B, H * W, ...)`` → ``(B, T, N, ...)``.
+
+    ``pad`` ``(1 or pads, ...)`` is what padding has, for all of it or row by row of the padded image; zeros if None.
+    """
+    pads = windows.blocks * windows.tokens - windows.rows
+    pad = x.new_zeros(1, *x.shape[2:]) if pad is None else pad
+    return torch.cat((x, pad.expand(x.shape[0], pads, *x.shape[2:])), 1)[:, window_rows(windows, x.device)]
 
 
 def from_windows(x: Tensor, windows: Windows) -> Tensor:
@@ -184,6 +190,9 @@ def block_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    windows: Windows | None = None,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head.
@@ -195,7 +204,17 @@ def block_attention(
     masked, by false or by -inf, gives zeros and has no gradient, as in ``F.scaled_dot_product_attention``. Finite
     numbers, however negative, take no key away: where all keys of a row have one so large that the scores are rounded
     away beside it, the row gives the mean of its values.
+
+    With ``windows``, ``q``, ``k``, ``v`` and the result are images ``(B, H * W, heads, head_dim)`` and the blocks are
+    these windows; k and v of padding are ``pad_k`` and ``pad_v`` ``(1 or pads, heads, head_dim)``, as
+    :func:`into_windows` takes them. Where windows are shifted and there is no ``mask``, it is :func:`window_mask`.
     """
+    if windows is not None:
+        q, k, v = (into_windows(x, windows, pad) for x, pad in ((q, None), (k, pad_k), (v, pad_v)))
+        if any(windows.shift) and mask is None:
+            mask = window_mask(windows, q.device, q.dtype)
+        out = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
+        return from_windows(out, windows)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, T, heads, N, head_dim)
     scores = (q * scale) @ k.transpose(-2, -1)

@@ -59,11 +59,13 @@ class Case(NamedTuple):
     kv_heads: int = 4
     biased: bool = False  # bias and mask
     blocks: int = 16
+    cut: str = ""  # blocks are square windows of an image: "windows", or "padded" ones; biased ones are shifted
 
     @property
     def name(self) -> str:
         heads = f"-h{self.heads}-mq" if self.kv_heads < self.heads else ""
-        return f"{self.kind}-N{self.N}-d{self.head_dim}{heads}-{self.dtype}{'-biased' if self.biased else ''}"
+        kinds = f"{'-biased' if self.biased else ''}{self.cut and '-' + self.cut}"
+        return f"{self.kind}-N{self.N}-d{self.head_dim}{heads}-{self.dtype}{kinds}"
 
 
 class Aggregation(NamedTuple):
@@ -212,21 +214,31 @@ def _launch_aggregation(case: Aggregation) -> None:
 
 
 def _launch_attention(case: Case) -> None:
-    """Batch 2, q, k, v packed."""
+    """Batch 2, q, k, v packed. In windows with a bias and Swin's mask, or padding that all differs, as SAM has it."""
 
     def empty(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     B, T, N, heads = 2, case.blocks, case.N, case.heads
-    packed = empty(B, T, N, heads + 2 * case.kv_heads, case.head_dim)
+    rows: tuple[int, int] = (T, N)
+    windows: tuple[int, ...] = ()
+    pads = None, None
+    if case.cut:
+        window, is_padded = math.isqrt(N), case.cut == "padded"
+        edge, shift = math.isqrt(T) * window - is_padded, window // 2 * case.biased
+        rows, windows = (1, edge**2), (edge, edge, window, window, shift, shift, 0, 0)
+        if is_padded:
+            pads = empty(2, 1 if case.biased else T * N - edge**2, case.kv_heads, case.head_dim).unbind()
+    packed = empty(B, *rows, heads + 2 * case.kv_heads, case.head_dim)
     q, k, v = packed.split([heads, case.kv_heads, case.kv_heads], 3)
     bias = empty(heads, N, N) if case.biased else None
-    mask = empty(T, N, N, dtype=torch.bool) if case.biased else None
+    mask = empty(T, N, N, dtype=torch.bool) if case.biased and not windows else None
     if case.kind == "fwd":
-        block_attention_fwd(q, k, v, bias, mask, 0.125)
+        block_attention_fwd(q, k, v, bias, mask, 0.125, *pads, windows)
     else:
         out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
-        block_attention_bwd(out, q, k, v, out, lse, bias, mask, 0.125, case.biased)
+        kept = out, q, k, v, out, lse, bias, mask, 0.125
+        block_attention_bwd(*kept, case.biased, *pads, windows, pads[0] is not None)
 
 
 def _launch_mlp(case: Mlp) -> None:
@@ -323,6 +335,13 @@ MODELS = [
     Case("bwd", 16, 64, "bf16", heads=12, kv_heads=1),
 ]
 WINDOWS = [Case(kind, N, 32, "bf16", biased=True) for kind in ("fwd", "bwd") for N in (49, 64, 144, 196)]
+# Windows where they are in the image: Swin's, its second version's, and SAM's, whose heads have 28 dimensions more.
+CUTS = [
+    *(Case(kind, N, 32, "bf16", biased=True, cut="windows") for kind in ("fwd", "bwd") for N in (49, 64, 144, 256)),
+    *(Case(kind, 49, 32, "bf16", biased=True, cut="padded") for kind in ("fwd", "bwd")),
+    *(Case(kind, 196, 92, "bf16", cut="padded") for kind in ("fwd", "bwd")),
+    *(Case(kind, 197, 64, "bf16") for kind in ("fwd", "bwd")),
+]
 _WIDTHS = ((96, 192, 4), (128, 256, 4), (192, 384, 2), (256, 512, 2))  # C, C', edge of the grid of blocks
 _LAUNCHES = (("fwd", "bf16"), ("train", "bf16"), ("train", "tf32"), ("train", "fp32"), ("norm-pool", "bf16"))
 AGGREGATIONS = [
@@ -351,11 +370,12 @@ def models(architecture: int) -> list[Shipped]:
     """What the models launch in half precision, and window models with bias and mask."""
     aggregations = [case for case in AGGREGATIONS if case.dtype == "bf16"]
     mlps = [case for case in MLPS if case.dtype == "bf16"]
+    cuts = [case for case in CUTS if case.cut == "padded" or case.N == 256]
     if architecture < 80:  # without matrix instructions that Triton knows
         return [*(case for case in aggregations if case.kind == "norm-pool"), *PASSES]
     if architecture in (86, 89):  # as sm_80 but for ptxas and the shared memory: what takes most of both
-        return [*MODELS[:2], *(case for case in aggregations if case.C_out == 256), *mlps]
-    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *aggregations, *mlps, *PASSES]
+        return [*MODELS[:2], *cuts, *(case for case in aggregations if case.C_out == 256), *mlps]
+    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *cuts, *aggregations, *mlps, *PASSES]
 
 
 def shipped(architecture: int) -> list[Shipped]:
@@ -363,7 +383,7 @@ def shipped(architecture: int) -> list[Shipped]:
     cases = models(architecture)
     if architecture not in TUNED:
         return cases
-    cases += [*WINDOWS, *AGGREGATIONS, *MLPS]
+    cases += [*WINDOWS, *CUTS, *AGGREGATIONS, *MLPS]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION

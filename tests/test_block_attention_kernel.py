@@ -43,7 +43,7 @@ def differentiate(function, dout, q, k, v, bias, mask, scale):
 def launch(dout, q, k, v, bias, mask, scale):
     """The same from the launchers, and lse, of whose parts a row's maximum is in the kernel's unit where it folds."""
     out, lse = block_attention_fwd(q, k, v, bias, mask, scale)
-    dq, dk, dv, dbias = block_attention_bwd(dout, q, k, v, out, lse, bias, mask, scale, bias is not None)
+    dq, dk, dv, dbias, *_ = block_attention_bwd(dout, q, k, v, out, lse, bias, mask, scale, bias is not None)
     if bias is not None or mask is not None:
         row_max, log_sum = lse.double().unbind(-1)
         lse = row_max * (scale if scale > 1e-6 else 1.0) + log_sum
@@ -207,7 +207,7 @@ def test_block_attention_bwd_writes_into_given_gradients():
     packed = q.new_full((2, 2, 20, 5, 16), float("nan"))
     grads = packed.split([3, 1, 1], 3)
     out, lse = block_attention_fwd(q, k, v, None, None, 0.25)
-    got = block_attention_bwd(dout, q, k, v, out, lse, None, None, 0.25, False, grads)
+    got = block_attention_bwd(dout, q, k, v, out, lse, None, None, 0.25, False, grads=grads)
     wanted = block_attention_bwd(dout, q, k, v, out, lse, None, None, 0.25, False)
     assert torch.equal(packed, torch.cat(wanted[:3], 3))
     assert all(x is y for x, y in zip(got, grads, strict=False))
@@ -343,6 +343,10 @@ def test_block_attention_offsets_are_64_bit():
         assert all(map(torch.equal, got, wanted))
         wanted = block_attention_bwd(x, x, x, x, *wanted, None, None, 0.25, False)[:3]
         got = block_attention_bwd(by_head, x, by_token, x, *got, None, None, 0.25, False)[:3]
+        assert all(map(torch.equal, got, wanted))
+        cut = dict(windows=(1, 3, 1, 2, 0, 1, 0, 0), pad_k=x[0, :, 0], pad_v=x[0, :, 1])
+        wanted = block_attention_fwd(x, x, x, None, None, 0.25, **cut)
+        got = block_attention_fwd(by_token, by_head, by_token, None, None, 0.25, **cut)
         assert all(map(torch.equal, got, wanted))
         print("equal")
     """

@@ -8,11 +8,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.common import DTYPES, guarded, saved_bytes, with_threads
-from helpers.layer_tests import LUCK, assert_accurate, assert_accurate_gradients, needs_cpp
+from helpers.common import (
+    DTYPES,
+    assert_stays_inside_its_buffers,
+    guarded,
+    in_double,
+    saved_bytes,
+    with_threads,
+)
+from helpers.layer_tests import LUCK, OPS, assert_accurate, assert_accurate_gradients, needs_cpp
 from helpers.layer_tests import isa as isa
-from nest_fast import attention_layer, blockify, mlp_layer, reference, windows
-from nest_fast.testing import gradients, import_timm
+from nest_fast import attention_layer, block_attention, blockify, mlp_layer, reference, windows
+from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
+from nest_fast.testing import gradients, import_timm, relative_error
 
 import_timm()
 from timm.models import swin_transformer, swin_transformer_v2  # noqa: E402
@@ -176,11 +184,12 @@ def test_blocks_and_grids_are_windows():
 
 @pytest.mark.parametrize(("size", "window", "shift"), SIZES, ids=str)
 def test_every_row_has_one_place(size, window, shift):
+    """And so has all padding, which is counted row by row of the padded image."""
     for pad_first in (False, True):
         given = windows(size, window, shift=shift, pad_first=pad_first)
         rows, tokens = reference.window_rows(given), reference.window_tokens(given)
         assert torch.equal(rows.flatten()[tokens], torch.arange(math.prod(size)))
-        assert (rows < 0).sum() == rows.numel() - math.prod(size)
+        assert torch.equal(rows.flatten().sort().values, torch.arange(rows.numel()))
 
 
 def test_a_mask_takes_the_place_of_swins():
@@ -371,6 +380,151 @@ def test_inside_windows_keeps_little_for_the_gradient():
     )
     assert ours == (1 + 4 + 2 * 2 / 64) * x.nbytes
     assert ours < 0.4 * plain
+
+
+# --- the kernel in Triton ---------------------------------------------------------------------------------------------
+
+# Image, window, shift; whether padding comes first, or windows are grids; heads, key heads, head_dim; dtype. What stays
+# on chip and what streams by, a window wider than the image, one over all of it, padding of which each token differs.
+IMAGES = {
+    "shifted": ((14, 7), (7, 7), (3, 0), {}, 1, 1, 32, "bf16"),
+    "padded last": ((9, 6), (4, 4), (1, 2), {}, 2, 2, 24, "fp32"),
+    "padded first": ((5, 9), (4, 4), (2, 1), {"pad_first": True}, 2, 1, 16, "fp16"),
+    "grid": ((6, 8), (3, 4), (0, 0), {"grid": True}, 1, 1, 20, "fp32"),
+    "one window": ((5, 6), (7, 7), (6, 6), {}, 1, 1, 32, "fp16"),
+    "sam": ((10, 14), (14, 14), (0, 0), {}, 1, 1, 80, "bf16"),
+    "small": ((3, 3), (2, 2), (1, 1), {}, 1, 1, 16, "fp32"),
+}
+
+
+def images(size, window, shift, options, heads, kv_heads, head_dim, dtype, each_pad=False, B=2, bias=True, pads=True):
+    """q, k, v, bias, pad_k and pad_v, the three first of a packed projection; the gradient of the output; windows."""
+    dtype, cut = DTYPES[dtype], windows(size, window, shift=shift, **options)
+    packed = torch.randn(B, cut.rows, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    padding = cut.blocks * cut.tokens - cut.rows
+    pad_k, pad_v = torch.randn(2, padding if each_pad else 1, kv_heads, head_dim, dtype=dtype)
+    pad_k, pad_v = (pad_k, pad_v) if pads and padding else (None, None)
+    tensors = [*packed.split((heads, kv_heads, kv_heads), 2), None, pad_k, pad_v]
+    tensors[3] = torch.randn(heads, cut.tokens, cut.tokens, dtype=dtype) if bias else None
+    return tensors, torch.randn(B, cut.rows, heads, head_dim, dtype=dtype), cut
+
+
+def attended(tensors, dout, cut, impl, **options):
+    """The output, and the gradient of every tensor that is there."""
+    names = [name for name, x in zip(("q", "k", "v", "bias", "pad_k", "pad_v"), tensors, strict=True) if x is not None]
+
+    def call(*given):
+        return block_attention(**dict(zip(names, given, strict=True)), windows=cut, impl=impl, **options)
+
+    given = [x for x in tensors if x is not None]
+    return dict(zip(("out", *names), gradients(call, given, dout), strict=True))
+
+
+def assert_attends(tensors, dout, cut, slack=4, **options):
+    """Each L2 error at most 1.25 of plain PyTorch's in the same dtype, and some roundings, since the sums are short."""
+    ours, plain = (attended(tensors, dout, cut, impl, **options) for impl in ("triton", "reference"))
+    golden = attended(in_double(tensors), dout.double(), cut, "reference", **options)
+    for name, exact in golden.items():
+        error, allowed = (relative_error(found[name], exact) for found in (ours, plain))
+        assert ours[name].dtype == dout.dtype, name
+        bound = 1.25 * allowed + slack * torch.finfo(dout.dtype).eps
+        assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch's {allowed:.3e}"
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_triton_attends_where_the_tokens_are(name):
+    """Values and every gradient, that of padding among them."""
+    tensors, dout, cut = images(*IMAGES[name], each_pad=name in ("sam", "one window"), B=1 if name == "sam" else 2)
+    assert_attends(tensors, dout, cut)
+
+
+def test_triton_takes_a_mask_in_the_place_of_swins():
+    tensors, dout, cut = images(*IMAGES["padded last"], pads=False)
+    mask = torch.rand(cut.counts[1], 16, 16) < 0.8
+    assert_attends(tensors, dout, cut, mask=mask | torch.eye(16, dtype=torch.bool))
+    assert_attends(tensors, dout, cut, mask=torch.randn(1, 16, 16))
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_triton_attends_in_windows_of_any_shape(data):
+    draw, side = data.draw, st.integers(1, 5)
+    window = draw(st.tuples(side, side))
+    grid = draw(st.integers(0, 3)) == 0
+    size = tuple(edge * draw(st.integers(1, 2)) if grid else draw(st.integers(1, 9)) for edge in window)
+    shift = (0, 0) if grid else tuple(draw(st.integers(0, edge - 1)) for edge in window)
+    options = {"grid": True} if grid else {"pad_first": draw(st.booleans())}
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(2, 20))
+    kv_heads, dtype = draw(st.sampled_from([1, heads])), draw(st.sampled_from([*DTYPES]))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    more = {name: draw(st.booleans()) for name in ("each_pad", "bias", "pads")}
+    tensors, dout, cut = images(size, window, shift, options, heads, kv_heads, head_dim, dtype, B=1, **more)
+    assert_attends(tensors, dout, cut, LUCK if cut.tokens > 3 else 64)  # of few keys most terms cancel
+
+
+def test_triton_in_windows_stays_inside_its_buffers():
+    for name in ("padded last", "one window"):
+        tensors, dout, cut = images(*IMAGES[name], each_pad=name == "one window")
+        numbers = cut.to_numbers(cut)
+
+        def everything(copy, tensors=tensors, dout=dout, numbers=numbers):
+            q, k, v, bias, pad_k, pad_v = (copy(x) for x in tensors)
+            q, k, v, d = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), copy(dout).unsqueeze(1)
+            out, lse = block_attention_fwd(q, k, v, bias, None, 0.25, pad_k, pad_v, numbers)
+            kept = q, k, v, out, lse, bias, None, 0.25, True
+            return out, lse, *block_attention_bwd(d, *kept, pad_k, pad_v, numbers, True)
+
+        assert_stays_inside_its_buffers(everything)
+
+
+def test_triton_in_windows_is_what_opcheck_expects():
+    forward, backward = (getattr(OPS, f"block_attention_triton_{end}").default for end in ("fwd", "bwd"))
+    (q, k, v, bias, pad_k, pad_v), dout, cut = images(*IMAGES["small"], B=1)
+    q, k, v, dout = (x.unsqueeze(1) for x in (q, k, v, dout))
+    rest = pad_k.requires_grad_(), pad_v, cut.to_numbers(cut)
+    torch.library.opcheck(forward, (q, k.requires_grad_(), v, bias.requires_grad_(), None, 0.25, *rest))
+    with torch.no_grad():
+        kept = q, k, v, *forward(q, k, v, bias, None, 0.25, *rest), bias, None, 0.25
+    for needed in (True, False):
+        torch.library.opcheck(backward, tuple(_detached(dout, *kept, needed, *rest, needed)))
+
+
+def _detached(*given):
+    return (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "cpp", "auto"])
+def test_others_take_windows_from_the_image_and_put_them_back(impl):
+    tensors, dout, cut = images(*IMAGES["padded first"][:-1], "fp32", each_pad=True)
+    ours, wanted = (attended(tensors, dout, cut, one) for one in (impl, "reference"))
+    for name, x in wanted.items():
+        torch.testing.assert_close(ours[name], x, msg=lambda text, name=name: f"{name}: {text}")
+    plain = reference.block_attention(*tensors[:3], bias=tensors[3], windows=cut, pad_k=tensors[4], pad_v=tensors[5])
+    torch.testing.assert_close(wanted["out"], plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": None}, r"q: expected 5 dimensions \(B, T, N, heads, head_dim\), got shape \(2, 30, 1, 8\)"),
+        ({"windows": windows(5, 7)}, r"windows: expected an image of 30 tokens as q has, got size \(5, 5\)"),
+        ({"pad_v": None}, "pad_v: expected a tensor beside pad_k, got None"),
+        ({"pad_k": torch.zeros(2, 1, 8)}, r"pad_k: expected shape \(1 or 19, 1, 8\) as k has, got \(2, 1, 8\)"),
+        ({"pad_k": torch.zeros(1, 1, 8).double()}, "pad_k: expected dtype torch.float32 as k has, got torch.float64"),
+        ({"bias": torch.zeros(1, 9, 9)}, r"bias: expected shape \(1, 49, 49\) \(heads, N, N\), got \(1, 9, 9\)"),
+    ],
+)
+def test_block_attention_in_windows_refuses_bad_arguments(change, message):
+    x, pad = torch.zeros(2, 30, 1, 8), torch.zeros(1, 1, 8)
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        block_attention(x, x, x, **({"windows": windows((5, 6), 7), "pad_k": pad, "pad_v": pad} | change))
+    assert "\n" not in str(error.value)
+
+
+def test_padding_without_windows_is_refused():
+    x = torch.zeros(1, 1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"pad_k: expected None without windows, got a tensor \(1, 1, 8\)"):
+        block_attention(x, x, x, pad_k=x[0, 0, :1], pad_v=x[0, 0, :1])
 
 
 # --- tracers ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nest_fast.ops import _modes
+from nest_fast.reference import Windows
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -176,6 +177,15 @@ def added_to_scores(
         if groups == 0 or T % groups:
             raise ValueError(f"mask: expected a number of groups that divides T = {T}, got {groups}")
         device("mask", mask, other_name, other)
+
+
+def cut(name: str, windows: object, rows: int) -> tuple[int, int]:
+    """T and N of ``windows`` of an image of so many ``rows``, which ``name`` has."""
+    if not isinstance(windows, Windows):
+        raise TypeError(f"windows: expected what nest_fast.windows returns, got {type(windows).__name__}")
+    if rows != windows.rows:
+        raise ValueError(f"windows: expected an image of {rows} tokens as {name} has, got size {windows.size}")
+    return windows.blocks, windows.tokens
 
 
 def training(given: bool) -> None:

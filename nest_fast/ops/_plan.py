@@ -56,7 +56,7 @@ def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
     """For block_attention inside ``x`` ``(B, T, N, C)``, the heads of which have ``extra_dim`` more dimensions."""
     head_dim = max(x.shape[-1] // num_heads, 1) + extra_dim
     q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
-    given = AttentionGiven(q, q, q, None, None, 0.0)
+    given = AttentionGiven(q, q, q, None, None, 0.0, q.shape[2])
     impl = choose_attention(given, say=False)
     best = "triton" if x.is_cuda else "cpp"
     why = [] if impl == best else ATTENTION[best].why_not(given)

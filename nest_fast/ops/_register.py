@@ -110,8 +110,8 @@ def _launcher(path: str) -> Callable[..., Any]:
         out = function(*args)
         if not isinstance(out, tuple) or all(x is not None for x in out):
             return out
-        nothing = nothing_like(next(x for x in args if isinstance(x, Tensor)))
-        return tuple(nothing if x is None else x for x in out)
+        first = next(x for x in args if isinstance(x, Tensor))
+        return tuple(nothing_like(first) if x is None else x for x in out)  # no two outputs may share memory
 
     return launch
 

@@ -58,12 +58,14 @@ def windows(
     return Windows(size, window, shift, bool(pad_first), bool(grid))
 
 
-def into_windows(x: Tensor, windows: Windows) -> Tensor:
+def into_windows(x: Tensor, windows: Windows, pad: Tensor | None = None) -> Tensor:
     """As :func:`nest_fast.reference.into_windows`."""
     rows = _computed(reference.window_rows, windows, x.device)
     if _may_pad(windows):
-        x = torch.nn.functional.pad(x, (0, 0, 0, 1))
-        rows = rows % x.shape[1]
+        pad = x.new_zeros(1, *x.shape[2:]) if pad is None else pad
+        x = torch.cat((x, pad.expand(x.shape[0], *pad.shape)), 1)
+        if pad.shape[0] == 1:  # for all of it
+            rows = rows.clamp(max=windows.rows)
     return x.index_select(1, rows.flatten()).unflatten(1, rows.shape)
 
 

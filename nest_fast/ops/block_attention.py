@@ -13,6 +13,8 @@ from nest_fast.ops import _backends, _checks, _layout, _modes, _tuned, _vmap
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import nothing_like, operation
+from nest_fast.ops._windows import from_windows, into_windows, window_mask
+from nest_fast.reference import Windows
 
 __all__ = ["block_attention"]
 
@@ -28,6 +30,9 @@ def block_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    windows: Windows | None = None,
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -35,7 +40,8 @@ def block_attention(
 
     Args:
         q: ``(B, T, N, heads, head_dim)``, fp32, fp16, bf16 or fp64: batch, blocks, tokens per block. Views of a packed
-            ``(B, T, N, 3, heads, head_dim)`` projection are taken as they are.
+            ``(B, T, N, 3, heads, head_dim)`` projection are taken as they are. With ``windows`` an image
+            ``(B, H * W, heads, head_dim)``.
         k, v: as ``q``, or with one head that all heads of ``q`` share (multi-query).
         scale: factor of the scores; ``head_dim ** -0.5`` if None.
         bias: ``(heads, N, N)``, any floating-point dtype, added to the scores of every block (a relative position
@@ -43,6 +49,13 @@ def block_attention(
         mask: ``(groups, N, N)`` with ``groups`` dividing T: block ``t`` takes ``mask[t % groups]``, added where it is
             floating point, kept where true if bool (a shifted-window mask). A row whose keys are all masked, by false
             or by -inf, gives zeros and no gradient.
+        windows: :func:`nest_fast.windows` of ``(H, W)``: the blocks are T windows of N tokens, which "triton" reads and
+            writes where they are in the image; the others take them from it and put them back. Where windows are
+            shifted and there is no ``mask``, it is Swin's: -100 between tokens from beyond an edge of the image and
+            those at it.
+        pad_k, pad_v: ``(1, k's heads, head_dim)``, k and v of all tokens where windows reach beyond the image, or
+            ``(pads, k's heads, head_dim)``, of each of them, row by row of the image with padding below and on the
+            right; both, or None for zeros. They are attended.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: "auto" takes the best this machine has for these tensors; that is "reference", which has all derivatives,
             under ``torch.func``, and on a CPU where "cpp" cannot run and gradients are wanted. "reference" is plain
@@ -52,7 +65,8 @@ def block_attention(
             rows that have the most negative number for every key.
 
     Returns:
-        ``(B, T, N, heads, head_dim)`` in q's dtype, contiguous, so ``.flatten(-2)`` is the head-major ``(B, T, N, C)``.
+        As q, ``(B, T, N, heads, head_dim)`` in its dtype, contiguous, so ``.flatten(-2)`` is the head-major
+        ``(B, T, N, C)``.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
@@ -60,13 +74,20 @@ def block_attention(
 
     Source: the authors' ``libml/self_attention.py`` (MultiHeadAttention, MultiQueryAttention).
     """
-    _check(q, k, v, bias, mask, scale, dropout_p, impl)
+    _check(q, k, v, bias, mask, windows, pad_k, pad_v, scale, dropout_p, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    given = Given(q, k, v, bias, mask, dropout_p)
+    tokens = q.shape[2] if windows is None else windows.tokens
+    given = Given(q, k, v, bias, mask, dropout_p, tokens, windows, pad_k, pad_v)
     if impl == "auto":
         impl = choose(given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("block_attention", given)
+    if windows is not None and impl != "triton":
+        q, k, v = into_windows(q, windows), into_windows(k, windows, pad_k), into_windows(v, windows, pad_v)
+        if any(windows.shift) and mask is None:
+            mask = window_mask(windows, q)
+        out = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p, impl=impl)
+        return from_windows(out, windows)
     if impl == "reference":
         out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
         return out.contiguous()
@@ -76,7 +97,14 @@ def block_attention(
     if impl == "cpp":
         return _CPP(q, k, v, as_scores(bias), as_scores(mask), scale)[0]
     bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
-    return _TRITON(q, k, v, bias, mask, scale)[0]
+    if windows is None:
+        return _TRITON(q, k, v, bias, mask, scale, None, None, _BLOCKS)[0]
+    q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    pads = (None if x is None else x.to(q.dtype) for x in (pad_k, pad_v))
+    return _TRITON(q, k, v, bias, mask, scale, *pads, Windows.to_numbers(windows))[0].squeeze(1)
+
+
+_BLOCKS = Windows.to_numbers(None)
 
 
 def _check(
@@ -85,24 +113,51 @@ def _check(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    windows: Windows | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
     scale: float | None,
     dropout_p: float,
     impl: str,
 ) -> None:
     _checks.choice("impl", impl, IMPLS)
-    B, T, N, heads, head_dim = _checks.tensor("q", q, "(B, T, N, heads, head_dim)").shape
+    dims = "(B, T, N, heads, head_dim)" if windows is None else "(B, H * W, heads, head_dim)"
+    *outer, heads, head_dim = _checks.tensor("q", q, dims).shape
     _checks.floating("q", q)
     for name, x in (("k", k), ("v", v)):
-        _checks.tensor(name, x, "(B, T, N, heads, head_dim)")
-        if x.shape[:3] != q.shape[:3] or x.shape[4] != head_dim or x.shape[3] not in (1, heads):
-            expected = f"({B}, {T}, {N}, {heads} or 1, {head_dim})"
+        _checks.tensor(name, x, dims)
+        if [*x.shape[:-2], x.shape[-1]] != [*outer, head_dim] or x.shape[-2] not in (1, heads):
+            expected = f"({', '.join(map(str, outer))}, {heads} or 1, {head_dim})"
             raise ValueError(f"{name}: expected shape {expected} as q has, got {tuple(x.shape)}")
         _checks.alike(name, x, "q", q)
     _checks.shape("v", v, tuple(k.shape), "as k has")
+    if windows is None:
+        T, N = outer[1:]
+        for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
+            if pad is not None:
+                raise ValueError(f"{name}: expected None without windows, got a tensor {tuple(pad.shape)}")
+    else:
+        T, N = _checks.cut("q", windows, outer[1])
+        _check_pads(k, windows, pad_k, pad_v)
     _checks.added_to_scores(bias, mask, (T, heads, N), "q", q)
     _checks.number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+
+
+def _check_pads(k: Tensor, windows: Windows, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
+    if (pad_k is None) != (pad_v is None):
+        name, other = ("pad_v", "pad_k") if pad_v is None else ("pad_k", "pad_v")
+        raise ValueError(f"{name}: expected a tensor beside {other}, got None")
+    pads = windows.blocks * windows.tokens - windows.rows
+    for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
+        if pad is None:
+            continue
+        _checks.tensor(name, pad, "(1 or pads, heads, head_dim)")
+        if pad.shape[0] not in (1, pads) or pad.shape[1:] != k.shape[2:]:
+            expected = f"(1 or {pads}, {k.shape[2]}, {k.shape[3]})"
+            raise ValueError(f"{name}: expected shape {expected} as k has, got {tuple(pad.shape)}")
+        _checks.alike(name, pad, "k", k)
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
@@ -115,6 +170,10 @@ class Given(NamedTuple):
     bias: Tensor | None
     mask: Tensor | None
     dropout_p: float
+    tokens: int
+    windows: Windows | None = None
+    pad_k: Tensor | None = None
+    pad_v: Tensor | None = None
 
 
 NO_GRADIENT_OF_A_MASK = ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,)))
@@ -131,8 +190,8 @@ BACKENDS = {
         "triton",
         (
             *_backends.TRITON_MATMUL,
-            ("N = {given.q.shape[2]} tokens are over 256", lambda given: given.q.shape[2] > 256),
-            ("head_dim {given.q.shape[4]} is over 128", lambda given: given.q.shape[4] > 128),
+            ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256),
+            (lambda given: f"head_dim {given.q.shape[-1]} is over 128", lambda given: given.q.shape[-1] > 128),
             ("it has no dropout", lambda given: given.dropout_p),
             NO_GRADIENT_OF_A_MASK,
         ),
@@ -222,18 +281,26 @@ def _in_range(x: Tensor, dtype: torch.dtype) -> Tensor:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _fwd_fake(q, k, v, bias, mask, scale):
-    B, T, N, heads, _ = q.shape
-    numbers = () if bias is None and mask is None else (2,)
+def _in_blocks(shape, windows=()):
+    """(B, T, N, heads, head_dim) of q: of its windows, where it is an image of them."""
+    B, T, N, heads, head_dim = shape
+    cut = Windows.of_numbers(windows)
+    return (B, T, N, heads, head_dim) if cut is None else (B, cut.blocks, cut.tokens, heads, head_dim)
+
+
+def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, windows=()):
+    B, T, N, heads, _ = _in_blocks(q.shape, windows)
+    adds = bias is not None or mask is not None or any(windows[4:6])
+    numbers = (2,) if adds else ()
     return q.new_empty(q.shape), q.new_empty((B, T, heads, N, *numbers), dtype=torch.float32)
 
 
-def _flops(q, *_, out_shape=None):
-    return flops.attention(q)
+def _flops(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, windows=(), out_shape=None):
+    return flops.attention(_in_blocks(q, windows))
 
 
-def _flops_bwd(dout, q, *_, out_shape=None):
-    return flops.attention(q, 4)
+def _flops_bwd(dout, q, k, v, out, lse, bias, mask, scale, need, pad_k=None, pad_v=None, windows=(), *_, **unused):
+    return flops.attention(_in_blocks(q, windows), 4)
 
 
 def _bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
@@ -241,15 +308,15 @@ def _bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _gradients(kept, dout, backward):
+def _gradients(kept, dout, backward, *more):
     need_dbias = kept.bias is not None and kept.needed["bias"]
     tensors = kept.q, kept.k, kept.v, kept.out, kept.lse, kept.bias, kept.mask
-    dq, dk, dv, dbias = backward(dout, *tensors, kept.scale, need_dbias)
-    return {"q": dq, "k": dk, "v": dv, "bias": dbias if need_dbias else None}
+    dq, dk, dv, dbias, *others = backward(dout, *tensors, kept.scale, need_dbias, *more)
+    return {"q": dq, "k": dk, "v": dv, "bias": dbias if need_dbias else None}, others
 
 
 def _cpp_gradients(kept, dout):
-    return _gradients(kept, _layout.dense_rows(dout), _CPP_BWD)
+    return _gradients(kept, _layout.dense_rows(dout), _CPP_BWD)[0]
 
 
 def _cpp_bwd_vmap(info, in_dims, *args):
@@ -280,24 +347,33 @@ _CPP_BWD = operation(
 
 
 def _triton_gradients(kept, dout):
-    return _gradients(kept, dout.contiguous(), _TRITON_BWD)
+    need_dpads = kept.pad_k is not None and (kept.needed["pad_k"] or kept.needed["pad_v"])
+    pads = kept.pad_k, kept.pad_v
+    found, (dpads,) = _gradients(kept, dout.contiguous(), _TRITON_BWD, *pads, kept.windows, need_dpads)
+    return {**found, **(dict(zip(("pad_k", "pad_v"), dpads, strict=True)) if need_dpads else {})}
+
+
+def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias, pad_k, pad_v, windows, need_dpads):
+    dpads = pad_k.new_empty((2, *pad_k.shape)) if need_dpads else nothing_like(q)
+    return *_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias), dpads
 
 
 _TRITON = operation(
-    "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
-    " -> (Tensor out, Tensor lse)",
+    "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, Tensor? pad_k,"
+    " Tensor? pad_v, SymInt[] windows) -> (Tensor out, Tensor lse)",
     launch="block_attention.block_attention_fwd",
     fake=_fwd_fake,
-    saved=("q", "k", "v", "bias", "mask", "out", "lse"),
+    saved=("q", "k", "v", "bias", "mask", "pad_k", "pad_v", "out", "lse"),
     gradients=_triton_gradients,
-    vmap=(3, 5),
+    vmap=(3, 8),
     flops=_flops,
 )
 _TRITON_BWD = operation(
     "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
-    " Tensor? mask, float scale, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    " Tensor? mask, float scale, bool need_dbias, Tensor? pad_k, Tensor? pad_v, SymInt[] windows, bool need_dpads)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dpads)",
     launch="block_attention.block_attention_bwd",
-    fake=_bwd_fake,
+    fake=_triton_bwd_fake,
     backward_of="block_attention",
     flops=_flops_bwd,
 )

@@ -71,6 +71,28 @@ def attention_bwd(*, programs=(24,), **how):
     return Case((out, *given, lse), grads[:3], [*programs])  # dbias is summed afterwards
 
 
+def windows(pads):
+    """Two images of 20 x 20 in 9 shifted windows of 8 x 8: q, k, v, bias, and one token's pad_k and pad_v, or not."""
+    q, k, v = empty(2, 1, 400, 9, 16).split(3, 3)
+    padding = empty(2, 1, 3, 16).unbind() if pads else (None, None)
+    return q, k, v, empty(3, 64, 64), *padding, (20, 20, 8, 8, 4, 4, 0, 0)
+
+
+def windows_fwd(pads):
+    *qkv, bias, pad_k, pad_v, numbers = windows(pads)
+    returned = block_attention_fwd(*qkv, bias, None, 0.25, pad_k, pad_v, numbers)
+    return Case((*qkv, bias, pad_k, pad_v), returned, [54])
+
+
+def windows_bwd():
+    """Its dpads is summed of what a kernel wrote, as dbias is."""
+    *qkv, bias, pad_k, pad_v, numbers = windows(True)
+    out, lse = empty(2, 1, 400, 3, 16), empty(2, 9, 3, 64, 2, dtype=FP32)
+    kept = *qkv, out, lse, bias, None, 0.25, True
+    grads = block_attention_bwd(out, *kept, pad_k, pad_v, numbers, True)
+    return Case((out, *qkv, lse, bias, pad_k, pad_v), grads[:3], [54, 3 * 18])
+
+
 def far_apart():
     """A stride of 2^31 elements, in memory that nobody touches."""
     x = torch.empty(2**31 + 64, dtype=BF16)
@@ -158,6 +180,9 @@ CASES = {
     "block_attention_fwd, unaligned": lambda: attention_fwd(make=unaligned),
     "block_attention_fwd, far apart": far_apart,
     "block_attention_fwd, streaming": lambda: attention_fwd(N=40, dtype=FP32, programs=48),
+    "block_attention_fwd, windows": lambda: windows_fwd(False),
+    "block_attention_fwd, padded windows": lambda: windows_fwd(True),
+    "block_attention_bwd, padded windows": windows_bwd,
     "block_attention_bwd": attention_bwd,
     "block_attention_bwd, bias and mask": lambda: attention_bwd(adds=True, programs=(24, 3 * 8)),
     "block_attention_bwd, streaming": lambda: attention_bwd(N=40, dtype=FP32, programs=(48, 72)),
