@@ -45,6 +45,7 @@ SHARED = {
     "tuning": {"ops._tuned"},
     "tests": {
         *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "ops._tuned", "kernels.*"),
+        *("ops._windows",),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
     "benchmarks": {"ops._extension", "kernels._configs", "kernels._launch"},

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import nest_fast
 from helpers import twins
 from helpers.layer_tests import mlp_inputs
 from helpers.pretend_gpu import pretend_gpu
-from nest_fast.ops import _tuned
-from nest_fast.testing import relative_error
+from nest_fast.ops import _tuned, _windows
+from nest_fast.testing import import_timm, relative_error
+
+import_timm()
+from timm import models as timm_models  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
 
@@ -142,6 +146,55 @@ def as_reference(model):
         if hasattr(module, "impl"):
             module.impl = "reference"
     return model
+
+
+# --- windows of an image ----------------------------------------------------------------------------------------------
+
+
+def swin(**options):
+    """10 x 10 tokens in windows of 4 x 4, padded and in every other layer shifted, then 5 x 5."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 20, "patch_size": 2, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}
+    return varied(timm_models.swin_transformer.SwinTransformer(**sizes, num_classes=7, **options))
+
+
+def varied(model):
+    """None of its parameters is zero or one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "eval"), (torch.float16, "train")], ids=str)
+def test_swin_attends_in_its_image_without_a_copy(dtype, mode):
+    """Values and gradients, those of the position bias and of what padding is made of among them."""
+
+    def model():
+        return swin(drop_path_rate=0.0).to(dtype).train(mode == "train")
+
+    assert_computes_what_timm_does(model, torch.randn(2, 3, 20, 20, dtype=dtype), {"block_attention_triton": 3})
+
+
+def assert_computes_what_timm_does(make, x, kernels):
+    """Of outputs and gradients; ``kernels`` are those of attention, and how often each is called."""
+    fast, plain, double = make(), make(), make().double()
+    nest_fast.accelerate(fast)
+    expected, golden = twins.run(plain, x), twins.run(double, x.double())
+    with pretend_gpu() as calls:
+        with mock.patch.object(_windows, "_computed", side_effect=AssertionError("an index or a mask is made")):
+            got = twins.run(fast, x)
+        told = nest_fast.explain(fast, x)
+    counted = Counter(name for name, _ in calls)
+    for name, count in kernels.items():
+        assert counted[f"{name}_fwd"] == counted[f"{name}_bwd"] == count
+    pairs = [("output", got.out[0], expected.out[0], golden.out[0])]
+    pairs += [(name, got.grads[name], expected.grads[name], golden.grads[name]) for name in golden.grads]
+    for name, ours, theirs, exact in pairs:
+        assert ours.dtype == theirs.dtype, name
+        band = 4 * torch.finfo(x.dtype).eps
+        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + band, name
+    return told
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from nest_fast.ops import _checks, _flops, _layer, _layout, _modes, _packed, _tu
 from nest_fast.ops._backends import Backend, Rules
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
 from nest_fast.ops._register import nothing_like, operation
-from nest_fast.ops._windows import from_windows, into_windows, window_mask
+from nest_fast.ops._windows import from_windows, into_windows
 from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
 from nest_fast.ops.linear import linear
 from nest_fast.reference import Windows
@@ -130,18 +130,20 @@ def attention_layer(
         )
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
-    y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    y = linear(y if windows is None else into_windows(y, windows), qkv_weight, qkv_bias)
-    q, k, v = y.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
+    y = linear(x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    heads = (num_heads, kv_heads, kv_heads)
+    q, k, v = y.unflatten(-1, (sum(heads), -1)).split(heads, -2)
+    pad_k = pad_v = None
+    if windows is not None and qkv_bias is not None:  # what padding, zeros after the LayerNorm, becomes
+        _, pad_k, pad_v = qkv_bias.to(y.dtype).view(1, sum(heads), -1).split(heads, -2)
     if isinstance(scale, Tensor):
         q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0
-    if windows is not None and any(windows.shift) and mask is None:
-        mask = window_mask(windows, q)
-    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask).flatten(-2)
-    if windows is None and not post_norm and branch_scale == 1.0:
+        pad_k = None if pad_k is None else F.normalize(pad_k, dim=-1)
+    within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
+    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, **within).flatten(-2)
+    if not post_norm and branch_scale == 1.0:
         return linear(y, proj_weight, proj_bias, residual=x)
     y = linear(y, proj_weight, proj_bias)
-    y = y if windows is None else from_windows(y, windows)
     y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
     return x + (y if branch_scale == 1.0 else branch_scale * y)
 
@@ -169,12 +171,8 @@ def _check(
     if windows is None:
         _, T, N, C = _checks.tensor("x", x, "(B, T, N, C)").shape
     else:
-        if not isinstance(windows, Windows):
-            raise TypeError(f"windows: expected what nest_fast.windows returns, got {type(windows).__name__}")
         _, rows, C = _checks.tensor("x", x, "(B, H * W, C)").shape
-        if rows != windows.rows:
-            raise ValueError(f"windows: expected an image of {rows} tokens as x has, got size {windows.size}")
-        T, N = windows.blocks, windows.tokens
+        T, N = _checks.cut("x", windows, rows)
     if num_heads < 1 or C % num_heads:
         raise ValueError(f"num_heads: expected a divisor of C = {C}, got {num_heads}")
     packed = C + 2 * kv_heads * (C // num_heads)
