@@ -102,6 +102,11 @@ class Windows(NamedTuple):
         """Tokens of a window, padding included."""
         return self.window[0] * self.window[1]
 
+    @property
+    def pads(self) -> int:
+        """How many tokens of all windows are padding."""
+        return self.blocks * self.tokens - self.rows
+
     @staticmethod
     def to_numbers(windows: Windows | None) -> list[int]:
         """All of it, as an operation of the extension takes it; zeros for no windows: AOTInductor loses []."""
@@ -158,9 +163,8 @@ def into_windows(x: Tensor, windows: Windows, pad: Tensor | None = None) -> Tens
 
     ``pad`` ``(1 or pads, ...)`` is what padding has, for all of it or row by row of the padded image; zeros if None.
     """
-    pads = windows.blocks * windows.tokens - windows.rows
     pad = x.new_zeros(1, *x.shape[2:]) if pad is None else pad
-    return torch.cat((x, pad.expand(x.shape[0], pads, *x.shape[2:])), 1)[:, window_rows(windows, x.device)]
+    return torch.cat((x, pad.expand(x.shape[0], windows.pads, *x.shape[2:])), 1)[:, window_rows(windows, x.device)]
 
 
 def from_windows(x: Tensor, windows: Windows) -> Tensor:

@@ -176,6 +176,24 @@ def test_swin_attends_in_its_image_without_a_copy(dtype, mode):
     assert_computes_what_timm_does(model, torch.randn(2, 3, 20, 20, dtype=dtype), {"block_attention_triton": 3})
 
 
+def sam():
+    """17 x 17 tokens: in windows of 6 x 6, padded on both sides, and then all 289 at once."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 34, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 1, "window_size": 6}
+    options = {"global_attn_indexes": (1,), "use_rel_pos": True, "neck_chans": 8, "num_classes": 7}
+    return varied(timm_models.vision_transformer_sam.VisionTransformerSAM(**sizes, **options)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:block_attention runs scaled_dot_product_attention")
+def test_sam_attends_in_its_image_and_over_256_tokens_by_the_library():
+    """Where each token of padding has a key of its own; explain says why the whole image has no kernel."""
+    x = torch.randn(1, 3, 34, 34)
+    told = assert_computes_what_timm_does(sam, x, {"block_attention_triton": 1})
+    windowed, whole = (row for row in told if row.what == "attn sub-layer")
+    assert not windowed.why
+    assert "N = 289 tokens are over 256" in whole.why
+
+
 def assert_computes_what_timm_does(make, x, kernels):
     """Of outputs and gradients; ``kernels`` are those of attention, and how often each is called."""
     fast, plain, double = make(), make(), make().double()

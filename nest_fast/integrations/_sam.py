@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import fusion
-from nest_fast.ops import block_attention, blockify, linear, unblockify
+from nest_fast.ops import block_attention, linear, windows
 
 __all__ = ["POSITIONS", "attention", "blocks", "extra_dim"]
 
@@ -48,37 +48,60 @@ def attention(
     _, H, W, C = x.shape
     norm, attn = half.norm, half.body
     options = half.written.options(attn)  # type: ignore[misc]
-    size = (window, window) if window > 0 else (H, W)
-    y = torch.layer_norm(x, (C,), norm.weight, norm.bias, norm.eps)
-    y = F.pad(y, (0, 0, 0, -W % size[1], 0, -H % size[0]))
-    grid = y.shape[1] // size[0], y.shape[2] // size[1]
-    packed = linear(blockify(y, size), attn.qkv.weight, attn.qkv.bias)
-    q, k, v = packed.unflatten(-1, (3, options.num_heads, -1)).unbind(3)
+    cut, scale = windows((H, W), window if window > 0 else (H, W)), options.scale
+    y = linear(torch.layer_norm(x, (C,), norm.weight, norm.bias, norm.eps), attn.qkv.weight, attn.qkv.bias)
+    q, k, v = y.flatten(1, 2).unflatten(-1, (3, options.num_heads, -1)).unbind(2)  # (B, H * W, heads, head_dim)
+    bias = y.new_zeros(y.shape[-1]) if attn.qkv.bias is None else attn.qkv.bias.to(y.dtype)
+    _, pad_k, pad_v = bias.view(3, 1, *k.shape[2:]).expand(-1, cut.pads, -1, -1)  # padding is zeros after the norm
+    head_dim = q.shape[-1]
     if attn.use_rel_pos:
-        tables = zip(size, (attn.rel_pos_h, attn.rel_pos_w), strict=True)
+        tables = zip(cut.window, (attn.rel_pos_h, attn.rel_pos_w), strict=True)
         by_row, by_column = (embedding(edge, edge, table) for edge, table in tables)
-        factor = q.shape[-1] ** -0.5 if options.scale is None else options.scale
-        q, k = _with_positions(q * factor, q, k, by_row, by_column)
-        y = block_attention(q, k, F.pad(v, (0, sum(size))), scale=1.0)[..., : v.shape[-1]]
+        own, of_padding = _places(cut, k)
+        factor = head_dim**-0.5 if scale is None else scale
+        products = _products(cut, q, by_row, by_column)
+        q = F.pad(torch.cat((q * factor, *products), -1), (0, own.shape[-1] - sum(cut.window)))
+        k, pad_k = _cat(k, own), _cat(pad_k, of_padding)
+        v, pad_v = (F.pad(x, (0, own.shape[-1])) for x in (v, pad_v))
+        scale = 1.0
+    if window > 0:
+        y = block_attention(q, k, v, scale=scale, windows=cut, pad_k=pad_k, pad_v=pad_v)
     else:
-        y = block_attention(q, k, v, scale=options.scale)
-    y = unblockify(y.flatten(-2), grid, size)[:, :H, :W]
+        y = block_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale).squeeze(1)
+    y = y[..., :head_dim].flatten(-2).unflatten(1, (H, W))
     weight, bias = fusion.scaled(attn.proj.weight, half), fusion.scaled(attn.proj.bias, half)
     if branch_scale == 1.0:
         return linear(y, weight, bias, residual=x)
     return x + branch_scale * linear(y, weight, bias)
 
 
-def _with_positions(scaled: Tensor, q: Tensor, k: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
-    """q scaled and k, ``(B, T, N, heads, head_dim)``, with a dimension for each row and column of a window."""
-    H, W = len(by_row), len(by_column)
-    image = q.unflatten(2, (H, W))
-    rows = torch.einsum("btyxhd,ykd->btyxhk", image, by_row).flatten(2, 3)
-    columns = torch.einsum("btyxhd,xkd->btyxhk", image, by_column).flatten(2, 3)
-    own_row = torch.eye(H, dtype=k.dtype, device=k.device).repeat_interleave(W, 0)
-    own_column = torch.eye(W, dtype=k.dtype, device=k.device).repeat(H, 1)
-    own = torch.cat((own_row, own_column), -1).unsqueeze(1).expand(*k.shape[:-1], -1)
-    return torch.cat((scaled, rows, columns), -1), torch.cat((k, own), -1)
+def _products(cut: Any, q: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of q ``(B, H * W, heads, head_dim)`` with the embedding of each row of its window, and column."""
+    image = q.unflatten(1, cut.size)
+    by_row, by_column = (
+        x.repeat(count, 1, 1)[:edge] for x, count, edge in zip((by_row, by_column), cut.counts, cut.size, strict=True)
+    )
+    rows = torch.einsum("byxhd,ykd->byxhk", image, by_row).flatten(1, 2)
+    return rows, torch.einsum("byxhd,xkd->byxhk", image, by_column).flatten(1, 2)
+
+
+def _places(cut: Any, k: Tensor) -> tuple[Tensor, Tensor]:
+    """A 1 at the row and the column that a token has in its window: for those of the image, and for padding.
+
+    With k's they are a multiple of 16 dimensions, which a GPU reads in wide loads.
+    """
+    (H, W), (h, w) = cut.size, cut.window
+    rows, columns = (
+        torch.eye(x, dtype=k.dtype, device=k.device).repeat(n, 1) for x, n in zip((h, w), cut.counts, strict=True)
+    )
+    own = torch.cat((rows.unsqueeze(1).expand(-1, len(columns), -1), columns.expand(len(rows), -1, -1)), -1)
+    own = F.pad(own, (0, -(k.shape[-1] + h + w) % 16))
+    return own[:H, :W].flatten(0, 1), torch.cat((own[:H, W:].flatten(0, 1), own[H:].flatten(0, 1)))
+
+
+def _cat(x: Tensor, places: Tensor) -> Tensor:
+    """x ``(..., rows, heads, head_dim)`` with the places ``(rows, dims)`` of its rows."""
+    return torch.cat((x, places.unsqueeze(1).expand(*x.shape[:-1], -1)), -1)
 
 
 # --- what explain tells of them ---------------------------------------------------------------------------------------

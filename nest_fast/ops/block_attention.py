@@ -146,18 +146,17 @@ def _check(
 
 
 def _check_pads(k: Tensor, windows: Windows, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
-    if (pad_k is None) != (pad_v is None):
-        name, other = ("pad_v", "pad_k") if pad_v is None else ("pad_k", "pad_v")
-        raise ValueError(f"{name}: expected a tensor beside {other}, got None")
-    pads = windows.blocks * windows.tokens - windows.rows
-    for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
+    if pad_k is None and pad_v is None:
+        return
+    for name, pad, other in (("pad_k", pad_k, "pad_v"), ("pad_v", pad_v, "pad_k")):
         if pad is None:
-            continue
+            raise ValueError(f"{name}: expected a tensor beside {other}, got None")
         _checks.tensor(name, pad, "(1 or pads, heads, head_dim)")
-        if pad.shape[0] not in (1, pads) or pad.shape[1:] != k.shape[2:]:
-            expected = f"(1 or {pads}, {k.shape[2]}, {k.shape[3]})"
+        if pad.shape[0] not in (1, windows.pads) or pad.shape[1:] != k.shape[2:]:
+            expected = f"(1 or {windows.pads}, {k.shape[2]}, {k.shape[3]})"
             raise ValueError(f"{name}: expected shape {expected} as k has, got {tuple(pad.shape)}")
         _checks.alike(name, pad, "k", k)
+    _checks.shape("pad_v", pad_v, tuple(pad_k.shape), "as pad_k has")  # type: ignore[arg-type, union-attr]
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------

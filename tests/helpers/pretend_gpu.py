@@ -63,7 +63,7 @@ def pretend_gpu(
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(_gpu, "_capability", return_value=capability))
         stack.enter_context(mock.patch.object(_gpu, "_launch_error", return_value=launch_error))
-        for name in ("empty", "empty_like", "zeros", "arange"):
+        for name in ("empty", "empty_like", "zeros", "arange", "eye"):
             stack.enter_context(mock.patch.object(torch, name, _on_cpu(getattr(torch, name))))
         if autocast is not None:  # torch.autocast("cuda") refuses without a GPU; PyTorch's own matmuls see a CPU
             stack.enter_context(torch.autocast("cpu", autocast))
