@@ -23,7 +23,7 @@ def windows(
     pad_first: bool = False,
     grid: bool = False,
 ) -> Windows:
-    """How an image is cut into windows, for :func:`nest_fast.attention_layer`.
+    """How an image is cut into windows, for :func:`nest_fast.attention_layer` and :func:`nest_fast.block_attention`.
 
     ``windows((H, W), 7)`` are the windows of a Swin layer, ``windows((H, W), 7, shift=3)`` those of the next. Blocks of
     :func:`nest_fast.blockify` are ``windows((H, W), block_size)``. It is numbers only: nothing is computed, and nothing
