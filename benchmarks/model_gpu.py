@@ -29,7 +29,7 @@ from typing import NamedTuple
 from runs import MODELS as NAMES
 from runs import Run, load, markdown
 
-from nest_fast.kernels import _configs
+from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
@@ -143,7 +143,7 @@ class Compiled:
     def mlp(self, rows: float, C: int) -> tuple[float, int]:
         """Its loop walks over the hidden features; and how many rows a program has."""
         row = self.of(f"mlp-C{C}-bf16", "mlp_layer_fwd")
-        config = _configs.mlp_layer(C, "half", self.architectures[0])[row.get("candidate", 0)]
+        config = _layer_configs.mlp_layer(C, "half", self.architectures[0])[row.get("candidate", 0)]
         return _with_loop(row, 4 * C / config.tile_h) * rows / config.tile_rows, config.tile_rows
 
 

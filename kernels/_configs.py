@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nest_fast.kernels._attention import Spec
 
 __all__ = [
-    "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "MLP", "PROGRAMS", "AggregationConfig", "AggregationRow",
-    "AttentionConfig", "AttentionRow", "MlpConfig", "architecture", "attention", "bias_gelu",
-    "block_aggregate", "layer_norm", "mlp_layer", "multiprocessors", "norm_pool", "row_architecture",
+    "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "PROGRAMS", "AggregationConfig", "AggregationRow",
+    "AttentionConfig", "AttentionRow", "architecture", "attention", "bias_gelu", "block_aggregate",
+    "layer_norm", "multiprocessors", "norm_pool", "operands", "row_architecture",
 ]  # fmt: skip
 
 ANY = math.inf
@@ -41,6 +41,11 @@ def row_architecture(architecture: int) -> int:
     """The architecture whose rows of the tables serve ``architecture``."""
     # What is neither Hopper nor data-centre Blackwell has sm_80's matrix instructions (sm_86, sm_89, sm_120).
     return {9: 90, 10: 100}.get(architecture // 10, 80)
+
+
+def operands(dtype: torch.dtype, tf32: bool) -> str:
+    """What the tables call those of a matmul: "half", or for float32 "tf32" or "ieee"."""
+    return ("tf32" if tf32 else "ieee") if dtype == torch.float32 else "half"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -260,8 +265,8 @@ NARROW = {"fwd": AttentionConfig(64, 16, 8), "bwd": AttentionConfig(32, 16, 8)}
 
 def attention(kernel: str, spec: Spec, dtype: torch.dtype, *shape_and_architecture: Any) -> tuple[AttentionConfig, ...]:
     """Candidates for ``kernel`` ("fwd", "bwd", "dbias")."""
-    operands = ("tf32" if spec.TF32 else "ieee") if dtype == torch.float32 else "half"
-    names = [operands + "+", operands] if spec.ADDS else [operands]
+    own = operands(dtype, spec.TF32)
+    names = [own + "+", own] if spec.ADDS else [own]
     rows = next(
         ATTENTION[kernel, here, name]
         for here in (row_architecture(shape_and_architecture[-1]), 80)
@@ -367,66 +372,6 @@ def _or_more_warps(tile: dict[str, int], bounded: bool) -> tuple[dict[str, int],
     """The tile, then with twice the warps. Bounded: left alone, the compiler spills a little to have more warps."""
     wider = {**tile, "num_warps": 2 * tile["num_warps"]}
     return ({**tile, "maxnreg": 96}, {**tile, "maxnreg": 128}, {**wider, "maxnreg": 96}) if bounded else (tile, wider)
-
-
-# --- mlp_layer --------------------------------------------------------------------------------------------------------
-
-
-class MlpConfig(NamedTuple):
-    """A tile of ``tile_rows`` by ``tile_h`` hidden features; channels in pieces of ``tile_c`` at most."""
-
-    tile_rows: int
-    tile_h: int
-    num_warps: int
-    num_stages: int
-    tile_c: int = 256
-
-
-# (architecture, operands) -> configurations for at most so many channels, as of AGGREGATION; the first is the best: the
-# most rows, which read the weights the least often, then the fewest instructions. The last of sm_80 are for the 99 KiB
-# of shared memory that sm_86, sm_89 and sm_120 have.
-MLP: dict[tuple[int, str], list[tuple[int, MlpConfig]]] = {
-    (80, "half"): [
-        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
-        (192, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
-        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=32)),
-        (192, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=64)),
-        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
-        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
-    ],
-    (80, "tf32"): [
-        (256, MlpConfig(tile_rows=32, tile_h=32, num_warps=4, num_stages=2)),
-        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=8, num_stages=2)),
-        (256, MlpConfig(tile_rows=32, tile_h=16, num_warps=4, num_stages=2)),
-    ],
-    (80, "ieee"): [
-        (256, MlpConfig(tile_rows=32, tile_h=16, num_warps=8, num_stages=1)),
-        (256, MlpConfig(tile_rows=16, tile_h=16, num_warps=4, num_stages=1)),
-        (256, MlpConfig(tile_rows=16, tile_h=16, num_warps=8, num_stages=1)),
-    ],
-    (90, "half"): [
-        (96, MlpConfig(tile_rows=128, tile_h=64, num_warps=4, num_stages=2, tile_c=32)),
-        (192, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
-        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
-        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
-    ],
-    (90, "tf32"): [
-        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
-        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=8, num_stages=2, tile_c=64)),
-        (256, MlpConfig(tile_rows=32, tile_h=32, num_warps=4, num_stages=2)),
-    ],
-    (100, "half"): [
-        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
-        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
-    ],
-}
-
-
-def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
-    """Candidates for rows of so many ``channels``."""
-    here = row_architecture(shape_and_architecture[-1])
-    rows = MLP.get((here, operands)) or MLP[80, operands]
-    return tuple(dict.fromkeys(config for most, config in rows if channels <= most))
 
 
 # --- add_layer_norm, layer_norm_mean, bias_gelu -----------------------------------------------------------------------

@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from nest_fast.kernels._primitives import fma
+from nest_fast.kernels._primitives import exp2, fma
 
 __all__ = ["Gelu", "gelu", "gelu_derivative", "gelu_of"]
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
 LOG2_DENSITY = tl.constexpr(-1.3257480647361593)  # of the normal distribution at 0, 1 / sqrt(2 pi)
 TWO_ROOT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -67,14 +66,6 @@ def gelu_of(tanh: bool, dtype: torch.dtype) -> Gelu:
 
 
 @triton.jit
-def _exp2(x):
-    """2 ** x by the special function unit alone: what would be subnormal is 0."""
-    if _INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _phi(x, GELU: tl.constexpr):
     """Phi(x), and Phi(-|x|)."""
     P: tl.constexpr = GELU.P
@@ -82,7 +73,7 @@ def _phi(x, GELU: tl.constexpr):
     p = fma(u, P[0], P[1])
     for i in tl.static_range(2, len(P)):
         p = fma(p, u, P[i])
-    tail = _exp2(p)
+    tail = exp2(p)
     return tl.where(x >= 0.0, 1.0 - tail, tail), tail
 
 
@@ -100,5 +91,5 @@ def gelu_derivative(x, GELU: tl.constexpr):
     if GELU.TANH:
         slope = tail * (1.0 - tail) * (TWO_ROOT_2_OVER_PI * (1.0 + THREE_CUBIC * (x * x)))
     else:
-        slope = _exp2(fma(x * x, -HALF_LOG2E, LOG2_DENSITY))
+        slope = exp2(fma(x * x, -HALF_LOG2E, LOG2_DENSITY))
     return phi + x * slope

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "both", "cdiv", "channel_pieces", "dot", "fma", "load", "load_row", "next_power_of_2", "normalise",
-    "piece", "pieces", "round_to", "tiles_and_tail", "zeros",
+    "LN2", "LOG2E", "both", "cdiv", "channel_pieces", "dot", "exp2", "fma", "load", "load_row", "next_power_of_2",
+    "normalise", "piece", "pieces", "round_to", "tiles_and_tail", "zeros",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,6 +36,14 @@ def fma(a, b, c):
     if _INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
     return tl.fma(a, b, c)
+
+
+@triton.jit
+def exp2(x):
+    """2 ** x by the special function unit alone: what would be subnormal is 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

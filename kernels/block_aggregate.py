@@ -25,7 +25,7 @@ from nest_fast.kernels.norm_pool import (
     Spec,
     empty_statistics,
     image_of,
-    layer_norm,
+    norm_pixels,
     pooled_offset,
 )
 
@@ -205,7 +205,7 @@ def _block_aggregate_fwd_kernel(
                 c = piece(PIECES, n)  # [size]
                 y = round_to(convolved[n], y_ptr.dtype.element_ty)
                 tl.store(y_ptr + pixel[:, None] * C + c[None, :], y, mask=is_mine[:, None] & (c < C)[None, :])
-        normed, mean, rstd = layer_norm(convolved, norm, SPEC)
+        normed, mean, rstd = norm_pixels(convolved, norm, SPEC)
         if SPEC.TRAINING:
             tl.store(mean_ptr + pixel, mean, mask=is_mine)
             tl.store(rstd_ptr + pixel, rstd, mask=is_mine)
@@ -248,13 +248,6 @@ def cut(pairs: int, width: int, pixels: int, programs: int) -> tuple[int, int, W
     return rows, columns, Walk(pairs, share, tiles, windows)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of matmuls in float32, "tf32" or "ieee", as torch's convolutions have it; "half" for other dtypes."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
 def block_aggregate_fwd(
     x: Tensor,
     conv_weight: Tensor,
@@ -292,7 +285,8 @@ def block_aggregate_fwd(
         return out, y, mean, rstd, argmax
     x = x if x.stride(3) == 1 else x.contiguous()
     weight = conv_weight.permute(0, 2, 3, 1).contiguous()
-    precision = _precision(x.dtype)
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    operands = _configs.operands(x.dtype, tf32)
     reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     offset = tl.int32 if reach < 2**30 else tl.int64
     blocks, image = Blocks(x, x.stride(0), x.stride(1), x.stride(2), grid[1], *block), image_of(H, W, out_block)
@@ -305,7 +299,7 @@ def block_aggregate_fwd(
         programs = cdiv(walk.pairs, walk.share) * walk.tiles
         ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
         tile = Tile(
-            rows, columns, config.tile_k, config.num_stages, config.tile_windows, precision == "tf32", offset,
+            rows, columns, config.tile_k, config.num_stages, config.tile_windows, operands == "tf32", offset,
         )  # fmt: skip
         spec = Spec(C, channel_pieces(C, config.tile_c), 0 if same else 1, training)
         start(
@@ -314,5 +308,5 @@ def block_aggregate_fwd(
             C_IN=C_in, SPEC=spec, TILE=tile, num_warps=config.num_warps, maxnreg=config.maxnreg,
         )  # fmt: skip
 
-    launch(_configs.block_aggregate, (C, precision, C_in, W, x.dtype, same, training), x, run)
+    launch(_configs.block_aggregate, (C, operands, C_in, W, x.dtype, same, training), x, run)
     return out, y, mean, rstd, argmax

@@ -17,27 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nest_fast.kernels import _configs
+from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
 from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, load_row, piece, round_to, zeros
+from nest_fast.kernels._rows import Linear, Norm, layer_norm, load_rows, load_weight, round_all, row_mask
 
 __all__ = ["mlp_layer_fwd"]
-
-
-class Norm(NamedTuple):
-    """A LayerNorm's parameters, ``(C,)``."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-class Linear(NamedTuple):
-    """``(out, in)`` and ``(out,)`` or None."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 class Spec(NamedTuple):
@@ -59,55 +45,10 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _mask(exists, n: tl.constexpr, SPEC: tl.constexpr):
-    """Which of rows [TILE_ROWS] that may not exist and channels of piece n there are."""
+def _is_complete(n: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Whether all of a weight's tile exists whose one side is piece n of C, and the other hidden features."""
     PIECES: tl.constexpr = SPEC.PIECES
-    mask = exists[:, None]
-    if PIECES[n][0] + PIECES[n][1] > SPEC.C:
-        mask = mask & (piece(PIECES, n) < SPEC.C)[None, :]
-    return mask
-
-
-@triton.jit
-def _layer_norm(x_ptr, m, exists, norm, SPEC: tl.constexpr):
-    """LayerNorm of rows m [TILE_ROWS] of x, in its dtype: [TILE_ROWS, size] for every piece of C."""
-    PIECES: tl.constexpr = SPEC.PIECES
-    rows = ()
-    mean = tl.zeros([m.shape[0]], tl.float32)
-    for n in tl.static_range(len(PIECES)):
-        source = x_ptr + m[:, None] * SPEC.C + piece(PIECES, n)[None, :]
-        x = tl.load(source, mask=_mask(exists, n, SPEC), other=0.0)
-        mean += tl.sum(x.to(tl.float32), 1)
-        rows = rows + (x,)
-    mean = mean / SPEC.C
-    # The mean of a row far from zero is rounded by more than such differences are.
-    rest = tl.zeros([m.shape[0]], tl.float32)
-    for n in tl.static_range(len(PIECES)):
-        rest += tl.sum(tl.where(_mask(exists, n, SPEC), rows[n].to(tl.float32) - mean[:, None], 0.0), 1)
-    rest = rest / SPEC.C
-    variance = tl.zeros([m.shape[0]], tl.float32)
-    for n in tl.static_range(len(PIECES)):
-        x = tl.where(_mask(exists, n, SPEC), rows[n].to(tl.float32) - mean[:, None] - rest[:, None], 0.0)
-        variance += tl.sum(x * x, 1)
-    rstd = 1.0 / tl.sqrt_rn(variance / SPEC.C + norm.eps)
-    normed = ()
-    for n in tl.static_range(len(PIECES)):
-        c = piece(PIECES, n)
-        x = (rows[n].to(tl.float32) - mean[:, None] - rest[:, None]) * rstd[:, None]
-        x = x * load_row(norm.weight, c, SPEC.C) + load_row(norm.bias, c, SPEC.C)
-        normed = normed + (round_to(x, rows[n].dtype),)
-    return normed
-
-
-@triton.jit
-def _load_weight(source, exists, n: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """A tile of a weight whose one side is piece n of C; with a mask only where some of it does not exist."""
-    PIECES: tl.constexpr = SPEC.PIECES
-    if SPEC.HIDDEN % TILE.H or PIECES[n][0] + PIECES[n][1] > SPEC.C:
-        weight = tl.load(source, mask=exists, other=0.0)
-    else:
-        weight = tl.load(source)
-    return weight
+    return SPEC.HIDDEN % TILE.H == 0 and PIECES[n][0] + PIECES[n][1] <= SPEC.C
 
 
 @triton.jit
@@ -119,7 +60,8 @@ def _hidden(normed, fc1, h, SPEC: tl.constexpr, TILE: tl.constexpr):
     for n in tl.static_range(len(PIECES)):
         c = piece(PIECES, n)
         exists = (h < SPEC.HIDDEN)[:, None] & (c < SPEC.C)[None, :]
-        weight = _load_weight(fc1.weight + h[:, None] * SPEC.C + c[None, :], exists, n, SPEC, TILE)  # [TILE_H, size]
+        source = fc1.weight + h[:, None] * SPEC.C + c[None, :]
+        weight = load_weight(source, exists, _is_complete(n, SPEC, TILE))  # [TILE_H, size]
         sums = dot(normed[n], tl.trans(weight), sums, TILE.TF32)
     if fc1.bias is not None:
         sums += load_row(fc1.bias, h, SPEC.HIDDEN)
@@ -134,7 +76,8 @@ def _add_fc2(acc, hidden, fc2, h, SPEC: tl.constexpr, TILE: tl.constexpr):
     for n in tl.static_range(len(PIECES)):
         c = piece(PIECES, n)
         exists = (c < SPEC.C)[:, None] & (h < SPEC.HIDDEN)[None, :]
-        weight = _load_weight(fc2.weight + c[:, None] * SPEC.HIDDEN + h[None, :], exists, n, SPEC, TILE)
+        source = fc2.weight + c[:, None] * SPEC.HIDDEN + h[None, :]
+        weight = load_weight(source, exists, _is_complete(n, SPEC, TILE))
         new_acc = new_acc + (dot(hidden, tl.trans(weight), acc[n], TILE.TF32),)
     return new_acc
 
@@ -158,27 +101,21 @@ def _mlp_layer_fwd_kernel(
     exists = first + m < rows
     x_ptr += first * SPEC.C
     out_ptr += first * SPEC.C
-    normed = _layer_norm(x_ptr, m, exists, norm, SPEC)
+    normed, _, _ = layer_norm(load_rows(x_ptr, m, exists, SPEC.C, PIECES), norm, SPEC.C, PIECES, True)
+    normed = round_all(normed, x_ptr.dtype.element_ty)
     acc = zeros(PIECES, TILE.ROWS)
     for start in tl.range(0, SPEC.HIDDEN, TILE.H, num_stages=TILE.STAGES):
         h = start + tl.arange(0, TILE.H)  # [TILE_H]
         acc = _add_fc2(acc, _hidden(normed, fc1, h, SPEC, TILE), fc2, h, SPEC, TILE)
     for n in tl.static_range(len(PIECES)):
         c = piece(PIECES, n)
-        mask = _mask(exists, n, SPEC)
+        mask = row_mask(exists, n, SPEC.C, PIECES)
         offsets = m[:, None] * SPEC.C + c[None, :]  # [TILE_ROWS, size]
         branch = acc[n]
         if fc2.bias is not None:
             branch += load_row(fc2.bias, c, SPEC.C)
         out = load(x_ptr, offsets, mask) + scale * branch
         tl.store(out_ptr + offsets, round_to(out, out_ptr.dtype.element_ty), mask=mask)
-
-
-def _operands(dtype: torch.dtype) -> str:
-    """Of matmuls: "tf32" or "ieee" for float32, as torch's are, "half" for other dtypes."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def mlp_layer_fwd(
@@ -213,12 +150,9 @@ def mlp_layer_fwd(
         return out
     hidden, C = fc1_weight.shape
     rows = x.shape[:-1].numel()
-    operands = _operands(x.dtype)
+    operands = _configs.operands(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
     norm = Norm(norm_weight.contiguous(), norm_bias.contiguous(), eps)
-    fc1, fc2 = (
-        Linear(weight.contiguous(), bias if bias is None else bias.contiguous())
-        for weight, bias in ((fc1_weight, fc1_bias), (fc2_weight, fc2_bias))
-    )
+    fc1, fc2 = Linear.dense(fc1_weight, fc1_bias), Linear.dense(fc2_weight, fc2_bias)
     x, formula = x.contiguous(), gelu_of(tanh, x.dtype)
 
     def run(config, start):
@@ -229,5 +163,5 @@ def mlp_layer_fwd(
             x, norm, fc1, fc2, out, rows, float(branch_scale), SPEC=spec, TILE=tile, num_warps=config.num_warps,
         )  # fmt: skip
 
-    launch(_configs.mlp_layer, (C, operands, hidden, tanh, x.dtype, norm_weight.dtype), x, run)
+    launch(_layer_configs.mlp_layer, (C, operands, hidden, tanh, x.dtype, norm_weight.dtype), x, run)
     return out

@@ -22,10 +22,11 @@ from torch import Tensor
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import both, cdiv, channel_pieces, load, load_row, piece, round_to, zeros
+from nest_fast.kernels._rows import layer_norm
 
 __all__ = [
-    "MAX_CHANNELS", "Image", "Norm", "Spec", "empty_statistics", "image_of", "layer_norm",
-    "norm_pool_bwd", "norm_pool_fwd", "pooled_offset",
+    "MAX_CHANNELS", "Image", "Norm", "Spec", "empty_statistics", "image_of",
+    "norm_pixels", "norm_pool_bwd", "norm_pool_fwd", "pooled_offset",
 ]  # fmt: skip
 
 MAX_CHANNELS = 1024
@@ -83,31 +84,16 @@ def pooled_offset(image, b, i, j, C: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(convolved, norm, SPEC: tl.constexpr):
+def norm_pixels(convolved, norm, SPEC: tl.constexpr):
     """LayerNorm of pixels whose convolution has no bias yet: [TILE_PIXELS, size] for every piece; mean and rstd."""
     PIECES: tl.constexpr = SPEC.PIECES
     pixels = ()
-    mean = tl.zeros([convolved[0].shape[0]], tl.float32)
     for n in tl.static_range(len(PIECES)):
         x = convolved[n]
         if norm.conv_bias is not None:
             x += load_row(norm.conv_bias, piece(PIECES, n), SPEC.C)
-        mean += tl.sum(x, 1)
         pixels = pixels + (x,)
-    mean = mean / SPEC.C
-    variance = tl.zeros([convolved[0].shape[0]], tl.float32)
-    centred = ()
-    for n in tl.static_range(len(PIECES)):
-        x = tl.where((piece(PIECES, n) < SPEC.C)[None, :], pixels[n] - mean[:, None], 0.0)
-        variance += tl.sum(x * x, 1)
-        centred = centred + (x,)
-    rstd = 1.0 / tl.sqrt_rn(variance / SPEC.C + norm.eps)
-    normed = ()
-    for n in tl.static_range(len(PIECES)):
-        c = piece(PIECES, n)
-        x = centred[n] * rstd[:, None] * load_row(norm.weight, c, SPEC.C)
-        normed = normed + (x + load_row(norm.bias, c, SPEC.C),)
-    return normed, mean, rstd
+    return layer_norm(pixels, norm, SPEC.C, PIECES, False)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -149,7 +135,7 @@ def _max_along_width(y, b, h, j, is_mine, norm, statistics, image, SPEC: tl.cons
         exists = (w >= 0) & (w < image.width)
         rows = y.ptr + b * y.b + h.to(tl.int64) * y.h + w.to(tl.int64) * y.w
         pixels = _load_pixels(rows, both(both(exists, h >= 0), h < image.height), SPEC)
-        x, mean, rstd = layer_norm(pixels, norm, SPEC)
+        x, mean, rstd = norm_pixels(pixels, norm, SPEC)
         if SPEC.TRAINING:
             pixel = (b * image.height + h) * image.width + w
             mask = both(exists, is_mine) & (w // 2 == j)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from helpers.common import ROOT, run_python
-from nest_fast.kernels import _configs, _launch
+from nest_fast.kernels import _configs, _launch, _layer_configs
 from nest_fast.kernels._attention import Spec
 from nest_fast.kernels.bias_gelu import bias_gelu_fwd
 
@@ -107,7 +107,7 @@ def test_every_launch_has_a_choice():
     for operands, architecture in itertools.product(("half", "tf32", "ieee"), (80, 90, 100, 120)):
         assert 2 <= len(_configs.block_aggregate(512, operands, architecture)) <= 6
         for channels in (16, 96, 192, 256):
-            assert 2 <= len(_configs.mlp_layer(channels, operands, architecture)) <= 6
+            assert 2 <= len(_layer_configs.mlp_layer(channels, operands, architecture)) <= 6
 
 
 @pytest.mark.gpu

@@ -1,0 +1,66 @@
+"""Launch configurations of the kernels that a layer's matmuls are in, found as those of _configs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from nest_fast.kernels._configs import row_architecture
+
+__all__ = ["MLP", "MlpConfig", "mlp_layer"]
+
+
+class MlpConfig(NamedTuple):
+    """A tile of ``tile_rows`` by ``tile_h`` hidden features; channels in pieces of ``tile_c`` at most."""
+
+    tile_rows: int
+    tile_h: int
+    num_warps: int
+    num_stages: int
+    tile_c: int = 256
+
+
+# (architecture, operands) -> configurations for at most so many channels, as in _configs.AGGREGATION; the first is the
+# best: the most rows, which read the weights the least often, then the fewest instructions. The last of sm_80 are for
+# the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have.
+MLP: dict[tuple[int, str], list[tuple[int, MlpConfig]]] = {
+    (80, "half"): [
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (192, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=32)),
+        (192, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=64)),
+        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    (80, "tf32"): [
+        (256, MlpConfig(tile_rows=32, tile_h=32, num_warps=4, num_stages=2)),
+        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=8, num_stages=2)),
+        (256, MlpConfig(tile_rows=32, tile_h=16, num_warps=4, num_stages=2)),
+    ],
+    (80, "ieee"): [
+        (256, MlpConfig(tile_rows=32, tile_h=16, num_warps=8, num_stages=1)),
+        (256, MlpConfig(tile_rows=16, tile_h=16, num_warps=4, num_stages=1)),
+        (256, MlpConfig(tile_rows=16, tile_h=16, num_warps=8, num_stages=1)),
+    ],
+    (90, "half"): [
+        (96, MlpConfig(tile_rows=128, tile_h=64, num_warps=4, num_stages=2, tile_c=32)),
+        (192, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
+        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    (90, "tf32"): [
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=8, num_stages=2, tile_c=64)),
+        (256, MlpConfig(tile_rows=32, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    (100, "half"): [
+        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+}
+
+
+def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
+    """Candidates for rows of so many ``channels``."""
+    here = row_architecture(shape_and_architecture[-1])
+    rows = MLP.get((here, operands)) or MLP[80, operands]
+    return tuple(dict.fromkeys(config for most, config in rows if channels <= most))

@@ -1,0 +1,106 @@
+"""Rows that stay on chip, all their C channels in pieces: their loads, their LayerNorm, and weights beside them."""
+# ruff: noqa: RUF005 (Triton's tuples grow by +; it knows no starred elements)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nest_fast.kernels._primitives import load_row, piece, round_to
+
+__all__ = ["Linear", "Norm", "layer_norm", "load_rows", "load_weight", "round_all", "row_mask"]
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters, ``(C,)``."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Linear(NamedTuple):
+    """``(out, in)`` and ``(out,)`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor | None) -> Linear:
+        return cls(weight.contiguous(), bias if bias is None else bias.contiguous())
+
+
+@triton.jit
+def row_mask(exists, n: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr):
+    """Which of rows [ROWS] that may not exist and channels of piece n there are."""
+    mask = exists[:, None]
+    if PIECES[n][0] + PIECES[n][1] > C:
+        mask = mask & (piece(PIECES, n) < C)[None, :]
+    return mask
+
+
+@triton.jit
+def load_rows(x_ptr, m, exists, C: tl.constexpr, PIECES: tl.constexpr):
+    """Rows m [ROWS] of a dense (rows, C) tensor, in its dtype: [ROWS, size] for every piece, 0 where there is none."""
+    rows = ()
+    for n in tl.static_range(len(PIECES)):
+        source = x_ptr + m[:, None] * C + piece(PIECES, n)[None, :]
+        rows = rows + (tl.load(source, mask=row_mask(exists, n, C, PIECES), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _centred(x, mean, rest, n: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr):
+    """x - mean - rest of piece n in float32, 0 beyond C."""
+    x = x.to(tl.float32) - mean[:, None] - rest[:, None]
+    if PIECES[n][0] + PIECES[n][1] > C:
+        x = tl.where((piece(PIECES, n) < C)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def layer_norm(rows, norm, C: tl.constexpr, PIECES: tl.constexpr, FAR: tl.constexpr):
+    """LayerNorm in float32 of rows, [ROWS, size] for every piece and 0 beyond C; with mean and rstd [ROWS].
+
+    norm has weight, bias and eps. FAR: rows may be far from zero, as sums of many layers are; their mean is rounded by
+    more than what is left of it then. To sum that too costs a tenth of the instructions.
+    """
+    mean = tl.zeros([rows[0].shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        mean += tl.sum(rows[n].to(tl.float32), 1)
+    mean = mean / C
+    rest = tl.zeros([rows[0].shape[0]], tl.float32)
+    if FAR:
+        left = rest
+        for n in tl.static_range(len(PIECES)):
+            left += tl.sum(_centred(rows[n], mean, rest, n, C, PIECES), 1)
+        rest = left / C
+    variance = tl.zeros([rows[0].shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        x = _centred(rows[n], mean, rest, n, C, PIECES)
+        variance += tl.sum(x * x, 1)
+    rstd = 1.0 / tl.sqrt_rn(variance / C + norm.eps)
+    normed = ()
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        x = _centred(rows[n], mean, rest, n, C, PIECES) * rstd[:, None]
+        normed = normed + (x * load_row(norm.weight, c, C) + load_row(norm.bias, c, C),)
+    return normed, mean + rest, rstd
+
+
+@triton.jit
+def round_all(tiles, dtype: tl.constexpr):
+    """Every one of a tuple of float32 tiles, :func:`round_to` dtype."""
+    rounded = ()
+    for n in tl.static_range(len(tiles)):
+        rounded = rounded + (round_to(tiles[n], dtype),)
+    return rounded
+
+
+@triton.jit
+def load_weight(source, exists, COMPLETE: tl.constexpr):
+    """A tile of a weight; with a mask only where some of it does not exist."""
+    return tl.load(source) if COMPLETE else tl.load(source, mask=exists, other=0.0)
