@@ -146,6 +146,12 @@ class Compiled:
         config = _layer_configs.mlp_layer(C, "half", self.architectures[0])[row.get("candidate", 0)]
         return _with_loop(row, 4 * C / config.tile_h) * rows / config.tile_rows, config.tile_rows
 
+    def linear(self, kind: str, rows: float, C: int, out: int) -> tuple[float, int]:
+        """Its loop walks over the columns of the result; and how many rows a program has."""
+        row = self.of(f"{kind}-C{C}-bf16", "linear_rows")
+        config = _layer_configs.linear_rows(C, "half", self.architectures[0])[row.get("candidate", 0)]
+        return _with_loop(row, math.ceil(out / config.tile_out)) * rows / config.tile_rows, config.tile_rows
+
 
 def _with_loop(row: dict, trips: float) -> float:
     """What all warps of a program execute."""
@@ -214,6 +220,38 @@ def with_one_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]
     instructions, rows = compiled.mlp(M, C)
     again = HALF * 8 * C * C * M / rows
     yield Work("mlp_layer", "kernel", 2 * x, 16 * C * C * M, instructions, 4 * C * M, again)
+
+
+def attention_in_parts(level: Level, batch: int, compiled: Compiled) -> list[Work]:
+    """The attention sub-layer beside an MLP that is one kernel."""
+    return list(with_one_mlp(level, batch, compiled))[:5]
+
+
+def attention_by_kernels(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """attention_layer's kernels: LayerNorm and qkv, attention, projection and sum."""
+    C, M = level.C, batch * level.tokens
+    x = HALF * C * M
+    for name, kind, out, moved in (
+        ("norm_linear", "norm-linear", 3 * C, 4 * x),
+        ("linear_sum", "linear-sum", C, 3 * x),
+    ):
+        instructions, rows = compiled.linear(kind, M, C, out)
+        yield Work(name, "kernel", moved, 2 * C * out * M, instructions, again=HALF * C * out * M / rows)
+    yield attention_in_parts(level, batch, compiled)[2]
+
+
+def attention_gains() -> list[list[str]]:
+    """What attention_layer's kernels gain over one operation after the other."""
+    lines = []
+    for level in (*MODELS["NesT-T"][:2], *MODELS["NesT-B"][:2]):
+        gains = []
+        for gpu in GPUS.values():
+            designs = attention_in_parts, attention_by_kernels
+            compiled = Compiled(gpu.architecture)
+            parts, kernels = (sum(seconds(work, gpu) for work in design(level, BATCH, compiled)) for design in designs)
+            gains.append(f"{parts / kernels:.2f}")
+        lines.append([f"C = {level.C}", *gains])
+    return lines
 
 
 def layer(level: Level, batch: int, compiled: Compiled, one_mlp: bool = True) -> list[Work]:
@@ -351,6 +389,8 @@ def main() -> None:
     if args.layers:
         print("\nPredicted microseconds of a layer's kernels.\n")
         print(markdown([["level", "kernel", *GPUS], *layers()]))
+        print("\nPredicted gain of attention_layer's kernels over one operation after the other.\n")
+        print(markdown([["level", *GPUS], *attention_gains()]))
     if args.beside is not None:
         measured = beside(load(args.beside))
         print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")

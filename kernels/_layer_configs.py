@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nest_fast.kernels._configs import row_architecture
 
-__all__ = ["MLP", "MlpConfig", "mlp_layer"]
+__all__ = ["LINEAR", "MLP", "LinearConfig", "MlpConfig", "linear_rows", "mlp_layer"]
 
 
 class MlpConfig(NamedTuple):
@@ -63,4 +63,43 @@ def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tup
     """Candidates for rows of so many ``channels``."""
     here = row_architecture(shape_and_architecture[-1])
     rows = MLP.get((here, operands)) or MLP[80, operands]
+    return tuple(dict.fromkeys(config for most, config in rows if channels <= most))
+
+
+class LinearConfig(NamedTuple):
+    """A tile of ``tile_rows`` by ``tile_out`` columns of the result; channels in pieces of ``tile_c`` at most."""
+
+    tile_rows: int
+    tile_out: int
+    num_warps: int
+    num_stages: int
+    tile_c: int = 256
+
+
+# As of MLP: linear layers of rows that stay on chip, after a LayerNorm or before a sum.
+LINEAR: dict[tuple[int, str], list[tuple[int, LinearConfig]]] = {
+    (80, "half"): [
+        (256, LinearConfig(tile_rows=128, tile_out=32, num_warps=8, num_stages=2)),
+        (256, LinearConfig(tile_rows=64, tile_out=64, num_warps=4, num_stages=2)),
+    ],
+    (80, "tf32"): [
+        (256, LinearConfig(tile_rows=64, tile_out=32, num_warps=8, num_stages=2)),
+        (256, LinearConfig(tile_rows=32, tile_out=32, num_warps=4, num_stages=2)),
+    ],
+    (80, "ieee"): [
+        (256, LinearConfig(tile_rows=32, tile_out=16, num_warps=8, num_stages=1)),
+        (256, LinearConfig(tile_rows=16, tile_out=16, num_warps=8, num_stages=1)),
+    ],
+    (90, "half"): [
+        (96, LinearConfig(tile_rows=128, tile_out=32, num_warps=8, num_stages=2)),
+        (256, LinearConfig(tile_rows=128, tile_out=64, num_warps=8, num_stages=2)),
+        (256, LinearConfig(tile_rows=64, tile_out=64, num_warps=4, num_stages=2)),
+    ],
+}
+
+
+def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:
+    """Candidates for rows of so many ``channels``."""
+    here = row_architecture(shape_and_architecture[-1])
+    rows = LINEAR.get((here, operands)) or LINEAR[80, operands]
     return tuple(dict.fromkeys(config for most, config in rows if channels <= most))

@@ -117,8 +117,8 @@ def tell_layer(
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:
             plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
-        elif fusion.is_fused_mlp(x, half):
-            plan = "mlp_layer: Triton", ""
+        elif fusion.chosen(x, half) == "triton":
+            plan = f"{'attention' if options else 'mlp'}_layer: Triton", ""
         else:
             plan = _frozen(half.body, x, _plan.sub_layer(x, attention, list(layer.parameters()), chained))
         yield Row(name, f"{half.names[1]} sub-layer", *plan)

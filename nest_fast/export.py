@@ -40,6 +40,8 @@ def decompositions() -> dict[Any, Callable]:
         ops.block_attention_triton_fwd.default: _block_attention_triton,
         ops.attention_layer_cpp.default: _attention_layer,
         ops.mlp_layer_cpp.default: _mlp_layer,
+        ops.norm_linear_triton_fwd.default: _norm_linear,
+        ops.linear_sum_triton_fwd.default: _linear_sum,
         ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
         ops.block_aggregate_cpp_fwd.default: _block_aggregate,
         ops.block_aggregate_triton_fwd.default: _block_aggregate,
@@ -187,12 +189,21 @@ def _mlp_layer(
     return out if norm_weight is None else x + branch_scale * out, *_kept(training, hidden)
 
 
+def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias) -> Tensor:
+    return F.linear(_layer_norm(x, norm_weight.float(), norm_bias.float(), eps), weight, bias).contiguous()
+
+
+def _linear_sum(x, weight, bias, residual, scale) -> Tensor:
+    return (residual + scale * F.linear(x, weight, bias)).contiguous()
+
+
 def _mlp_layer_triton(
     x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale
 ) -> Tensor:
-    y = F.linear(_layer_norm(x, norm_weight.float(), norm_bias.float(), eps), fc1_weight, fc1_bias)
-    y = F.linear(F.gelu(y, approximate="tanh" if tanh else "none"), fc2_weight, fc2_bias)
-    return (x + branch_scale * y).contiguous()
+    y = F.gelu(
+        _norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias), approximate="tanh" if tanh else "none"
+    )
+    return _linear_sum(y, fc2_weight, fc2_bias, x, branch_scale)
 
 
 def _block_aggregate(

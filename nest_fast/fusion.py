@@ -35,7 +35,8 @@ from nest_fast.ops import (
     patchify,
 )
 from nest_fast.ops._modes import TENSORS, autocast_dtype, under_autocast
-from nest_fast.ops.mlp_layer import is_one_kernel
+from nest_fast.ops.attention_layer import chosen as chosen_attention
+from nest_fast.ops.mlp_layer import chosen as chosen_mlp
 from nest_fast.weights import head_minor_to_major
 
 # --- what is known of a class of modules ------------------------------------------------------------------------------
@@ -463,13 +464,15 @@ def _fused(x: Tensor, half: Half) -> Tensor:
     return x.index_copy(0, kept, _operation(x.index_select(0, kept), half, scale))
 
 
-def _operation(x: Tensor, half: Half, branch_scale: float) -> Tensor:
+def _operation(x: Tensor, half: Half, branch_scale: float, impl: str = "auto") -> Tensor:
     if half.written.role == "mlp":
-        return _mlp(x, half, branch_scale)
-    return attention(x, half, branch_scale) if half.operation is None else half.operation(x, half, branch_scale)
+        return _mlp(x, half, branch_scale, impl)
+    if half.operation is None:
+        return attention(x, half, branch_scale, impl=impl)
+    return half.operation(x, half, branch_scale)
 
 
-def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
+def _mlp(x: Tensor, half: Half, branch_scale: float, impl: str) -> Tensor:
     norm, (fc1, act, fc2) = half.norm, half.inside(LINEAR, ACTIVATION)
     fc2_weight, packed = frozen.kept(half.body, x, half.weights, lambda: scaled(fc2.weight, half))
     return mlp_layer(
@@ -479,16 +482,23 @@ def _mlp(x: Tensor, half: Half, branch_scale: float) -> Tensor:
         branch_scale=branch_scale,
         eps=norm.eps,
         packed=packed,
+        impl=impl,
     )
 
 
-def is_fused_mlp(x: Tensor, half: Half) -> bool:
-    """Whether a sub-layer that nothing speaks against is one kernel on a GPU; in a chain its input is summed before."""
-    if half.written.role != "mlp" or not x.is_cuda:
-        return False
-    norm, (fc1, fc2) = half.norm, half.inside(LINEAR)
-    last = scaled(fc2.weight, half), scaled(fc2.bias, half)
-    return is_one_kernel(x, norm.weight, norm.bias, fc1.weight, fc1.bias, *last, half.post_norm)
+def chosen(x: Tensor, half: Half) -> str:
+    """What "auto" is on a GPU of a sub-layer that nothing speaks against, to be given as ``impl``.
+
+    "triton" has kernels of its own for it, which take a complete sum and return one; "parts" goes into a chain.
+    """
+    if not x.is_cuda or half.operation is not None:
+        return "parts"
+    norm, (first, *_, last) = half.norm, half.inside(LINEAR)
+    weights = norm.weight, norm.bias, first.weight, first.bias, scaled(last.weight, half), scaled(last.bias, half)
+    if half.written.role == "mlp":
+        return chosen_mlp(x, *weights, half.post_norm)
+    options = half.written.options(half.body)  # type: ignore[misc]
+    return chosen_attention(x, weights, options.num_heads, options.multi_query, half.post_norm)
 
 
 def _approximate(act: Any, half: Half) -> str:
@@ -655,14 +665,15 @@ def is_chained(x: Tensor) -> bool:
 def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
     """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it.
 
-    An MLP that is one kernel takes a sum that is complete and returns one.
+    A sub-layer that has kernels of its own takes a sum that is complete and returns one.
     """
     branch: Tensor | None = None
     scale: Tensor | None = None
     dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
     for half in halves:
-        if _drop_rate(half) == 0.0 and is_fused_mlp(x, half):
-            x, branch, scale = _mlp(_sum(x, branch, scale), half, 1.0), None, None
+        impl = chosen(x, half) if _drop_rate(half) == 0.0 else "parts"
+        if impl == "triton":
+            x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
             continue
         norm = half.norm
         if branch is None:

@@ -174,7 +174,7 @@ def _questions(model: nn.Module, inputs: tuple) -> list[_tuned.Question]:
     with torch.random.fork_rng(gpus), _tuned.watched() as asked:
         with _tuned.forced(**dict.fromkeys(LAYERS, "parts")):
             model(*inputs)
-        with _tuned.forced(mlp_layer="triton"):  # a chain asks it by name only where it is one kernel
+        with _tuned.forced(**dict.fromkeys(LAYERS, "triton")):  # a chain calls it only where it has kernels of its own
             model(*inputs)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # such as running averages

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
@@ -84,8 +85,9 @@ class Aggregation(NamedTuple):
         return f"aggregate-{self.kind}-C{self.C_in}-{self.C_out}-{self.dtype}"
 
 
-class Mlp(NamedTuple):
-    """A launch of the MLP sub-layer to compile, "mlp" or with tanh "mlp-tanh", with 4 C hidden features."""
+class SubLayer(NamedTuple):
+    """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features;
+    "norm-linear", to 3 C columns, or "linear-sum", to C."""
 
     kind: str
     C: int
@@ -108,7 +110,7 @@ class Pass(NamedTuple):
         return f"{self.kind}-C{self.C}-{self.dtype}"
 
 
-Shipped = Case | Aggregation | Mlp | Pass
+Shipped = Case | Aggregation | SubLayer | Pass
 
 
 class _OfflineDriver:
@@ -186,8 +188,8 @@ def launch(case: Shipped) -> None:
     with _tf32(case.dtype == "tf32"):
         if isinstance(case, Pass):
             _launch_pass(case)
-        elif isinstance(case, Mlp):
-            _launch_mlp(case)
+        elif isinstance(case, SubLayer):
+            _launch_sub_layer(case)
         elif isinstance(case, Aggregation):
             _launch_aggregation(case)
         else:
@@ -241,15 +243,21 @@ def _launch_attention(case: Case) -> None:
         block_attention_bwd(*kept, case.biased, *pads, windows, pads[0] is not None)
 
 
-def _launch_mlp(case: Mlp) -> None:
+def _launch_sub_layer(case: SubLayer) -> None:
     """Batch 8 of 16 blocks of 14 x 14."""
 
     def empty(*shape):
         return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta")
 
-    C, hidden = case.C, 4 * case.C
+    C, hidden, x = case.C, 4 * case.C, empty(8, 16, 196, case.C)
+    if case.kind == "norm-linear":
+        norm_linear_fwd(x, empty(C), empty(C), 1e-6, empty(3 * C, C), empty(3 * C))
+        return
+    if case.kind == "linear-sum":
+        linear_sum_fwd(x, empty(C, C), empty(C), x, 1.0)
+        return
     norm, fc1, fc2 = (empty(C), empty(C), 1e-6), (empty(hidden, C), empty(hidden)), (empty(C, hidden), empty(C))
-    mlp_layer_fwd(empty(8, 16, 196, C), *norm, *fc1, case.kind == "mlp-tanh", *fc2, 1.0)
+    mlp_layer_fwd(x, *norm, *fc1, case.kind == "mlp-tanh", *fc2, 1.0)
 
 
 def _launch_pass(case: Pass) -> None:
@@ -349,10 +357,15 @@ AGGREGATIONS = [
     Aggregation("norm-pool", 192, 384, "fp32"),
 ]
 # The models' channels of levels 1 and 2, and what has to be padded.
-MLPS = [
-    *(Mlp("mlp", C, dtype) for dtype in ("bf16", "tf32", "fp32") for C in (96, 128, 192, 256)),
-    Mlp("mlp-tanh", 192, "fp16"),
-    Mlp("mlp", 100, "bf16"),
+SUB_LAYERS = [
+    *(
+        SubLayer(kind, C, dtype)
+        for kind in ("mlp", "norm-linear", "linear-sum")
+        for dtype in ("bf16", "tf32", "fp32")
+        for C in (96, 128, 192, 256)
+    ),
+    SubLayer("mlp-tanh", 192, "fp16"),
+    *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "norm-linear", "linear-sum")),
 ]
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
 PASSES = [
@@ -369,13 +382,14 @@ PASSES = [
 def models(architecture: int) -> list[Shipped]:
     """What the models launch in half precision, and window models with bias and mask."""
     aggregations = [case for case in AGGREGATIONS if case.dtype == "bf16"]
-    mlps = [case for case in MLPS if case.dtype == "bf16"]
+    sub_layers = [case for case in SUB_LAYERS if case.dtype == "bf16"]
     cuts = [case for case in CUTS if case.cut == "padded" or case.N == 256]
     if architecture < 80:  # without matrix instructions that Triton knows
         return [*(case for case in aggregations if case.kind == "norm-pool"), *PASSES]
     if architecture in (86, 89):  # as sm_80 but for ptxas and the shared memory: what takes most of both
-        return [*MODELS[:2], *cuts, *(case for case in aggregations if case.C_out == 256), *mlps]
-    return [*MODELS, *(case for case in WINDOWS if case.N in (49, 196)), *cuts, *aggregations, *mlps, *PASSES]
+        return [*MODELS[:2], *cuts, *(case for case in aggregations if case.C_out == 256), *sub_layers]
+    windows = [case for case in WINDOWS if case.N in (49, 196)]
+    return [*MODELS, *windows, *cuts, *aggregations, *sub_layers, *PASSES]
 
 
 def shipped(architecture: int) -> list[Shipped]:
@@ -383,7 +397,7 @@ def shipped(architecture: int) -> list[Shipped]:
     cases = models(architecture)
     if architecture not in TUNED:
         return cases
-    cases += [*WINDOWS, *CUTS, *AGGREGATIONS, *MLPS]
+    cases += [*WINDOWS, *CUTS, *AGGREGATIONS, *SUB_LAYERS]
     for kernel in ("fwd", "bwd"):
         for operands, dtype in (("half", "bf16"), ("tf32", "tf32"), ("ieee", "fp32")):
             table = _configs.ATTENTION

@@ -36,7 +36,7 @@ SAMPLE = "|".join(
     [
         "sm_80 (fwd-N196-d32-bf16$|add-layer-norm-bwd-C96)",
         "sm_90 (bwd-N16-d64-h3-mq-bf16|aggregate-norm-pool-C256-512-bf16|bias-gelu-none|layer-norm-mean-C96)",
-        "sm_89 mlp-C128-bf16",
+        "sm_89 (mlp|norm-linear)-C128-bf16",
         "sm_100 (aggregate-fwd-C192-384-bf16|add-layer-norm-fwd-C96)",
     ]
 )
@@ -151,8 +151,11 @@ def test_fused_aggregation_uses_hopper_matrix_instructions(kind, channels):
 
 
 @pytest.mark.parametrize("channels", [96, 128, 192, 256])
-def test_the_mlp_uses_hopper_matrix_instructions(channels):
-    assert figures(90, f"mlp-C{channels}-bf16 mlp_layer_fwd")["HGMMA"] > 0
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("mlp", "mlp_layer_fwd"), ("norm-linear", "linear_rows"), ("linear-sum", "linear_rows")]
+)
+def test_sub_layers_use_hopper_matrix_instructions(kind, kernel, channels):
+    assert figures(90, f"{kind}-C{channels}-bf16 {kernel}")["HGMMA"] > 0
 
 
 @pytest.mark.parametrize(("channels", "edge"), [(192, 56), (256, 56), (384, 28), (512, 28)])

@@ -108,6 +108,7 @@ def test_every_launch_has_a_choice():
         assert 2 <= len(_configs.block_aggregate(512, operands, architecture)) <= 6
         for channels in (16, 96, 192, 256):
             assert 2 <= len(_layer_configs.mlp_layer(channels, operands, architecture)) <= 6
+            assert 2 <= len(_layer_configs.linear_rows(channels, operands, architecture)) <= 6
 
 
 @pytest.mark.gpu

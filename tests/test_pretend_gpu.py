@@ -141,6 +141,48 @@ def test_which_mlps_are_one_kernel_where_nothing_was_measured():
         assert (question.rule, question.able) == (rule, able), change
 
 
+# --- the attention sub-layer by kernels of its own --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*MODELS])
+def test_attention_sub_layers_that_were_measured_have_kernels_of_their_own(kind):
+    """In a chain, each takes a complete sum and returns one; explain says so. By the rules none has."""
+    fast, double = MODELS[kind]().half().eval(), as_reference(MODELS[kind]().eval().double())
+    if kind == "timm's":
+        nest_fast.accelerate(fast)
+    x = twins.image(dtype=torch.float16)
+    layers = sum(SMALLER["depths"])
+    for forced in ({}, {"attention_layer": "triton"}):
+        with pretend_gpu() as calls, torch.no_grad(), _tuned.forced(**forced):
+            out = fast(x)
+            told = nest_fast.explain(fast, x)
+        counted = Counter(name for name, _ in calls)
+        assert counted["norm_linear_triton_fwd"] == counted["linear_sum_triton_fwd"] == (layers if forced else 0)
+        assert counted["block_attention_triton_fwd"] == counted["mlp_layer_triton_fwd"] == layers
+        said = [row.how for row in told if row.what == "attn sub-layer"]
+        assert (said == ["attention_layer: Triton"] * layers) == bool(forced)
+    with torch.no_grad():
+        golden = double(x.double())
+        plain = as_reference(MODELS[kind]().half().eval())(x)
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+def test_a_chain_asks_once_what_a_sub_layer_is(monkeypatch):
+    """Whether it has kernels of its own; the operation is not asked again."""
+    asked = Counter()
+    implementation = _tuned.implementation
+
+    def count(op, *args):
+        asked[op] += 1
+        return implementation(op, *args)
+
+    monkeypatch.setattr(_tuned, "implementation", count)
+    with pretend_gpu(), torch.no_grad(), _tuned.forced(attention_layer="triton"):
+        MODELS["NesT"]().half().eval()(twins.image(dtype=torch.float16))
+    layers = sum(SMALLER["depths"])
+    assert (asked["attention_layer"], asked["mlp_layer"]) == (layers, layers)
+
+
 def as_reference(model):
     for module in model.modules():
         if hasattr(module, "impl"):

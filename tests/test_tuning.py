@@ -239,12 +239,12 @@ def test_launch_configurations_are_checked_measured_and_taken(file, clock, monke
     assert _launch.CHOSEN[key] == others[0]
 
 
-def test_a_chain_takes_the_mlp_that_was_measured(monkeypatch):
-    """A chain calls it only where it is one kernel, which by the rules it is not in float32."""
+def test_a_chain_takes_the_sub_layers_that_were_measured(monkeypatch):
+    """A chain calls them only where they have kernels of their own, which by the rules they have not in float32."""
     gpu, x = torch.device("cuda", 0), images()
 
     def measure(question, *_):
-        fastest = "triton" if question.key[0] == "mlp_layer" else question.rule
+        fastest = "triton" if question.key[0] in nest_fast.tuning.LAYERS else question.rule
         return nest_fast.tuning.Measured("", {}, question.rule, fastest), {}
 
     monkeypatch.setattr("nest_fast.tuning._measure", measure)
@@ -258,10 +258,11 @@ def test_a_chain_takes_the_mlp_that_was_measured(monkeypatch):
                     nest_fast.tune(model(), x, progress=False)
                     calls.clear()
                 model()(x)
-            launched.append([name for name, _ in calls if name in ("bias_gelu_triton_fwd", "mlp_layer_triton_fwd")])
+            of_interest = "bias_gelu_triton_fwd", "norm_linear_triton_fwd", "mlp_layer_triton_fwd"
+            launched.append([name for name, _ in calls if name in of_interest])
     finally:
         _tuned.set_choices(gpu, _tuned.Choices())
-    assert launched == [["bias_gelu_triton_fwd"] * 2, ["mlp_layer_triton_fwd"] * 2]
+    assert launched == [["bias_gelu_triton_fwd"] * 2, ["norm_linear_triton_fwd", "mlp_layer_triton_fwd"] * 2]
 
 
 def test_bad_arguments():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,11 +11,26 @@ from torch import Tensor
 from nest_fast.ops import _backends, _extension, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 
-IMPLS = ("auto", "reference", "cpp")
+IMPLS = ("auto", "reference", "cpp", "triton")
+MAX_CHANNELS = 256  # of the Triton kernels: more do not fit in a program's registers
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 
-BACKENDS = {"cpp": Backend("cpp", _backends.CPP_LAYER)}
+BACKENDS = {
+    "cpp": Backend("cpp", _backends.CPP_LAYER),
+    "triton": Backend(
+        "triton",
+        (
+            *_backends.TRITON_LAYER,
+            ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
+            ("the LayerNorm comes last", lambda given: given.post_norm),
+            (
+                lambda given: f"C = {given[0].shape[-1]} channels are over {MAX_CHANNELS}",
+                lambda given: given[0].shape[-1] > MAX_CHANNELS,
+            ),
+        ),
+    ),
+}
 # The C++ kernels multiply some rows by C x 16 numbers of a weight at a time (32 with AVX-512). Of more channels these
 # leave the 32 KiB of a first-level cache, and beside the MLP's hidden features fewer than 20 rows fit half of a second
 # level of 1 MiB, so that weights are read anew for every 20 rows. The library's matmuls cut the depth, too.
@@ -53,11 +68,34 @@ AUTO = Backend(
 )
 
 
-def choose(op: str, able: Sequence[Backend], auto: Backend, given: Any) -> str:
-    """What "auto" is of ``op``: "cpp", or "parts"."""
+def resolve(op: str, impl: str, backends: Mapping[str, Backend], choose: Callable[[Any], str], given: Any) -> str:
+    """``impl`` of ``op``, what "auto" is by ``choose``, and an error where an explicit one cannot run."""
+    if impl == "auto" or (type(impl) is _tuned.Chosen and _tuned.is_watched()):
+        return choose(given)
+    if impl in backends and type(impl) is not _tuned.Chosen:
+        backends[impl].require(op, given)
+    return impl
+
+
+def choose(op: str, able: Sequence[Backend], auto: Backend, on_gpu: Backend, triton: Backend, given: Any) -> str:
+    """What "auto" is of ``op``: "cpp" on a CPU, of what is ``able``, "triton" on a GPU, or "parts".
+
+    Where nothing was measured it is the first two where ``auto`` and ``on_gpu`` can.
+    """
+    if is_eager_on_a_gpu(given):
+        return _tuned.implementation(op, (triton, PARTS), given, _rule_on_a_gpu, on_gpu)
     if not given[0].is_cpu:
         return "parts"
     return _tuned.implementation(op, able, given, _rule, auto)
+
+
+def is_eager_on_a_gpu(given: Any) -> bool:
+    """A compiler that sees plain PyTorch decides itself what to fuse."""
+    return given[0].is_cuda and not (torch.compiler.is_compiling() or _modes.needs_plain(given))
+
+
+def _rule_on_a_gpu(given: Any, on_gpu: Backend) -> str:
+    return "triton" if on_gpu.can(given) else "parts"
 
 
 def _rule(given: Any, auto: Backend) -> str:
@@ -102,6 +140,11 @@ def layer_backward(
         )
         found["x"] = dx.add_(dout) if kept.needed["x"] else None
     return found
+
+
+def no_gradients(kept: Any, dout: Tensor) -> NoReturn:
+    """Of a kernel for inference, which was called by its own name."""
+    raise RuntimeError("impl: expected 'auto' or 'reference' where gradients are wanted, got 'triton'")
 
 
 def fake_branch_backward(x: Tensor, weights: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from nest_fast.ops._backends import Backend
 
 __all__ = [
-    "BATCHED", "Choices", "Key", "Question", "choices", "configurations", "describe", "forced", "implementation",
-    "launched", "launches", "leaf", "machine", "path", "read", "set_choices", "tunable", "watched", "with_launches",
-    "write",
+    "BATCHED", "Choices", "Chosen", "Key", "Question", "choices", "configurations", "describe", "forced",
+    "implementation", "is_watched", "launched", "launches", "leaf", "machine", "path", "read", "set_choices", "tunable",
+    "watched", "with_launches", "write",
 ]  # fmt: skip
 
 Key = tuple  # the operation, its dtype, whether gradients are wanted, then what each of its arguments is
@@ -49,6 +49,10 @@ class Choices(NamedTuple):
 
     implementations: Mapping[Key, str] = {}
     launches: Mapping[str, Any] = {}
+
+
+class Chosen(str):
+    """What "auto" was found to be, given as ``impl``: nothing is asked again, unless somebody watches."""
 
 
 class Question(NamedTuple):
@@ -160,6 +164,11 @@ def _modes_now(arguments: Mapping[str, Any]) -> Callable[[], contextlib.ExitStac
         return stack
 
     return enter
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to hear every question."""
+    return _ASKED is not None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from nest_fast import reference
 from nest_fast.ops import _checks, _flops, _layer, _layout, _modes, _packed, _tuned
 from nest_fast.ops._backends import Backend, Rules
-from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
+from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no_gradients
 from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops._windows import from_windows, into_windows
 from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
 from nest_fast.ops.linear import linear
 from nest_fast.reference import Windows
 
-__all__ = ["attention_layer"]
+__all__ = ["attention_layer", "chosen"]
 
 
 @_tuned.tunable
@@ -72,6 +73,9 @@ def attention_layer(
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
             it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
+            "triton" is three kernels on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), LayerNorm and qkv in one,
+            block_attention, the projection and the sum in one, for inference, C at most 256, and without cosine and
+            post_norm. Only "auto" may choose.
 
     Returns:
         As ``x``.
@@ -88,12 +92,11 @@ def attention_layer(
     C = _check(x, *weights, num_heads, kv_heads, windows, bias, mask, scale, cosine, branch_scale, impl)
     scale = float((C // num_heads) ** -0.5) if scale is None else scale
     tokens = x.shape[2] if windows is None else windows.tokens
-    given = Given(x, *weights, bias, mask, scale if isinstance(scale, Tensor) else None, multi_query, num_heads, tokens)
+    factors = scale if isinstance(scale, Tensor) else None
+    sizes = multi_query, num_heads, tokens, post_norm
+    given = Given(x, *weights, bias, mask, factors, *sizes)
     _packed.check(packed, given)
-    if impl == "auto":
-        impl = _layer.choose("attention_layer", _ABLE, AUTO, given)
-    elif impl in BACKENDS:
-        BACKENDS[impl].require("attention_layer", given)
+    impl = _layer.resolve("attention_layer", impl, BACKENDS, choose, given)
     if impl == "reference":
         return reference.attention_layer(
             *(x, *weights),
@@ -130,7 +133,10 @@ def attention_layer(
         )
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
-    y = linear(x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
+    if impl == "triton":
+        y = _NORM_LINEAR(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
+    else:
+        y = linear(x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
     heads = (num_heads, kv_heads, kv_heads)
     q, k, v = y.unflatten(-1, (sum(heads), -1)).split(heads, -2)
     pad_k = pad_v = None
@@ -140,7 +146,10 @@ def attention_layer(
         q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0
         pad_k = None if pad_k is None else F.normalize(pad_k, dim=-1)
     within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
-    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, **within).flatten(-2)
+    inner = "triton" if impl == "triton" else "auto"
+    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, **within, impl=inner).flatten(-2)
+    if impl == "triton":
+        return _LINEAR_SUM(y, proj_weight, proj_bias, x, branch_scale)
     if not post_norm and branch_scale == 1.0:
         return linear(y, proj_weight, proj_bias, residual=x)
     y = linear(y, proj_weight, proj_bias)
@@ -213,15 +222,44 @@ class Given(NamedTuple):
     multi_query: bool
     num_heads: int
     tokens: int
+    post_norm: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.x.shape[-1] // self.num_heads
 
 
 _CPP_RULES: Rules = (
     NO_GRADIENT_OF_A_MASK,
     ("it has no cosine attention to one key head", lambda given: given.scale is not None and given.multi_query),
 )
-BACKENDS = {"cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES)}
+BACKENDS = {
+    "cpp": Backend("cpp", _layer.BACKENDS["cpp"].rules + _CPP_RULES),
+    "triton": Backend(
+        "triton",
+        (
+            *_layer.BACKENDS["triton"].rules,
+            ("it attends by cosines", lambda given: given.scale is not None),
+            ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256),
+            ("head_dim {given.head_dim} is over 128", lambda given: given.head_dim > 128),
+        ),
+    ),
+}
+# Where nothing was measured, "auto" on a GPU is "parts".
+_AUTO_ON_GPU = Backend("triton", (("its gain is not certain", lambda given: True),))
 AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 _ABLE = tuple(Backend(one.name, one.rules + _CPP_RULES) if one.name == "cpp" else one for one in _layer.ABLE)
+
+
+def choose(given: Given) -> str:
+    """What "auto" is: "cpp" on a CPU, "triton" on a GPU where that was measured, or "parts"."""
+    return _layer.choose("attention_layer", _ABLE, AUTO, _AUTO_ON_GPU, BACKENDS["triton"], given)
+
+
+def chosen(x: Tensor, weights: Sequence[Tensor | None], num_heads: int, multi_query: bool, post_norm: bool) -> str:
+    """What "auto" is inside the blocks of ``x``, to be given as ``impl``; of the six weights, and without a bias."""
+    sizes = multi_query, num_heads, x.shape[2], post_norm
+    return _tuned.Chosen(choose(Given._make((x, *weights, None, None, None, *sizes))))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -269,6 +307,22 @@ def _gradients(kept, dout):
     return layer_backward(kept, dout, parameters, branch_backward)
 
 
+def _norm_linear_fake(x, norm_weight, norm_bias, eps, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _norm_linear_flops(x, norm_weight, norm_bias, eps, weight, *_, out_shape=None):
+    return _flops.linear(x, weight)
+
+
+def _linear_sum_fake(x, weight, bias, residual, scale):
+    return residual.new_empty(residual.shape)
+
+
+def _linear_sum_flops(x, weight, *_, out_shape=None):
+    return _flops.linear(x, weight)
+
+
 def _attention_flops(x_shape, tokens, count):
     return _flops.attention((1, 1, tokens, x_shape[0] // max(tokens, 1), x_shape[1]), count)
 
@@ -306,4 +360,19 @@ _CPP_BWD = operation(
     fake=_bwd_fake,
     backward_of="attention_layer",
     flops=_bwd_flops,
+)
+_NORM_LINEAR = operation(
+    "norm_linear_triton_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor? bias)"
+    " -> Tensor",
+    launch="attention_layer.norm_linear_fwd",
+    fake=_norm_linear_fake,
+    gradients=no_gradients,
+    flops=_norm_linear_flops,
+)
+_LINEAR_SUM = operation(
+    "linear_sum_triton_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, float scale) -> Tensor",
+    launch="attention_layer.linear_sum_fwd",
+    fake=_linear_sum_fake,
+    gradients=no_gradients,
+    flops=_linear_sum_flops,
 )

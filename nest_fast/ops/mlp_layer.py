@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _flops, _gpu, _layer, _layout, _modes, _packed, _tuned
+from nest_fast.ops import _checks, _flops, _gpu, _layer, _layout, _modes, _packed, _tuned
 from nest_fast.ops._backends import Backend
-from nest_fast.ops._layer import fake_branch_backward, layer_backward
+from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no_gradients
 from nest_fast.ops._register import operation
 from nest_fast.ops.bias_gelu import bias_gelu
 from nest_fast.ops.linear import linear
 
-__all__ = ["is_one_kernel", "mlp_layer"]
+__all__ = ["chosen", "mlp_layer"]
 
-IMPLS = (*_layer.IMPLS, "triton")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
@@ -71,10 +70,7 @@ def mlp_layer(
     C = _check(*tensors, activation, branch_scale, impl)
     given = Given(*tensors, post_norm)
     _packed.check(packed, given)
-    if impl == "auto":
-        impl = choose(given)
-    elif impl in BACKENDS:
-        BACKENDS[impl].require("mlp_layer", given)
+    impl = _layer.resolve("mlp_layer", impl, BACKENDS, choose, given)
     if impl == "reference":
         return reference.mlp_layer(
             *tensors, activation=activation, post_norm=post_norm, branch_scale=branch_scale, eps=eps
@@ -101,7 +97,7 @@ def mlp_layer(
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
     y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
-    if _is_eager_on_a_gpu(given):
+    if _layer.is_eager_on_a_gpu(given):
         y = F.linear(y, fc1_weight)
         y = bias_gelu(y, fc1_bias, approximate="tanh" if activation == "gelu_tanh" else "none", dtype=y.dtype)
     else:
@@ -157,7 +153,6 @@ class Given(NamedTuple):
     post_norm: bool
 
 
-MAX_CHANNELS = 256  # more do not fit in a program's registers
 CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
 
 BACKENDS = {
@@ -165,13 +160,7 @@ BACKENDS = {
     "triton": Backend(
         "triton",
         (
-            *_backends.TRITON_LAYER,
-            ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
-            ("the LayerNorm comes last", lambda given: given.post_norm),
-            (
-                lambda given: f"C = {given[0].shape[-1]} channels are over {MAX_CHANNELS}",
-                lambda given: given[0].shape[-1] > MAX_CHANNELS,
-            ),
+            *_layer.BACKENDS["triton"].rules,
             ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31),
         ),
     ),
@@ -196,23 +185,12 @@ _AUTO_ON_GPU = Backend(
 
 def choose(given: Given) -> str:
     """What "auto" is: "cpp" on a CPU, "triton" on a GPU, or "parts"."""
-    if _is_eager_on_a_gpu(given):
-        return _tuned.implementation("mlp_layer", (BACKENDS["triton"], _layer.PARTS), given, _rule_on_a_gpu)
-    return _layer.choose("mlp_layer", _layer.ABLE, _layer.AUTO, given)
+    return _layer.choose("mlp_layer", _layer.ABLE, _layer.AUTO, _AUTO_ON_GPU, BACKENDS["triton"], given)
 
 
-def _is_eager_on_a_gpu(given: Given) -> bool:
-    """A compiler that sees plain PyTorch decides itself what to fuse."""
-    return given.x.is_cuda and not (torch.compiler.is_compiling() or _modes.needs_plain(given))
-
-
-def _rule_on_a_gpu(given: Given) -> str:
-    return "triton" if _AUTO_ON_GPU.can(given) else "parts"
-
-
-def is_one_kernel(*given: Any) -> bool:
-    """Whether :func:`mlp_layer` of its first seven arguments, and then ``post_norm``, is one kernel on a GPU."""
-    return given[0].is_cuda and choose(Given._make(given)) == "triton"
+def chosen(*given: Any) -> str:
+    """What "auto" is, to be given as ``impl``, of the first seven arguments and ``post_norm``."""
+    return _tuned.Chosen(choose(Given._make(given)))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -249,10 +227,6 @@ def _triton_fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2
     return x.new_empty(x.shape)
 
 
-def _triton_gradients(kept, dout):
-    raise RuntimeError("impl: expected 'auto' or 'reference' where gradients are wanted, got 'triton'")
-
-
 def _triton_flops(x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, *_, out_shape=None):
     return _flops.linear(x, fc1) + _flops.linear((*x[:-1], fc1[0]), fc2)
 
@@ -278,6 +252,6 @@ _TRITON = operation(
     " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale) -> Tensor",
     launch="mlp_layer.mlp_layer_fwd",
     fake=_triton_fake,
-    gradients=_triton_gradients,
+    gradients=no_gradients,
     flops=_triton_flops,
 )

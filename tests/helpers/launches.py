@@ -17,6 +17,7 @@ import stub_driver
 
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
+from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
@@ -136,6 +137,17 @@ def layer_norm_mean_gradients():
     return Case(given, (dx,), [3])  # an image is one part
 
 
+def norm_linear(norm_dtype=BF16):
+    """150 rows in tiles of 128."""
+    given = (empty(3, 50, 24), empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype), empty(72, 24), empty(72))
+    return Case(given, (norm_linear_fwd(*given[:3], 1e-6, *given[3:]),), [2])
+
+
+def linear_sum(bias):
+    given = (empty(3, 50, 24), empty(40, 24), bias, empty(3, 50, 40))
+    return Case(given, (linear_sum_fwd(*given, 1.7),), [2])
+
+
 def mlp_layer(biases, norm_dtype=BF16):
     """150 rows in tiles of 128; a tile of hidden features and a part of one."""
     norm, fc1, fc2 = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(72, 24), empty(24, 72)
@@ -197,6 +209,10 @@ CASES = {
     "layer_norm_mean_fwd": lambda: layer_norm_mean(100, [3]),
     "layer_norm_mean_fwd, in parts": lambda: layer_norm_mean(300, [9, 3]),
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
+    "norm_linear_fwd": norm_linear,
+    "norm_linear_fwd, norm in float32": lambda: norm_linear(FP32),
+    "linear_sum_fwd": lambda: linear_sum(empty(40)),
+    "linear_sum_fwd, without bias": lambda: linear_sum(None),
     "mlp_layer_fwd": lambda: mlp_layer(True),
     "mlp_layer_fwd, without biases": lambda: mlp_layer(False, FP32),
     "norm_pool_fwd": lambda: norm_pool(True, True),

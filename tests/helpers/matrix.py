@@ -18,7 +18,7 @@ START, END = "<!-- from here on by tests/helpers/matrix.py -->\n", "<!-- up to h
 # An operation, and the files that are about it alone; norm_pool is a step of block_aggregate with kernels of its own.
 OPERATIONS = {
     "add_layer_norm": ("test_add_layer_norm",),
-    "attention_layer": ("test_attention_layer",),
+    "attention_layer": ("test_attention_layer", "test_attention_layer_kernel"),
     "bias_gelu": ("test_bias_gelu",),
     "block_aggregate": ("test_block_aggregate",),
     "block_attention": ("test_block_attention", "test_block_attention_cpu", "test_block_attention_kernel"),
@@ -81,7 +81,8 @@ ELSEWHERE = {
     "without kernels": dict.fromkeys(OPERATIONS, ("test_export", "test_decompositions_return_what_the_kernels_do")),
 }
 _TRITON = (
-    *("add_layer_norm", "bias_gelu", "block_aggregate", "block_attention", "layer_norm_mean", "mlp_layer", "norm_pool"),
+    *("add_layer_norm", "attention_layer", "bias_gelu", "block_aggregate", "block_attention"),
+    *("layer_norm_mean", "mlp_layer", "norm_pool"),
 )
 ELSEWHERE["many blocks"] = dict.fromkeys(_TRITON, ("test_imports", "test_of_many_blocks_no_grid_is_on_y"))
 ELSEWHERE["resources"] = dict.fromkeys(
@@ -90,7 +91,6 @@ ELSEWHERE["resources"] = dict.fromkeys(
 _PLAIN = "the definition is a line of PyTorch's own functions"
 _NO_CPP = "no kernel in C++"
 _NO_GPU = "kernels for CPUs alone"
-_DENSE = "its rows are dense: 2³¹ elements would have to be there"
 _LIBRARY = "the kernel is oneDNN's; PyTorch registers and tests it"
 _STEP = "a step of block_aggregate, which is tested for it"
 # Why a cell is empty, by property and operation.
@@ -108,15 +108,15 @@ EMPTY = {
         "blockify": "its outputs are compared byte by byte; memory of C++ has no bands",
         "linear": _LIBRARY,
     },
-    "64-bit offsets": {"attention_layer": _DENSE, "linear": _LIBRARY},
-    "many blocks": dict.fromkeys(("attention_layer", "linear"), _NO_GPU),
+    "64-bit offsets": {"linear": _LIBRARY},
+    "many blocks": {"linear": _NO_GPU},
     "little kept for the gradient": {
         "blockify": "nothing: the gradient is the inverse permutation",
         "linear": "what PyTorch keeps",
         "norm_pool": _STEP,
     },
     "resources": {
-        **dict.fromkeys(("attention_layer", "linear"), _NO_GPU),
+        "linear": _NO_GPU,
         "blockify": "CUDA in C++: `make cuda-check` compiles it for every architecture",
     },
     "gradcheck": {"linear": _PLAIN, "norm_pool": _STEP},
