@@ -26,7 +26,6 @@ from nest_fast import frozen
 from nest_fast.ops import (
     add_layer_norm,
     attention_layer,
-    bias_gelu,
     block_aggregate,
     block_attention,
     blockify,
@@ -36,6 +35,7 @@ from nest_fast.ops import (
 )
 from nest_fast.ops._modes import TENSORS, autocast_dtype, under_autocast
 from nest_fast.ops.attention_layer import chosen as chosen_attention
+from nest_fast.ops.linear import linear_gelu
 from nest_fast.ops.mlp_layer import chosen as chosen_mlp
 from nest_fast.weights import head_minor_to_major
 
@@ -477,7 +477,7 @@ def _mlp(x: Tensor, half: Half, branch_scale: float, impl: str) -> Tensor:
     fc2_weight, packed = frozen.kept(half.body, x, half.weights, lambda: scaled(fc2.weight, half))
     return mlp_layer(
         *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2_weight, scaled(fc2.bias, half)),
-        activation="gelu_tanh" if _approximate(act, half) == "tanh" else "gelu",
+        activation=_activation(act, half),
         post_norm=half.post_norm,
         branch_scale=branch_scale,
         eps=norm.eps,
@@ -501,9 +501,10 @@ def chosen(x: Tensor, half: Half) -> str:
     return chosen_attention(x, weights, options.num_heads, options.multi_query, half.post_norm)
 
 
-def _approximate(act: Any, half: Half) -> str:
+def _activation(act: Any, half: Half) -> str:
     """PyTorch's GELU says it, those of libraries are a class for each."""
-    return getattr(act, "approximate", "tanh" if half.known[type(act)].role == "gelu_tanh" else "none")
+    approximate = getattr(act, "approximate", "tanh" if half.known[type(act)].role == "gelu_tanh" else "none")
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
 def attention(
@@ -696,10 +697,7 @@ def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
     body = half.body
     if half.written.role == "attention":
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
-    # What linear() is on a GPU.
-    hidden = bias_gelu(
-        F.linear(y, body.fc1.weight), body.fc1.bias, approximate=_approximate(body.act, half), dtype=dtype
-    )
+    hidden = linear_gelu(y, body.fc1.weight, body.fc1.bias, _activation(body.act, half), dtype)
     return F.linear(hidden, body.fc2.weight, body.fc2.bias)
 
 

@@ -172,7 +172,7 @@ def _questions(model: nn.Module, inputs: tuple) -> list[_tuned.Question]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gpus = [x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda]
     with torch.random.fork_rng(gpus), _tuned.watched() as asked:
-        with _tuned.forced(**dict.fromkeys(LAYERS, "parts")):
+        with _tuned.forced(**dict.fromkeys(LAYERS, "parts"), linear="cublaslt"):
             model(*inputs)
         with _tuned.forced(**dict.fromkeys(LAYERS, "triton")):  # a chain calls it only where it has kernels of its own
             model(*inputs)

@@ -116,7 +116,7 @@ def test_opcheck_of_the_backward():
         ({"num_heads": 5}, r"num_heads: expected a divisor of C = 24, got 5"),
         ({"multi_query": True}, r"qkv_weight: expected shape \(40, 24\), got \(72, 24\)"),
         ({5: torch.zeros(24, 24).half()}, r"proj_weight: expected dtype torch.float32 as x has, got torch.float16"),
-        ({"impl": "triton"}, r"impl: expected one of 'auto', 'reference', 'cpp', got 'triton'"),
+        ({"impl": "sdpa"}, r"impl: expected one of 'auto', 'reference', 'cpp', 'triton', got 'sdpa'"),
     ],
 )
 def test_refuses_bad_arguments(layer, change, message):

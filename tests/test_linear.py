@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.strides import restrided
 from nest_fast import linear, reference
@@ -74,6 +75,31 @@ def test_an_explicit_choice_never_falls_back():
             linear(**{"x": x, "weight": weight, "bias": bias, "impl": "onednn", **change})
 
 
+def test_an_explicit_choice_of_a_gpus_epilogue_never_falls_back():
+    x, weight, _, _ = tensors(6)
+    reasons = "x is on cpu, not on a GPU; its GELU is 'gelu_tanh', not 'gelu'; there is no bias"
+    with pytest.raises(RuntimeError, match=f"^impl: 'cublaslt' cannot run linear here: {reasons}$"):
+        linear(x, weight, activation="gelu", impl="cublaslt")
+
+
+def test_a_gpus_epilogue_counts_its_flops():
+    x, weight, bias, _ = tensors(6)
+    with FlopCounterMode(display=False) as counter:
+        torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+    assert counter.get_total_flops() == 2 * x.numel() * len(weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpus_epilogue_is_as_accurate_as_pytorch(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(500, 384), torch.randn(1536, 384) / 384**0.5, torch.randn(1536)
+    given = [t.to("cuda", dtype) for t in (x, weight, bias)]
+    ours, plain = (linear(*given, activation="gelu_tanh", impl=impl) for impl in ("cublaslt", "reference"))
+    golden = linear(*(t.double() for t in given), activation="gelu_tanh", impl="reference")
+    assert_as_accurate(ours, plain, golden, factor=2.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -83,7 +109,7 @@ def test_an_explicit_choice_never_falls_back():
         ({"residual": torch.zeros(3, 24)}, r"residual: expected shape \(3, 40\) \(…, out\), got \(3, 24\)"),
         ({"activation": "relu"}, r"activation: expected one of 'none', 'gelu', 'gelu_tanh', got 'relu'"),
         ({"weight": torch.zeros(40, 24).double()}, r"weight: expected dtype torch.float32 as x has, got torch.float64"),
-        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', got 'mkl'"),
+        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', 'cublaslt', got 'mkl'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

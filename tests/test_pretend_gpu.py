@@ -10,6 +10,7 @@ import torch
 
 import nest_fast
 from helpers import twins
+from helpers.common import in_double
 from helpers.layer_tests import mlp_inputs
 from helpers.pretend_gpu import pretend_gpu
 from nest_fast.ops import _tuned, _windows
@@ -181,6 +182,66 @@ def test_a_chain_asks_once_what_a_sub_layer_is(monkeypatch):
         MODELS["NesT"]().half().eval()(twins.image(dtype=torch.float16))
     layers = sum(SMALLER["depths"])
     assert (asked["attention_layer"], asked["mlp_layer"]) == (layers, layers)
+
+
+# --- fc1 with the GELU in its epilogue --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def epilogue(monkeypatch):
+    """PyTorch's matmul with a GELU as CUDA has it, with tanh: its CPU kernel has erf. Counts its calls."""
+    calls = []
+
+    def addmm_activation(bias, x, weight, *, use_gelu):
+        assert use_gelu
+        calls.append(x.dtype)
+        return torch.nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", addmm_activation)
+    return calls
+
+
+def test_the_epilogue_has_the_gelu_that_is_asked_for_and_nothing_else(epilogue):
+    """In half precision, without gradients, with a bias; of one float32 it is tune's to say."""
+    given = {"dtype": torch.bfloat16, "activation": "gelu_tanh", "bias": True, "gradients": False, "autocast": None}
+    for change, taken in (
+        ({}, True),
+        ({"activation": "gelu"}, False),
+        ({"bias": False}, False),
+        ({"gradients": True}, False),
+        ({"dtype": torch.float32}, False),
+        ({"dtype": torch.float32, "autocast": torch.float16}, False),
+    ):
+        made = {**given, **change}
+        # Of so many channels the MLP is no kernel of its own.
+        tensors, options = mlp_inputs(1, 2, 3, 264, 40, made["activation"], dtype=made["dtype"])
+        tensors[4] = tensors[4] if made["bias"] else None
+        tensors[3].requires_grad_(made["gradients"])
+        epilogue.clear()
+        with pretend_gpu(autocast=made["autocast"]) as calls, torch.set_grad_enabled(made["gradients"]):
+            out = nest_fast.mlp_layer(*tensors, **options)
+        passes = [name for name, _ in calls if name == "bias_gelu_triton_fwd"]
+        assert (len(epilogue), len(passes)) == ((1, 0) if taken else (0, 1)), change
+        golden, plain = (nest_fast.mlp_layer(*t, **options, impl="reference") for t in (in_double(tensors), tensors))
+        eps = torch.finfo(made["autocast"] or made["dtype"]).eps
+        assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + eps, change
+
+
+def test_a_chain_takes_the_epilogue_and_tune_asks_for_it(epilogue):
+    """NesT's own GELU is exact; a model of the authors' has tanh."""
+    sizes = {**twins.SMALL, **SMALLER, "embed_dims": (264, 264), "num_heads": (3, 3)}
+    model = nest_fast.NesT(**sizes, gelu="tanh").half().eval()
+    x = twins.image(dtype=torch.float16)
+    with pretend_gpu() as calls, torch.no_grad(), _tuned.watched() as asked:
+        out = model(x)
+    assert epilogue == [torch.float16] * sum(SMALLER["depths"])
+    assert not any(name == "bias_gelu_triton_fwd" for name, _ in calls)
+    assert {(one.rule, one.able) for key, one in asked.items() if key[0] == "linear"} == {
+        ("cublaslt", ("cublaslt", "reference"))
+    }
+    with torch.no_grad():
+        plain, golden = as_reference(model)(x), as_reference(model.double())(x.double())
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
 
 
 def as_reference(model):

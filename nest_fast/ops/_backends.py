@@ -134,6 +134,7 @@ TRITON_MATMUL: Rules = _for_triton((8, 0)) + _DTYPE + PLAIN
 TRITON_LAYER: Rules = TRITON_MATMUL + _INSIDE
 TRITON: Rules = _for_triton((7, 5)) + _DTYPE + PLAIN
 TRITON_PASS: Rules = _for_triton((7, 5)) + _DTYPES + PLAIN
+PLAIN_MATMUL: Rules = _DTYPE + PLAIN + _INSIDE  # a library's, with more than PyTorch's function for it does
 ONEDNN: Rules = (
     *_ON_CPU,
     (

@@ -40,6 +40,10 @@ def convolution(image_shape, weight_shape):
     return 2 * math.prod(image_shape[:-1]) * math.prod(weight_shape)
 
 
+def _addmm_activation(bias, x, weight, *_, **unused):
+    return 2 * math.prod(x) * weight[1]
+
+
 def _sdpa(q, *_, out_shape=None, **options):
     return attention(q)
 
@@ -67,6 +71,8 @@ def _register() -> None:
     # Operations of PyTorch that ours call and PyTorch has no formula for.
     if torch.backends.mkldnn.is_available():
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
+    if hasattr(torch.ops.aten, "_addmm_activation"):
+        formulas[torch.ops.aten._addmm_activation] = _addmm_activation
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _sdpa
     formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward] = _sdpa_backward
     for op, formula in formulas.items():

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layout, _modes, _tuned
+from nest_fast.ops import _backends, _checks, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
+from nest_fast.ops.bias_gelu import bias_gelu
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_gelu"]
 
-IMPLS = ("auto", "reference", "onednn")
+IMPLS = ("auto", "reference", "onednn", "cublaslt")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 
 # oneDNN's names for the activation and its algorithm.
@@ -42,7 +44,8 @@ def linear(
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch, with one pass over memory each for the bias (on a
             CPU), the activation and the sum. "onednn" does all of them in the matmul's epilogue, on a CPU and without
-            gradients.
+            gradients. "cublaslt" has bias and GELU in the epilogue of the matmul, on a GPU, for "gelu_tanh", which is
+            its form of GELU, and without gradients; for shapes without such an epilogue PyTorch adds a pass.
 
     Returns:
         ``(…, out)``.
@@ -52,13 +55,14 @@ def linear(
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
     """
     _check(x, weight, bias, activation, residual, impl)
-    given = Given(x, weight, bias, residual)
-    if impl == "auto":
-        impl = choose(given)
-    elif impl in BACKENDS:
-        BACKENDS[impl].require("linear", given)
+    given = Given(x, weight, bias, residual, activation)
+    impl = _layer.resolve("linear", impl, BACKENDS, choose, given)
     if impl == "reference":
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
+    if impl == "cublaslt":
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # type: ignore[arg-type]
+        return out.view(*x.shape[:-1], weight.shape[0])
     bias = _layout.dense(bias)  # oneDNN reads its memory, whatever the strides
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
@@ -94,6 +98,7 @@ class Given(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
+    activation: str = "none"
 
 
 BACKENDS = {
@@ -109,20 +114,58 @@ BACKENDS = {
             ("x is empty", lambda given: given.x.numel() == 0),
             ("gradients are wanted", _modes.wants_gradients),
         ),
-    )
+    ),
+    "cublaslt": Backend(
+        "cublaslt",
+        (
+            ("x is on {given.x.device}, not on a GPU", lambda given: not given.x.is_cuda),
+            *_backends.PLAIN_MATMUL,
+            ("this torch has no _addmm_activation", lambda given: not hasattr(torch, "_addmm_activation")),
+            ("its GELU is 'gelu_tanh', not {given.activation!r}", lambda given: given.activation != "gelu_tanh"),
+            ("there is no bias", lambda given: given.bias is None),
+            ("x is empty", lambda given: given.x.numel() == 0),
+            ("gradients are wanted", _modes.wants_gradients),
+        ),
+    ),
 }
 
 
-_ABLE = (BACKENDS["onednn"], Backend("reference", ()))  # what may be measured
+_REFERENCE = Backend("reference", ())
+_ABLE = (BACKENDS["onednn"], _REFERENCE)  # what may be measured
+_ABLE_ON_GPU = (BACKENDS["cublaslt"], _REFERENCE)
+# Where nothing was measured, "auto" keeps these rules, or is "reference".
+_AUTO_ON_GPU = Backend(
+    "cublaslt",
+    (
+        *BACKENDS["cublaslt"].rules,
+        ("how exact its tanh is in float32 is not certain", lambda given: given.x.dtype == torch.float32),
+    ),
+)
 
 
 def choose(given: Given) -> str:
     if torch.compiler.is_compiling() or _modes.in_trace():
         return "reference"
+    if given.x.is_cuda and given.activation != "none":
+        return _tuned.implementation("linear", _ABLE_ON_GPU, given, _rule, _AUTO_ON_GPU)
     if not given.x.is_cpu:
         return "reference"
-    return _tuned.implementation("linear", _ABLE, given, _rule)
+    return _tuned.implementation("linear", _ABLE, given, _rule, BACKENDS["onednn"])
 
 
-def _rule(given: Given) -> str:
-    return "onednn" if BACKENDS["onednn"].can(given) else "reference"
+def _rule(given: Given, best: Backend) -> str:
+    return best.name if best.can(given) else "reference"
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """:func:`linear` with a GELU on an eager GPU: in the matmul's epilogue, or with the bias in the GELU's own pass.
+
+    ``dtype``: of the output, as :func:`nest_fast.bias_gelu` has it.
+    """
+    impl = choose(Given(x, weight, bias, None, activation))
+    if impl == "cublaslt":
+        return linear(x, weight, bias, activation=activation, impl=_tuned.Chosen(impl))
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return bias_gelu(F.linear(x, weight), bias, approximate=approximate, dtype=dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
@@ -13,8 +12,7 @@ from nest_fast.ops import _checks, _flops, _gpu, _layer, _layout, _modes, _packe
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no_gradients
 from nest_fast.ops._register import operation
-from nest_fast.ops.bias_gelu import bias_gelu
-from nest_fast.ops.linear import linear
+from nest_fast.ops.linear import linear, linear_gelu
 
 __all__ = ["chosen", "mlp_layer"]
 
@@ -98,8 +96,8 @@ def mlp_layer(
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
     y = x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps)
     if _layer.is_eager_on_a_gpu(given):
-        y = F.linear(y, fc1_weight)
-        y = bias_gelu(y, fc1_bias, approximate="tanh" if activation == "gelu_tanh" else "none", dtype=y.dtype)
+        dtype = _modes.autocast_dtype(y)  # of what the next matmul takes
+        y = linear_gelu(y, fc1_weight, fc1_bias, activation, dtype)
     else:
         y = linear(y, fc1_weight, fc1_bias, activation=activation)
     if branch_scale == 1.0 and not post_norm:
