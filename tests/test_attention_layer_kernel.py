@@ -1,18 +1,16 @@
 """attention_layer in Triton: in the interpreter on a CPU (conftest switches it on), compiled on a GPU."""
 
-import math
-import random
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers, in_double
+from helpers.layer_kernel_tests import *  # noqa: F403
+from helpers.layer_kernel_tests import on_device
 from helpers.layer_tests import LUCK, assert_accurate, attention_inputs
-from helpers.strides import restrided
 from nest_fast import attention_layer, reference, windows
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
 from nest_fast.testing import relative_error
@@ -23,11 +21,12 @@ triton = partial(attention_layer, impl="triton")
 
 def draw(*sizes, dtype=torch.float32, biases=True):
     """(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias), options."""
-    tensors, options = attention_inputs(*sizes, dtype=dtype)
-    tensors = [t.to(DEVICE) for t in tensors]
-    if not biases:
-        tensors[4] = tensors[6] = None
-    return tensors, options
+    return on_device(attention_inputs(*sizes, dtype=dtype), biases)
+
+
+@pytest.fixture
+def layer_of():
+    return lambda *sizes, **more: (attention_layer, *draw(*sizes, 3, **more))
 
 
 # (B, T, N, C, heads, one key head): rows in several tiles, the last one partial; widths that fill tiles, and do not.
@@ -63,16 +62,6 @@ def test_attention_layer_in_triton_attends_in_the_windows_of_an_image(biases):
     assert_accurate(attention_layer, tensors, options | {"windows": cut, "branch_scale": 0.7}, impl="triton")
 
 
-def test_attention_layer_of_rows_far_from_zero():
-    """In float32, where the mean is a thousand times the deviation; the branch so large that the sum hides nothing."""
-    tensors, options = draw(1, 2, 20, 96, 3)
-    tensors[0] += 1000.0
-    options |= {"branch_scale": 1000.0}
-    wide = in_double(tensors)
-    branch = attention_layer(*wide, **options, impl="reference") - wide[0]
-    assert relative_error(triton(*tensors, **options).double() - wide[0], branch) < 1e-6
-
-
 @settings(max_examples=10)
 @given(data=st.data())
 def test_attention_layer_of_any_shape_in_triton(data):
@@ -94,23 +83,6 @@ def test_attention_layer_of_any_shape_in_triton(data):
         assert got.dtype == dtype
         allowed = 1.25 * relative_error(plain, exact) + LUCK * torch.finfo(dtype).eps
         assert relative_error(got, exact) <= allowed
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_attention_layer_mixed_dtypes_norms_in_float32(half):
-    tensors, options = draw(1, 2, 20, 24, 3, dtype=half)
-    tensors[1:3] = (t.float() for t in tensors[1:3])
-    assert_accurate(attention_layer, tensors, options, LUCK * torch.finfo(half).eps, impl="triton")
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's on inf - inf, which is what is meant
-def test_attention_layer_keeps_special_values_where_pytorch_does_in_triton():
-    tensors, options = draw(2, 3, 5, 24, 3)
-    for value in (math.nan, math.inf, -math.inf):
-        tensors[0][1, 2, 3, 4] = value
-        out, wanted = (attention_layer(*tensors, **options, impl=impl) for impl in ("triton", "reference"))
-        assert torch.equal(out.isnan(), wanted.isnan())
-        assert out.isnan().any()
 
 
 def test_attention_layer_repeats_bit_by_bit_in_triton():
@@ -135,23 +107,6 @@ def test_attention_layer_stays_inside_its_buffers_in_triton(C, out, dtype):
     assert_stays_inside_its_buffers(everything)
 
 
-def test_attention_layer_of_any_strides_in_triton():
-    tensors, options = draw(2, 3, 5, 24, 3)
-    chance, wanted = random.Random(0), triton(*tensors, **options)
-    for _ in range(3):
-        strange = [restrided(t, chance, expandable=()) for t in tensors]
-        assert not all(t.is_contiguous() for t in strange)
-        assert torch.equal(triton(*strange, **options), wanted)
-    negated = [torch._neg_view(t) for t in tensors]
-    torch.testing.assert_close(triton(*negated, **options), triton(*(-t for t in tensors), **options))
-
-
-@pytest.mark.parametrize("sizes", [(0, 3, 5, 24, 3), (2, 3, 0, 24, 3)], ids=str)
-def test_attention_layer_of_nothing_in_triton(sizes):
-    tensors, options = draw(*sizes)
-    torch.testing.assert_close(triton(*tensors, **options), attention_layer(*tensors, **options, impl="reference"))
-
-
 # --- what PyTorch does with the operations ----------------------------------------------------------------------------
 
 
@@ -170,16 +125,6 @@ def test_attention_layer_compiles_in_one_graph_in_triton():
 
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(tensors[0]), layer(tensors[0]))
-
-
-def test_attention_layer_counts_the_flops_of_plain_pytorch_in_triton():
-    tensors, options = draw(2, 3, 5, 24, 3)
-    counted = []
-    for impl in ("triton", "reference"):
-        with FlopCounterMode(display=False) as counter:
-            attention_layer(*tensors, **options, impl=impl)
-        counted.append(counter.get_total_flops())
-    assert counted[0] == counted[1] > 0
 
 
 @pytest.mark.parametrize(
