@@ -36,7 +36,7 @@ template <class Work>
 double rate_of_threads(int64_t times, Work work) {
   using Clock = std::chrono::steady_clock;
   std::vector<double> best(torch::stable::get_num_threads());
-  parallel_for(best.size(), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, best.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t i = 0; i < times; ++i) {
         const Clock::time_point start = Clock::now();

@@ -4,14 +4,52 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
+
+#include "sizes.h"
 
 namespace nest_fast {
 
-// work(begin, end) for ranges that make up [0, count), of at least `grain` where there are so many.
+// What one thread has to do at first. It takes half of what is left of it at a time, so that others, once they are
+// through with theirs, can help: cores are not alike, and may be busy with something else.
+class alignas(64) Share {
+ public:
+  void set(int64_t begin, int64_t end) { next_ = begin, end_ = end; }
+
+  // Takes a piece of at least `grain`, or what is left; false where nothing is.
+  bool take(int64_t grain, int64_t& begin, int64_t& end) {
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= end_) return false;
+      end = std::min(begin + std::max((end_ - begin + 1) / 2, grain), end_);
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    return true;
+  }
+
+ private:
+  std::atomic<int64_t> next_;
+  int64_t end_;
+};
+
+// work(begin, end) for ranges that make up [0, count), of at least `grain` but for some that are the last of a thread.
 template <class Work>
 void parallel_for(int64_t count, Work work, int64_t grain = 1) {
-  torch::stable::parallel_for(0, count, grain, work);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(count, grain));
+  if (threads <= 1) {
+    if (count > 0) work(int64_t{0}, count);
+    return;
+  }
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) shares[i].set(count * i / threads, count * (i + 1) / threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    int64_t begin, end;
+    for (int64_t own = first; own < last; ++own)
+      for (int64_t i = 0; i < threads; ++i)
+        while (shares[(own + i) % threads].take(grain, begin, end)) work(begin, end);
+  });
 }
 
 }  // namespace nest_fast
