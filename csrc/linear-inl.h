@@ -150,17 +150,18 @@ void store_indexed(const float* c, int64_t rows, int64_t column, const Linear& p
       store_rows<T>(c + r * kNR, 1, column, p, rows_at<T>(residual, row), at(row), p.out);
 }
 
-// Tiles of rows that are computed together, so many that reading the weight is little work for them, while what lies
-// between the layers, `floats` a tile, stays in cache.
+// Tiles of rows that are computed together at most, so many that reading the weight is little work for them, while what
+// lies between the layers, `floats` a tile, stays in cache.
 inline int64_t tiles_at_once(int64_t floats) {
-  return std::clamp<int64_t>(kCache / 2 / (floats * int64_t{sizeof(float)}), 1, 8);
+  return std::clamp<int64_t>(kCache / 2 / (floats * int64_t{sizeof(float)}), 1, 16);
 }
 
-// callback(tiles, first) for row tiles [begin, end) of `rows` rows, at most `at_once` of them together, from row
-// `first` on.
+// callback(tiles, first) for row tiles [begin, end) of `rows` rows, at most `at_once` of them together and about as
+// many each time, from row `first` on.
 template <class Callback>
 void for_tiles(int64_t rows, int64_t begin, int64_t end, int64_t at_once, Callback callback) {
   const int64_t last = std::min(end * kMR, rows);
+  at_once = ceil_div(end - begin, ceil_div(end - begin, at_once));
   for (int64_t first = begin * kMR; first < last; first += at_once * kMR)
     callback(Tiles(std::min(at_once * kMR, last - first)), first);
 }

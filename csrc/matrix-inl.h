@@ -71,7 +71,8 @@ class Tile {
 
 // c[ROWS, VECS] = a[ROWS, k_steps] @ b[k_steps, VECS], or its sum with c.
 template <class Op, int ROWS, int VECS>
-inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t k_steps, bool add_c, Sums c) {
+[[gnu::always_inline]] inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t k_steps,
+                                                 bool add_c, Sums c) {
   Tile<Op, ROWS, VECS> tile;
   for (; k_steps > 0; k_steps -= kLanes, a += kPanelA) {
     const int64_t steps = std::min<int64_t>(k_steps, kLanes);

@@ -54,15 +54,19 @@ inline Vec gelu_tanh(Vec x) {
   return mul(x, (u > zero() ? one : d) / add(one, d));
 }
 
-inline Vec activate(Activation activation, Vec x) { return activation == kGelu ? gelu(x) : gelu_tanh(x); }
+template <Activation ACTIVATION>
+inline Vec activate(Vec x) {
+  return ACTIVATION == kGelu ? gelu(x) : gelu_tanh(x);
+}
 
 struct Activated {
   Vec value, slope;
 };
 
-inline Activated activate_with_slope(Activation activation, Vec x) {
+template <Activation ACTIVATION>
+inline Activated activate_with_slope(Vec x) {
   const Vec one = broadcast(1);
-  if (activation == kGelu) {  // Phi(x) + x phi(x)
+  if constexpr (ACTIVATION == kGelu) {  // Phi(x) + x phi(x)
     Vec density[] = {mul(mul(x, x), broadcast(-0.5f * 1.44269504f))};
     exp2_negative<Floats<float>>(density);
     const Vec cdf = normal_cdf(x);
@@ -77,8 +81,8 @@ inline Activated activate_with_slope(Activation activation, Vec x) {
 }
 
 // Stores activation(c + bias) as columns of the next product's A, and c + bias to rows of `hidden` if that is wanted.
-template <class Op>
-void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p, Activation activation, float* a,
+template <class Op, Activation ACTIVATION>
+void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p, float* a,
                   typename Op::Element* hidden) {
   using T = typename Op::Element;
   if (hidden) store_rows<T>(c, rows, column, p, {}, hidden, p.out);
@@ -93,7 +97,7 @@ void store_packed(const float* c, int64_t rows, int64_t column, const Linear& p,
     for (int64_t r = 0; r < rows; ++r) {
       Vec parts[Op::kVnni];
 #pragma GCC unroll 2
-      for (int j = 0; j < Op::kVnni; ++j) parts[j] = activate(activation, add(load(c + r * kNR + j * kLanes), bias[j]));
+      for (int j = 0; j < Op::kVnni; ++j) parts[j] = activate<ACTIVATION>(add(load(c + r * kNR + j * kLanes), bias[j]));
       store(a + v / width * kPanelA + r * kLanes, Op::from_floats(parts));
     }
   }
@@ -105,6 +109,7 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
   using T = typename Op::Element;
   const int64_t in_floats = k_steps_of<Op>(p.fc1.in) * kMR, hidden_floats = k_steps_of<Op>(p.fc2.in) * kMR;
   const int64_t at_once = tiles_at_once(in_floats + hidden_floats);
+  const auto store_tile = p.activation == kGelu ? store_packed<Op, kGelu> : store_packed<Op, kGeluTanh>;
   const auto [row, a, hidden] = scratch(round_up(p.fc1.in, kNR), at_once * in_floats, at_once * hidden_floats);
   for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
     const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
@@ -112,7 +117,7 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
     multiply_tiles<Op>(tiles, a, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
       T* saved = p.hidden ? static_cast<T*>(p.hidden) + (first + tiles.first(tile)) * p.fc1.out : nullptr;
       if (saved) prefetch<1>(saved + tiles.size(tile) * p.fc1.out + column, p.fc1.out, kMR, kNR);  // the next tile
-      store_packed<Op>(c, tiles.size(tile), column, p.fc1, p.activation, hidden + tile * hidden_floats, saved);
+      store_tile(c, tiles.size(tile), column, p.fc1, hidden + tile * hidden_floats, saved);
     });
     multiply_tiles<Op>(tiles, hidden, p.fc2, [&](int64_t tile, int64_t column, const float* c) {
       store_indexed<T>(c, tiles.size(tile), column, p.fc2, p.residual, p.out, nullptr, first + tiles.first(tile));
@@ -125,10 +130,9 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
 // c is the gradient of what the activation gave for these rows and columns of `hidden`. Stores the gradient of
 // `hidden`, as columns of the next product's A and packed as B, from row `offset` of the chunk on; and what the
 // activation gave, packed as B; as far as they are wanted.
-template <class Op>
-void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const typename Op::Element* hidden,
-                           Activation activation, float* a, const Chunk& chunk, int64_t offset, const PackedB& gradient,
-                           const PackedB& value) {
+template <class Op, Activation ACTIVATION>
+void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const typename Op::Element* hidden, float* a,
+                           const Chunk& chunk, int64_t offset, const PackedB& gradient, const PackedB& value) {
   constexpr int vnni = Op::kVnni, width = kLanes * vnni;
   const int64_t features = gradient.features, group = (column / kNR * k_steps_of<Op>(chunk) + offset / vnni) * kNR;
   for (int64_t r = 0; r < rows; r += vnni)
@@ -142,7 +146,7 @@ void store_hidden_gradient(const float* c, int64_t rows, int64_t column, const t
           const int64_t first = column + v + j * kLanes;
           if (r + i >= rows || first >= features) continue;
           const auto x = load_part(hidden + (r + i) * features + first, features - first);
-          const Activated y = activate_with_slope(activation, x);
+          const Activated y = activate_with_slope<ACTIVATION>(x);
           h[j][i] = y.value;
           dh[j][i] = mul(y.slope, load(c + (r + i) * kNR + v + j * kLanes));
         }
@@ -171,6 +175,8 @@ void mlp_layer_backward(const MlpLayerBackward& p, const Chunk& chunk, int64_t b
   const int64_t features = p.fc2.in, hidden_features = p.fc1.in;
   const int64_t in_floats = k_steps_of<Op>(features) * kMR, hidden_floats = k_steps_of<Op>(hidden_features) * kMR;
   const int64_t at_once = tiles_at_once(in_floats + hidden_floats);
+  const auto store_tile =
+      p.activation == kGelu ? store_hidden_gradient<Op, kGelu> : store_hidden_gradient<Op, kGeluTanh>;
   const auto [a, dhidden] = scratch(at_once * in_floats, at_once * hidden_floats);
   for_tiles(chunk.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t offset) {
     const int64_t first = chunk.first + offset;
@@ -182,8 +188,8 @@ void mlp_layer_backward(const MlpLayerBackward& p, const Chunk& chunk, int64_t b
         prefetch<0>(hidden + tiles.first(tile + 1) * hidden_features + column, hidden_features, kMR, kNR);
       else
         prefetch<0>(hidden + column + kNR, hidden_features, kMR, kNR);
-      store_hidden_gradient<Op>(c, tiles.size(tile), column, hidden + row * hidden_features, p.activation,
-                                dhidden + tile * hidden_floats, chunk, offset + row, p.fc1_weight.dout, p.fc2_weight.x);
+      store_tile(c, tiles.size(tile), column, hidden + row * hidden_features, dhidden + tile * hidden_floats, chunk,
+                 offset + row, p.fc1_weight.dout, p.fc2_weight.x);
     };
     if (p.dx || p.fc1_weight.dout.data) {
       pack_tiles<Op>(tiles, dout, p.dout_stride, features, {}, nullptr, a);
