@@ -8,7 +8,6 @@ what a compiled kernel spills and launches nothing, so they choose among their c
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import functools
 import hashlib
@@ -20,15 +19,18 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
 
 import torch
 import triton
+from kernel_sources import written
 from stub_driver import SHARED_BYTES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -159,15 +161,58 @@ def compiling(architecture: int) -> Iterator[list]:
             compiled.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel, candidate))
         return kernel
 
+    with _offline(architecture), mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+@contextlib.contextmanager
+def _offline(architecture: int) -> Iterator[None]:
     triton.runtime.driver.set_active(_OfflineDriver(architecture))
-    JITFunction.run = compile_only
     _launch.CHOSEN.clear()
     try:
-        yield compiled
+        yield
     finally:
-        JITFunction.run = run
         _launch.CHOSEN.clear()
         triton.runtime.driver._active = None
+
+
+@functools.cache
+def sources(architecture: int, case: Shipped) -> str:
+    """A digest of what the figures of a case follow from; nothing is compiled.
+
+    That is what the launchers would give the compiler with each of their candidates, what the kernels are written of,
+    how one is chosen, and how its figures are read.
+    """
+    told: list = []
+    names = {("nest_fast.kernels._launch", "launch"), *(("kernel_resources", own) for own in ("compiling", "figures"))}
+
+    def start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        names.add((kernel.fn.__module__, kernel.fn.__name__))
+        told.append((kernel.fn.__name__, _described(args), sorted(constants.items())))
+
+    def choose(table: Callable, shape: tuple, x: torch.Tensor, run: Callable) -> Any:
+        candidates = table(*shape, architecture)
+        for config in candidates:
+            told.append(config)
+            run(config, start)
+        return candidates[0]
+
+    with _offline(architecture), mock.patch.multiple(_launch, _choose=choose, _start=lambda *_, **__: None):
+        launch(case)
+    digest = hashlib.sha256(repr(told).encode())
+    for _, source in sorted(_written(frozenset(names)).items()):
+        digest.update(source.encode())
+    return digest.hexdigest()[:12]
+
+
+_written = functools.cache(written)
+
+
+def _described(x: Any) -> Any:
+    """Of tensors what the compiler may know."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, tuple(x.shape), x.stride()
+    return tuple(map(_described, x)) if isinstance(x, tuple) else x
 
 
 @contextlib.contextmanager
@@ -435,51 +480,46 @@ def broken_bars(architecture: int, case: Shipped, row: dict[str, int]) -> list[s
     return broken
 
 
-def sources() -> str:
-    """A digest of what the figures follow from, comments and docstrings aside: this file and the kernels."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in [Path(__file__), *sorted((root / "kernels").glob("*.py"))]:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list):
-                node.body = [  # type: ignore[attr-defined]
-                    line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
-                ]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the figures, what is zero left out")
     parser.add_argument("--cases", choices=CASES, default="shipped", help="which shapes; every one takes hours")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="cases in whose name, sm_90 fwd-N196-d32-bf16, this regex is")
+    parser.add_argument("--known", type=Path, help="a table; cases that it has, of these sources, are left out")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other case is begun")
     args = parser.parse_args()
-    names = {
-        name: [f"sm_{architecture} {case.name}" for architecture in ARCHITECTURES for case in CASES[name](architecture)]
-        for name in ("models", "shipped")
+    began = time.monotonic()
+    cases = {
+        name: {
+            f"sm_{architecture} {case.name}": (architecture, case, sources(architecture, case))
+            for architecture in args.architectures
+            for case in CASES[name](architecture)
+        }
+        for name in dict.fromkeys(("models", "shipped", args.cases))
     }
-    table: dict = {
-        "triton": triton.__version__, "sources": sources(), "figures": {}, "broken": {}, "cases": names,
-    }  # fmt: skip
-    for architecture in args.architectures:
-        for case in CASES[args.cases](architecture):
-            if not re.search(args.only, f"sm_{architecture} {case.name}"):
-                continue
-            with compiling(architecture) as compiled:
-                launch(case)
-            for kernel_name, kernel, candidate in compiled:
-                row = {"candidate": candidate, **figures(kernel)}
-                name = f"sm_{architecture} {case.name} {kernel_name}"
-                table["figures"][name] = {key: value for key, value in row.items() if value}
-                if broken := broken_bars(architecture, case, row):
-                    table["broken"][name] = broken
-                print(name, *(f"{k} {v}" for k, v in row.items() if v), *broken, sep="  ", flush=True)
+    known = json.loads(args.known.read_text()).get(triton.__version__, {}) if args.known else {}
+    done = {(name.rpartition(" ")[0], row["sources"]) for name, row in known.items()}
+    found: dict[str, dict] = {}
+    for where, (architecture, case, digest) in cases[args.cases].items():
+        if not re.search(args.only, where) or (where, digest) in done or time.monotonic() > began + 60 * args.minutes:
+            continue
+        with compiling(architecture) as compiled:
+            launch(case)
+        for kernel_name, kernel, candidate in compiled:
+            row: dict = {"candidate": candidate, **figures(kernel)}
+            row["broken"] = broken_bars(architecture, case, row)
+            row = {key: value for key, value in row.items() if value}
+            print(f"{where} {kernel_name}", *(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
+            found[f"{where} {kernel_name}"] = {**row, "sources": digest}
     if args.json:
+        table = {
+            "triton": triton.__version__,
+            "figures": found,
+            "cases": {name: {case: digest for case, (*_, digest) in rows.items()} for name, rows in cases.items()},
+        }
         args.json.write_text(json.dumps(table, indent=1) + "\n")
-    return len(table["broken"])
+    return sum("broken" in row for row in found.values())
 
 
 if __name__ == "__main__":

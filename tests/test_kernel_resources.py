@@ -1,17 +1,18 @@
 """What the kernels are launched with, compiled without a GPU for every architecture and with every Triton supported.
 
-``python tests/test_kernel_resources.py --update`` compiles again and writes what came out to kernel_resources.json: the
-commit that changes a kernel then shows what the change costs. The table has, for each Triton, the sources that its
-figures are of; where they are these, a few kernels of every kind are compiled to see that they are true, and where not,
-all. For the others of TRITONS: ``PYTHONPATH=<folder with that triton> python tests/test_kernel_resources.py --update``.
-``--only REGEX`` updates a part, and the table is of these sources when all parts are.
+``python tests/test_kernel_resources.py --update`` compiles what changed and writes what came out to
+kernel_resources.json: the commit that changes a kernel then shows what the change costs. Each of its rows has a digest
+of the sources that it is of, for each Triton; a few kernels of every kind are compiled to see that the figures are
+true. For the others of TRITONS: ``PYTHONPATH=<its folder> python tests/test_kernel_resources.py --update``. With
+``--only REGEX`` it updates a part, with ``--minutes M`` what can be begun in so many; called again it goes on.
 """
 
 import argparse
+import ast
 import functools
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,13 @@ from pathlib import Path
 import pytest
 import triton
 
+from helpers.common import ROOT
+
 # Of several processes that run tests one does all of these: compiling takes its time.
 pytestmark = pytest.mark.xdist_group("kernel_resources")
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
-SCRIPT = Path(__file__).parents[1] / "scripts" / "kernel_resources.py"
+SCRIPT = ROOT / "scripts" / "kernel_resources.py"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # The first has the figures of every shape, others those of the models'.
 TRITONS = ("3.7.1", "3.8.0")
@@ -43,7 +46,8 @@ SAMPLE = "|".join(
 
 
 @functools.cache
-def table() -> dict:
+def table() -> dict[str, dict[str, dict]]:
+    """Of each Triton the rows: "sm_90 fwd-N196-d32-bf16 block_attention_fwd" and its figures."""
     return json.loads(TABLE.read_text())
 
 
@@ -63,38 +67,86 @@ def sample() -> dict:
     return script("--only", SAMPLE)
 
 
+def which(version: str) -> str:
+    """Of which cases there are figures of a Triton."""
+    return "shipped" if version == TRITONS[0] else "models"
+
+
+def stale(rows: dict[str, dict], cases: dict[str, str]) -> list[str]:
+    """The cases whose rows are missing, of other sources, or of a case that there is no more."""
+    known = {case_of(name): row["sources"] for name, row in rows.items()}
+    return sorted(case for case in {*known, *cases} if known.get(case) != cases.get(case))
+
+
+def case_of(name: str) -> str:
+    return name.rpartition(" ")[0]
+
+
 @functools.cache
-def current() -> dict:
-    """The figures of this Triton: the table's where it is of these kernels, otherwise all of them compiled."""
-    known = table().get(triton.__version__, {})
-    return known if known.get("sources") == sample()["sources"] else script()
+def current() -> dict[str, dict]:
+    """The rows of this Triton: the table's, or where it has none, of all kernels compiled now."""
+    known = table().get(triton.__version__)
+    return script()["figures"] if known is None else known
 
 
 def figures(architecture: int, case: str) -> dict:
-    return {"HGMMA": 0, **current()["figures"][f"sm_{architecture} {case}"]}
+    return {"HGMMA": 0, **current()[f"sm_{architecture} {case}"]}
 
 
 def test_no_configuration_spills_or_overflows_or_leaves_the_matrix_units():
     """Of the candidates at least one does not, on any architecture and with any Triton."""
-    assert current()["broken"] == sample()["broken"] == {}
+    for rows in (current(), sample()["figures"], *(table()[version] for version in TRITONS)):
+        assert {name: row["broken"] for name, row in rows.items() if "broken" in row} == {}
+        assert not any(row.get("spill_bytes", 0) for row in rows.values())
     for version in TRITONS:
-        known = table()[version]
-        assert {name.split()[0] for name in known["figures"]} == {f"sm_{number}" for number in ARCHITECTURES}
-        assert known["broken"] == {}, version
-        assert not any(row.get("spill_bytes", 0) for row in known["figures"].values()), version
+        assert {name.split()[0] for name in table()[version]} == {f"sm_{number}" for number in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("version", TRITONS)
 def test_the_table_is_of_these_sources_and_complete(version):
-    assert table()[version]["sources"] == sample()["sources"], f"python {Path(__file__).name} --update"
-    listed = sample()["cases"]["shipped" if version == TRITONS[0] else "models"]
-    assert {name.rsplit(" ", 1)[0] for name in table()[version]["figures"]} == set(listed)
+    assert stale(table()[version], sample()["cases"][which(version)]) == [], f"python {Path(__file__).name} --update"
+
+
+def test_a_change_makes_the_figures_stale_of_the_kernels_that_reach_it(tmp_path, monkeypatch):
+    """Of others it does not; a comment, a docstring or a launcher's line is nobody's."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import kernel_sources
+
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    names = [
+        (f"nest_fast.kernels.{path.stem}", node.name)
+        for path in (tmp_path / "kernels").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+
+    def changed(file, *replacements):
+        path = tmp_path / "kernels" / file
+        before, text = {name: kernel_sources.written([name], tmp_path) for name in names}, path.read_text()
+        for old, new in replacements:
+            assert text.count(old) == 1
+            path.write_text(path.read_text().replace(old, new))
+        kernel_sources.read.cache_clear()
+        found = {name[1] for name in names if kernel_sources.written([name], tmp_path) != before[name]}
+        path.write_text(text)
+        kernel_sources.read.cache_clear()
+        return found
+
+    nothing = ("    # The mean of a row", "    # That of a row"), ("``(x - mean) * rstd`` of rows x", "Rows x")
+    assert changed("_primitives.py", *nothing) == set()
+    assert changed("_primitives.py", ("start, cut = 0, []", "start, cut = 0, [][:]")) == set()
+    normalising = {"_add_layer_norm_fwd_kernel", "_layer_norm_mean_fwd_kernel"}
+    assert changed("_primitives.py", ("1) / C + eps)", "1) / C + 2.0 * eps)")) == normalising
+    attention = {name for module, name in names if "attention" in module and "layer" not in module}
+    assert len(attention) == 6
+    assert changed("_windows.py", ("return y * W + x,", "return x + y * W,")) == attention
+    assert changed("_attention.py", ("LARGE: tl.constexpr = 1e30", "LARGE: tl.constexpr = 1e31")) == attention
 
 
 def test_figures_are_those_of_the_checked_in_table():
     if triton.__version__ not in table():
         pytest.skip(f"the table is of triton {', '.join(table())}, this is {triton.__version__}")
-    known = table()[triton.__version__]["figures"]
+    known = table()[triton.__version__]
     changed = {name: (known[name], row) for name, row in sample()["figures"].items() if known.get(name, row) != row}
     assert not changed, f"if meant, python {Path(__file__).name} --update"
 
@@ -103,9 +155,9 @@ def test_the_sample_has_every_kernel():
     def kernels(names):
         return {name.split()[-1] for name in names}
 
-    known = table()[TRITONS[0]]["figures"]
-    streamed = {name for name in kernels(known) if name.endswith(("_stream", "_dbias"))}
-    assert kernels(sample()["figures"]) - streamed == kernels(known) - streamed
+    known = kernels(table()[TRITONS[0]])
+    streamed = {name for name in known if name.endswith(("_stream", "_dbias"))}
+    assert kernels(sample()["figures"]) - streamed == known - streamed
 
 
 @pytest.mark.parametrize(
@@ -173,43 +225,37 @@ def test_fused_aggregation_wastes_little_matrix_work(channels, edge):
             assert computed <= 1.35 * 256 * edge**2, (operands, walk)
 
 
-def update(found: dict, only: str) -> None:
-    """Write what was found with this Triton; with ``only``, beside what is known of these sources."""
-    del found["cases"]
-    known = table().get(found["triton"], {})
-    if only and known.get("sources") == found["sources"]:
-        for part in ("figures", "broken"):
-            kept = {name: row for name, row in known[part].items() if not re.search(only, name.rsplit(" ", 1)[0])}
-            found[part] = {**kept, **found[part]}
-    written = {**table(), found.pop("triton"): found}
-    TABLE.write_text(_lines(written) + "\n")
+def update(found: dict) -> list[str]:
+    """Write what was found with this Triton, beside what is known of these cases; returns those that are left."""
+    version, rows = found["triton"], found["figures"]
+    cases, compiled = found["cases"][which(version)], {case_of(name) for name in rows}
+    known = table().get(version, {})
+    kept = {name: row for name, row in known.items() if case_of(name) in cases and case_of(name) not in compiled}
+    TABLE.write_text(_lines({**table(), version: {**kept, **rows}}) + "\n")
+    return stale({**kept, **rows}, cases)
 
 
 def _lines(written: dict) -> str:
     """JSON with a line for each kernel, in the order of their names."""
-
-    def rows(part: dict) -> str:
-        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(part[name])}" for name in sorted(part))
-        return f"{{\n{lines}\n  }}" if part else "{}"
-
-    blocks = [
-        f' "{version}": {{\n  "sources": "{known["sources"]}",\n  "figures": {rows(known["figures"])},\n'
-        f'  "broken": {rows(known["broken"])}\n }}'
-        for version, known in sorted(written.items())
-    ]
-    return "{\n" + ",\n".join(blocks) + "\n}"
+    tables = []
+    for version, rows in sorted(written.items()):
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
+        tables.append(f' "{version}": {{\n{lines}\n }}')
+    return "{\n" + ",\n".join(tables) + "\n}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write what is compiled now to kernel_resources.json")
     parser.add_argument("--only", default="", help="cases in whose name, sm_90 fwd-N196-d32-bf16, this regex is")
+    parser.add_argument("--minutes", default="inf", help="after which no other case is begun")
     args = parser.parse_args()
     if args.update:
-        found = script("--only", args.only, "--cases", "shipped" if triton.__version__ == TRITONS[0] else "models")
-        count, broken = len(found["figures"]), found["broken"]
-        update(found, args.only)
-        print(f"{count} kernels of triton {triton.__version__} written to {TABLE}", *broken.items(), sep="\n")
+        limits = "--only", args.only, "--minutes", args.minutes
+        found = script("--cases", which(triton.__version__), "--known", str(TABLE), *limits)
+        left, rows = update(found), found["figures"]
+        print(f"{len(rows)} kernels of triton {triton.__version__} written to {TABLE}, {len(left)} cases left")
+        print(*(f"{name}  {row['broken']}" for name, row in rows.items() if "broken" in row), sep="\n")
 
 
 if __name__ == "__main__":
