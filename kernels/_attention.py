@@ -17,6 +17,7 @@ from nest_fast.kernels._windows import pads, regions, rows
 __all__ = [
     "Spec", "exp_scores", "load_keys", "load_lse", "load_queries", "load_vector", "online_softmax_update",
     "program_index", "row_dot", "scores", "softmax_weights", "store_attention", "store_keys", "store_queries",
+    "with_length",
 ]  # fmt: skip
 
 
@@ -136,6 +137,15 @@ def store_queries(x, index, m, value, SPEC: tl.constexpr):
 def store_keys(x, index, n, value, SPEC: tl.constexpr):
     pointers, exists = _pointers(x, index, n, SPEC, 1)
     tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def with_length(x, length):
+    """Rows x [rows, HEAD_DIM] of this length, in x's dtype; rows of zeros stay."""
+    wide = x.to(tl.float32)
+    # An exact root or quotient takes registers that keys on chip want.
+    factor = length * tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), 1e-24))
+    return round_to(wide * factor[:, None], x.dtype)
 
 
 @triton.jit

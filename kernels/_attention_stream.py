@@ -23,6 +23,7 @@ from nest_fast.kernels._attention import (
     store_attention,
     store_keys,
     store_queries,
+    with_length,
 )
 from nest_fast.kernels._primitives import dot, round_to
 
@@ -39,7 +40,7 @@ def block_attention_fwd_stream_kernel(
     out,  # View
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
-    scale,
+    scale,  # a number; of cosines, when that is 1, one for each head (heads,), or None
     blocks,  # T; sequences of a block; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,12 +55,18 @@ def block_attention_fwd_stream_kernel(
     sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
+    scale, lengths = scale
+    if lengths is not None:
+        query = with_length(query, tl.load(lengths + index[2]).to(tl.float32))
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for start in range(0, SPEC.N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        s, factor = scores(query, load_keys(k, index, n, SPEC), index, m, n, addends, scale, SPEC)
+        key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
+        if lengths is not None:
+            key = with_length(key, 1.0)
+        s, factor = scores(query, key, index, m, n, addends, scale, SPEC)
         p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype, SPEC)
         acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.TF32)
     store_attention(out, lse_ptr, sequence, index, m, acc, row_max, row_sum, SPEC)

@@ -32,6 +32,7 @@ from nest_fast.kernels._attention import (
     store_attention,
     store_keys,
     store_queries,
+    with_length,
 )
 from nest_fast.kernels._attention_operands import addends, dense, kinds, operands, problem, sum_pads, view
 from nest_fast.kernels._attention_stream import (
@@ -57,7 +58,10 @@ def _attend(
 ):  # fmt: skip
     """out and lse of BLOCK_M queries from start on, over keys and values that are on chip: all scores at once."""
     m = start + tl.arange(0, BLOCK_M)
+    scale, lengths = scale
     query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
+    if lengths is not None:
+        query = with_length(query, tl.load(lengths + index[2]).to(tl.float32))
     all_scores = ()
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for i in tl.static_range(len(KEY_PIECES)):
@@ -85,7 +89,7 @@ def _block_attention_fwd_kernel(
     out,  # View
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
-    scale,
+    scale,  # a number; of cosines, when that is 1, one for each head (heads,), or None
     blocks,  # T; programs for a block, of HEADS heads each; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     KEY_PIECES: tl.constexpr,  # (start, size) of each
@@ -101,7 +105,10 @@ def _block_attention_fwd_kernel(
     values = ()
     for i in tl.static_range(len(KEY_PIECES)):
         n = piece(KEY_PIECES, i)
-        keys += (load_keys(k, index, n, SPEC),)  # [size, HEAD_DIM]
+        key = load_keys(k, index, n, SPEC)  # [size, HEAD_DIM]
+        if scale[1] is not None:
+            key = with_length(key, 1.0)
+        keys += (key,)
         values += (load_keys(v, index, n, SPEC),)
     # The short tile goes first: after the loop, its copy of keys and values would have to live through it.
     if M_TILES[1]:
@@ -256,6 +263,7 @@ def block_attention_fwd(
     scale: float,
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
+    scales: Tensor | None = None,
     windows: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head. Checks nothing.
@@ -271,6 +279,7 @@ def block_attention_fwd(
         scale: factor of ``q @ k^T``.
         pad_k, pad_v: ``(1 or pads, heads or 1, head_dim)``, what k and v are where windows reach beyond the image, row
             by row of the padded image, or for all of it; zeros if None.
+        scales: ``(heads,)``, factors of the cosines of q and k; ``scale`` is 1 then, and there is no backward.
         windows: the numbers of ``nest_fast.windows``; none, or all of them 0, for blocks. Windows that are shifted have
             Swin's mask where ``mask`` is None.
 
@@ -279,14 +288,15 @@ def block_attention_fwd(
         logarithm of the softmax denominators, or with a bias or mask ``(B, T, heads, N, 2)``, a row's largest score in
         the kernel's unit (inf where there is no key) and the logarithm of its sum beside that.
     """
-    given = problem(q, k, bias, mask, scale, windows)
+    # Of cosines a program has one head, and its scale.
+    given = problem(q, k if scales is None else k.expand_as(q), bias, mask, scale, windows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(given.lse, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     spec, programs, added = given.spec, given.programs, addends(bias, mask)
     qkv = operands(given, q, k, v, pad_k, pad_v)
-    args = (qkv, view(out), lse, added, scale, given.blocks)
+    args = (qkv, view(out), lse, added, (scale, None if scales is None else scales.contiguous()), given.blocks)
 
     def run(config, start):
         if config.resident == "keys":
@@ -301,7 +311,8 @@ def block_attention_fwd(
                 SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
             )  # fmt: skip
 
-    launch(_configs.attention, ("fwd", spec, q.dtype, *kinds(added, qkv[1])), q, run)
+    shape = ("fwd", spec, q.dtype, *kinds(added, qkv[1]), *(() if scales is None else ("cosine",)))
+    launch(_configs.attention, shape, q, run)
     return out, lse
 
 

@@ -134,8 +134,12 @@ def _block_attention_triton(
     scale: float,
     pad_k: Tensor | None,
     pad_v: Tensor | None,
+    scales: Tensor | None,
     numbers: list[int],
 ) -> tuple[Tensor, ...]:
+    if scales is not None:
+        q, k = reference.with_length(q, scales.unsqueeze(-1)), reference.with_length(k)
+        pad_k = None if pad_k is None else reference.with_length(pad_k)
     windows = reference.Windows.of_numbers(numbers)
     if windows is not None:
         images = (q, None), (k, pad_k), (v, pad_v)
@@ -166,7 +170,7 @@ def _attention_layer(
     qkv = F.linear(y, qkv_weight, qkv_bias)
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, C // heads)).split((heads, kv_heads, kv_heads), 3)
     if scales is not None:
-        q, k, scale = F.normalize(q, dim=-1) * scales.unsqueeze(-1).to(q.dtype), F.normalize(k, dim=-1), 1.0
+        q, k, scale = reference.with_length(q, scales.unsqueeze(-1)), reference.with_length(k), 1.0
     groups = 1 if mask is None else mask.shape[0]
     q, k, v = (x.reshape(-1, groups, *x.shape[2:]) for x in (q, k, v))
     out, lse = _block_attention(q, k, v, bias, mask, scale)

@@ -35,6 +35,7 @@ __all__ = [
     "window_mask",
     "window_rows",
     "window_tokens",
+    "with_length",
 ]
 
 
@@ -191,7 +192,8 @@ def block_attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    cosine: bool = False,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     windows: Windows | None = None,
@@ -207,12 +209,16 @@ def block_attention(
     PyTorch's promotion gives, the result ``(B, T, N, heads, head_dim)`` in that of ``q``. A row whose keys are all
     masked, by false or by -inf, gives zeros and has no gradient, as in ``F.scaled_dot_product_attention``. Finite
     numbers, however negative, take no key away: where all keys of a row have one so large that the scores are rounded
-    away beside it, the row gives the mean of its values.
+    away beside it, the row gives the mean of its values. With ``cosine`` q and k have length 1 and ``scale`` is
+    ``(heads,)``.
 
     With ``windows``, ``q``, ``k``, ``v`` and the result are images ``(B, H * W, heads, head_dim)`` and the blocks are
     these windows; k and v of padding are ``pad_k`` and ``pad_v`` ``(1 or pads, heads, head_dim)``, as
     :func:`into_windows` takes them. Where windows are shifted and there is no ``mask``, it is :func:`window_mask`.
     """
+    if cosine:
+        q, k, scale = with_length(q, scale.unsqueeze(-1)), with_length(k), 1.0  # type: ignore[union-attr]
+        pad_k = None if pad_k is None else with_length(pad_k)
     if windows is not None:
         q, k, v = (into_windows(x, windows, pad) for x, pad in ((q, None), (k, pad_k), (v, pad_v)))
         if any(windows.shift) and mask is None:
@@ -229,6 +235,11 @@ def block_attention(
         scores = scores.masked_fill(~groups, -math.inf) if mask.dtype == torch.bool else scores + groups
     weights = scores.softmax(-1) if bias is None and mask is None else _masked_softmax(scores)
     return (F.dropout(weights, dropout_p).to(v.dtype) @ v).transpose(2, 3)
+
+
+def with_length(x: Tensor, length: Tensor | float = 1.0) -> Tensor:
+    """``x`` with vectors of this length in its last dimension, in its dtype."""
+    return (F.normalize(x, dim=-1) * length).to(x.dtype)
 
 
 def _masked_softmax(scores: Tensor) -> Tensor:
@@ -324,11 +335,9 @@ def attention_layer(
     y = y if windows is None else into_windows(y, windows)
     packed = F.linear(y, qkv_weight, qkv_bias)
     q, k, v = packed.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split((num_heads, kv_heads, kv_heads), 3)
-    if cosine:
-        q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0  # type: ignore
     if windows is not None and any(windows.shift) and mask is None:
         mask = window_mask(windows, q.device, q.dtype)
-    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask).flatten(-2)  # type: ignore[arg-type]
+    y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask).flatten(-2)
     y = F.linear(y, proj_weight, proj_bias)
     y = y if windows is None else from_windows(y, windows)
     return x + branch_scale * (F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y)

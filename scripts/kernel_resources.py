@@ -63,11 +63,12 @@ class Case(NamedTuple):
     biased: bool = False  # bias and mask
     blocks: int = 16
     cut: str = ""  # blocks are square windows of an image: "windows", or "padded" ones; biased ones are shifted
+    cosine: bool = False
 
     @property
     def name(self) -> str:
         heads = f"-h{self.heads}-mq" if self.kv_heads < self.heads else ""
-        kinds = f"{'-biased' if self.biased else ''}{self.cut and '-' + self.cut}"
+        kinds = f"{'-biased' if self.biased else ''}{self.cut and '-' + self.cut}{'-cosine' * self.cosine}"
         return f"{self.kind}-N{self.N}-d{self.head_dim}{heads}-{self.dtype}{kinds}"
 
 
@@ -281,7 +282,8 @@ def _launch_attention(case: Case) -> None:
     bias = empty(heads, N, N) if case.biased else None
     mask = empty(T, N, N, dtype=torch.bool) if case.biased and not windows else None
     if case.kind == "fwd":
-        block_attention_fwd(q, k, v, bias, mask, 0.125, *pads, windows)
+        by_cosines = (1.0, *pads, empty(heads)) if case.cosine else (0.125, *pads, None)
+        block_attention_fwd(q, k, v, bias, mask, *by_cosines, windows)
     else:
         out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
         kept = out, q, k, v, out, lse, bias, mask, 0.125
@@ -395,6 +397,7 @@ CUTS = [
     *(Case(kind, 196, 92, "bf16", cut="padded") for kind in ("fwd", "bwd")),
     *(Case(kind, 197, 64, "bf16") for kind in ("fwd", "bwd")),
 ]
+COSINES = [Case("fwd", N, 32, "bf16", biased=True, cut="windows", cosine=True) for N in (64, 256)]
 _WIDTHS = ((96, 192, 4), (128, 256, 4), (192, 384, 2), (256, 512, 2))  # C, C', edge of the grid of blocks
 _LAUNCHES = (("fwd", "bf16"), ("train", "bf16"), ("train", "tf32"), ("train", "fp32"), ("norm-pool", "bf16"))
 AGGREGATIONS = [
@@ -428,7 +431,7 @@ def models(architecture: int) -> list[Shipped]:
     """What the models launch in half precision, and window models with bias and mask."""
     aggregations = [case for case in AGGREGATIONS if case.dtype == "bf16"]
     sub_layers = [case for case in SUB_LAYERS if case.dtype == "bf16"]
-    cuts = [case for case in CUTS if case.cut == "padded" or case.N == 256]
+    cuts = [*(case for case in CUTS if case.cut == "padded" or case.N == 256), *COSINES]
     if architecture < 80:  # without matrix instructions that Triton knows
         return [*(case for case in aggregations if case.kind == "norm-pool"), *PASSES]
     if architecture in (86, 89):  # as sm_80 but for ptxas and the shared memory: what takes most of both

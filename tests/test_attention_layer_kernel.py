@@ -54,6 +54,17 @@ def test_attention_layer_in_triton_adds_a_bias_and_a_mask():
     assert_accurate(attention_layer, tensors, options | more | {"scale": 0.3}, impl="triton")
 
 
+def test_attention_layer_in_triton_attends_by_cosines():
+    tensors, options = draw(2, 3, 9, 32, 2, dtype=torch.float16)
+    tensors.append(1 + 4 * torch.rand(2, device=DEVICE).half())
+
+    def layer(*tensors, **options):
+        *tensors, scale = tensors
+        return attention_layer(*tensors, scale=scale, cosine=True, **options)
+
+    assert_accurate(layer, tensors, options, impl="triton")
+
+
 @pytest.mark.parametrize("biases", [True, False], ids=["padding is a bias", "padding is zeros"])
 def test_attention_layer_in_triton_attends_in_the_windows_of_an_image(biases):
     tensors, options = draw(2, 1, 42, 32, 2, dtype=torch.float16, biases=biases)
@@ -135,7 +146,6 @@ def test_attention_layer_compiles_in_one_graph_in_triton():
         ({"N": 257}, "N = 257 tokens are over 256"),
         ({"C": 200, "heads": 1}, "head_dim 200 is over 128"),
         ({"post_norm": True}, "the LayerNorm comes last"),
-        ({"cosine": True}, "it attends by cosines"),
         ({"gradients": True}, "gradients are wanted, and it keeps nothing for them"),
         ({"autocast": True}, "autocast is on"),
     ],
@@ -148,8 +158,6 @@ def test_attention_layer_an_explicit_choice_never_falls_back_in_triton(change, w
     tensors, options = draw(*sizes, dtype=change.pop("dtype", torch.float32))
     tensors[3].requires_grad_(change.pop("gradients", False))
     autocast = change.pop("autocast", False)
-    if "cosine" in change:
-        options["scale"] = torch.ones(heads, device=DEVICE)
     with (
         torch.autocast(DEVICE, torch.bfloat16, enabled=autocast),
         pytest.raises(RuntimeError, match=f"^impl: 'triton' cannot run attention_layer here: {why}$"),

@@ -152,7 +152,7 @@ def test_opcheck(impl):
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs(T=2, kv_heads=kv_heads))
-        windows = () if impl == "cpp" else (None, None, [])
+        windows = () if impl == "cpp" else (None, None, None, [])
         torch.library.opcheck(op, (q, k, v, None, None, 0.25, *windows))
         if impl == "cpp":
             bias, mask = torch.randn(2, 16, 16).requires_grad_(), torch.randn(2, 16, 16)

@@ -113,10 +113,11 @@ def decomposition_cases():
         bias = None if mask is None else r(2, 5, 5)
         if mask is None or mask.dtype != torch.bool:
             yield OPS.block_attention_cpp_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
-        yield OPS.block_attention_triton_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3, None, None, [])
+        yield OPS.block_attention_triton_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3, None, None, None, [])
     windows = [5, 6, 3, 2, 1, 1, 0, 0]
     for bias, pads in ((r(2, 6, 6), r(2, 6, 2, 16)), (None, (None, None))):
-        yield OPS.block_attention_triton_fwd, (*r(3, 2, 1, 30, 2, 16), bias, None, 0.3, *pads, windows)
+        yield OPS.block_attention_triton_fwd, (*r(3, 2, 1, 30, 2, 16), bias, None, 0.3, *pads, None, windows)
+        yield OPS.block_attention_triton_fwd, (*r(3, 2, 1, 30, 2, 16), bias, None, 1.0, *pads, r(2).abs(), windows)
     for training in (False, True):
         yield OPS.attention_layer_cpp, (*layer, r(8, 8), None, None, None, None, [], 5, 2, 1, 0.4, 0.7, training)
         for windows in ([], [5, 6, 3, 2, 1, 1, 1, 0]):

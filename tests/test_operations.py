@@ -48,6 +48,11 @@ TABLE = {
         (*((1, 2, 5, HEADS, 8),) * 3, (HEADS, 5, 5)),
         ("sdpa", "cpp", "triton"),
     ),
+    "block_attention, cosines": (
+        lambda q, k, v, scale, **kwargs: nest_fast.block_attention(q, k, v, scale=scale, cosine=True, **kwargs),
+        (*((1, 2, 5, HEADS, 8),) * 3, (HEADS,)),
+        ("triton",),
+    ),
     "block_attention, mask": (
         lambda q, k, v, mask, **kwargs: nest_fast.block_attention(q, k, v, mask=mask, **kwargs),
         (*((1, 2, 5, HEADS, 8),) * 3, (2, 5, 5)),
@@ -178,7 +183,7 @@ def test_a_sums_gradient(name, impl):
 ALONE = (
     "attention_layer, windows",
     *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
-    *("linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
+    *("block_attention, cosines", "linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
     *("blockify", "unblockify", "patchify"),
 )
 

@@ -13,6 +13,7 @@ from helpers import twins
 from helpers.common import in_double
 from helpers.layer_tests import mlp_inputs
 from helpers.pretend_gpu import pretend_gpu
+from nest_fast import reference
 from nest_fast.ops import _tuned, _windows
 from nest_fast.testing import import_timm, relative_error
 
@@ -261,6 +262,13 @@ def swin(**options):
     return varied(timm_models.swin_transformer.SwinTransformer(**sizes, num_classes=7, **options))
 
 
+def swin_v2(**options):
+    """Attention by cosines, and LayerNorms that come last: 8 x 8 tokens in windows of 4 x 4, shifted, then 4 x 4."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 16, "patch_size": 2, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}
+    return varied(timm_models.swin_transformer_v2.SwinTransformerV2(**sizes, num_classes=7, **options))
+
+
 def varied(model):
     """None of its parameters is zero or one."""
     with torch.no_grad():
@@ -277,6 +285,20 @@ def test_swin_attends_in_its_image_without_a_copy(dtype, mode):
         return swin(drop_path_rate=0.0).to(dtype).train(mode == "train")
 
     assert_computes_what_timm_does(model, torch.randn(2, 3, 20, 20, dtype=dtype), {"block_attention_triton": 3})
+
+
+def test_swins_second_version_has_its_cosines_in_the_kernel():
+    """Without gradients."""
+    fast, plain, double = swin_v2().half().eval(), swin_v2().half().eval(), swin_v2().double().eval()
+    nest_fast.accelerate(fast)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float16)
+    computed = mock.patch.object(reference, "with_length", side_effect=AssertionError("q and k are written again"))
+    with pretend_gpu() as calls, torch.no_grad(), computed:
+        out = fast(x)
+    assert Counter(name for name, _ in calls)["block_attention_triton_fwd"] == 3
+    with torch.no_grad():
+        allowed = relative_error(plain(x), double(x.double()))
+        assert relative_error(out, double(x.double())) <= 2 * allowed + torch.finfo(x.dtype).eps
 
 
 def sam():

@@ -410,24 +410,27 @@ def images(size, window, shift, options, heads, kv_heads, head_dim, dtype, each_
 
 
 def attended(tensors, dout, cut, impl, **options):
-    """The output, and the gradient of every tensor that is there."""
-    names = [name for name, x in zip(("q", "k", "v", "bias", "pad_k", "pad_v"), tensors, strict=True) if x is not None]
+    """The output and, of its gradient ``dout`` if there is one, that of every tensor that is there."""
+    every = "q", "k", "v", "bias", "pad_k", "pad_v", "scale"
+    names = [name for name, x in zip(every, tensors, strict=False) if x is not None]
 
     def call(*given):
         return block_attention(**dict(zip(names, given, strict=True)), windows=cut, impl=impl, **options)
 
     given = [x for x in tensors if x is not None]
+    if dout is None:
+        return {"out": call(*given)}
     return dict(zip(("out", *names), gradients(call, given, dout), strict=True))
 
 
 def assert_attends(tensors, dout, cut, slack=4, **options):
     """Each L2 error at most 1.25 of plain PyTorch's in the same dtype, and some roundings, since the sums are short."""
     ours, plain = (attended(tensors, dout, cut, impl, **options) for impl in ("triton", "reference"))
-    golden = attended(in_double(tensors), dout.double(), cut, "reference", **options)
+    golden = attended(in_double(tensors), None if dout is None else dout.double(), cut, "reference", **options)
     for name, exact in golden.items():
         error, allowed = (relative_error(found[name], exact) for found in (ours, plain))
-        assert ours[name].dtype == dout.dtype, name
-        bound = 1.25 * allowed + slack * torch.finfo(dout.dtype).eps
+        assert ours[name].dtype == tensors[0].dtype, name
+        bound = 1.25 * allowed + slack * torch.finfo(tensors[0].dtype).eps
         assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch's {allowed:.3e}"
 
 
@@ -436,6 +439,15 @@ def test_triton_attends_where_the_tokens_are(name):
     """Values and every gradient, that of padding among them."""
     tensors, dout, cut = images(*IMAGES[name], each_pad=name in ("sam", "one window"), B=1 if name == "sam" else 2)
     assert_attends(tensors, dout, cut)
+
+
+@pytest.mark.parametrize("name", ["shifted", "padded last", "one window"])
+def test_triton_attends_by_cosines(name):
+    """In the kernel without gradients, from normalised q and k with them; padding is normalised too."""
+    tensors, dout, cut = images(*IMAGES[name], each_pad=name == "one window")
+    tensors.append(1 + 4 * torch.rand(tensors[0].shape[2]).to(dout.dtype))
+    for douts in (dout, None):
+        assert_attends(tensors, douts, cut, cosine=True)
 
 
 def test_triton_takes_a_mask_in_the_place_of_swins():
@@ -470,7 +482,7 @@ def test_triton_in_windows_stays_inside_its_buffers():
         def everything(copy, tensors=tensors, dout=dout, numbers=numbers):
             q, k, v, bias, pad_k, pad_v = (copy(x) for x in tensors)
             q, k, v, d = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), copy(dout).unsqueeze(1)
-            out, lse = block_attention_fwd(q, k, v, bias, None, 0.25, pad_k, pad_v, numbers)
+            out, lse = block_attention_fwd(q, k, v, bias, None, 0.25, pad_k, pad_v, None, numbers)
             kept = q, k, v, out, lse, bias, None, 0.25, True
             return out, lse, *block_attention_bwd(d, *kept, pad_k, pad_v, numbers, True)
 
@@ -481,10 +493,14 @@ def test_triton_in_windows_is_what_opcheck_expects():
     forward, backward = (getattr(OPS, f"block_attention_triton_{end}").default for end in ("fwd", "bwd"))
     (q, k, v, bias, pad_k, pad_v), dout, cut = images(*IMAGES["small"], B=1)
     q, k, v, dout = (x.unsqueeze(1) for x in (q, k, v, dout))
-    rest = pad_k.requires_grad_(), pad_v, cut.to_numbers(cut)
-    torch.library.opcheck(forward, (q, k.requires_grad_(), v, bias.requires_grad_(), None, 0.25, *rest))
+    pads, numbers = (pad_k.requires_grad_(), pad_v), cut.to_numbers(cut)
+    given = q, k.requires_grad_(), v, bias.requires_grad_(), None, 0.25, *pads, None, numbers
+    torch.library.opcheck(forward, given)
+    by_cosines = (*_detached(*given[:5]), 1.0, *_detached(*pads), torch.rand(1), numbers)
+    torch.library.opcheck(forward, by_cosines, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
-        kept = q, k, v, *forward(q, k, v, bias, None, 0.25, *rest), bias, None, 0.25
+        kept = q, k, v, *forward(*given), bias, None, 0.25
+    rest = *pads, numbers
     for needed in (True, False):
         torch.library.opcheck(backward, tuple(_detached(dout, *kept, needed, *rest, needed)))
 
@@ -512,6 +528,8 @@ def test_others_take_windows_from_the_image_and_put_them_back(impl):
         ({"pad_k": torch.zeros(2, 1, 8)}, r"pad_k: expected shape \(1 or 19, 1, 8\) as k has, got \(2, 1, 8\)"),
         ({"pad_k": torch.zeros(1, 1, 8).double()}, "pad_k: expected dtype torch.float32 as k has, got torch.float64"),
         ({"bias": torch.zeros(1, 9, 9)}, r"bias: expected shape \(1, 49, 49\) \(heads, N, N\), got \(1, 9, 9\)"),
+        ({"cosine": True, "scale": 0.5}, r"scale: expected a tensor \(heads,\), got float"),
+        ({"cosine": True, "scale": torch.ones(3)}, r"scale: expected shape \(1,\) \(heads,\), got \(3,\)"),
     ],
 )
 def test_block_attention_in_windows_refuses_bad_arguments(change, message):

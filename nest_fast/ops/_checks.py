@@ -179,6 +179,16 @@ def added_to_scores(
         device("mask", mask, other_name, other)
 
 
+def scale(value: object, cosine: bool, heads: int, other_name: str, other: Tensor) -> None:
+    """The factor of an attention's scores: a number or None, or of cosines a tensor with one for each head."""
+    if cosine:
+        factors = is_tensor("scale", value, "(heads,)")
+        shape("scale", factors, (heads,), "(heads,)")
+        alike("scale", factors, other_name, other)
+    else:
+        number("scale", value)
+
+
 def cut(name: str, windows: object, rows: int) -> tuple[int, int]:
     """T and N of ``windows`` of an image of so many ``rows``, which ``name`` has."""
     if not isinstance(windows, Windows):

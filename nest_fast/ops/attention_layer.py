@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
@@ -74,8 +73,8 @@ def attention_layer(
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
             it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
             "triton" is three kernels on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), LayerNorm and qkv in one,
-            block_attention, the projection and the sum in one, for inference, C at most 256, and without cosine and
-            post_norm. Only "auto" may choose.
+            block_attention, the projection and the sum in one, for inference, C at most 256, and without post_norm.
+            Only "auto" may choose.
 
     Returns:
         As ``x``.
@@ -142,12 +141,9 @@ def attention_layer(
     pad_k = pad_v = None
     if windows is not None and qkv_bias is not None:  # what padding, zeros after the LayerNorm, becomes
         _, pad_k, pad_v = qkv_bias.to(y.dtype).view(1, sum(heads), -1).split(heads, -2)
-    if isinstance(scale, Tensor):
-        q, k, scale = F.normalize(q, dim=-1) * scale.unsqueeze(-1), F.normalize(k, dim=-1), 1.0
-        pad_k = None if pad_k is None else F.normalize(pad_k, dim=-1)
     within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
     inner = "triton" if impl == "triton" else "auto"
-    y = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, **within, impl=inner).flatten(-2)
+    y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner).flatten(-2)
     if impl == "triton":
         return _LINEAR_SUM(y, proj_weight, proj_bias, x, branch_scale)
     if not post_norm and branch_scale == 1.0:
@@ -195,12 +191,7 @@ def _check(
     }
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
     _checks.added_to_scores(bias, mask, (T, num_heads, N), "x", x)
-    if cosine:
-        factors = _checks.is_tensor("scale", scale, "(heads,)")
-        _checks.shape("scale", factors, (num_heads,), "(heads,)")
-        _checks.alike("scale", factors, "x", x)
-    else:
-        _checks.number("scale", scale)
+    _checks.scale(scale, cosine, num_heads, "x", x)
     _checks.number("branch_scale", branch_scale)
     return C
 
@@ -239,7 +230,6 @@ BACKENDS = {
         "triton",
         (
             *_layer.BACKENDS["triton"].rules,
-            ("it attends by cosines", lambda given: given.scale is not None),
             ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256),
             ("head_dim {given.head_dim} is over 128", lambda given: given.head_dim > 128),
         ),

@@ -27,7 +27,8 @@ def block_attention(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    cosine: bool = False,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     windows: Windows | None = None,
@@ -43,7 +44,9 @@ def block_attention(
             ``(B, T, N, 3, heads, head_dim)`` projection are taken as they are. With ``windows`` an image
             ``(B, H * W, heads, head_dim)``.
         k, v: as ``q``, or with one head that all heads of ``q`` share (multi-query).
-        scale: factor of the scores; ``head_dim ** -0.5`` if None.
+        scale: factor of the scores; ``head_dim ** -0.5`` if None. With ``cosine`` a tensor ``(heads,)``.
+        cosine: q and k of every head have length 1 before they are multiplied (Swin v2). "triton" makes them so itself
+            where no gradients are wanted.
         bias: ``(heads, N, N)``, any floating-point dtype, added to the scores of every block (a relative position
             bias).
         mask: ``(groups, N, N)`` with ``groups`` dividing T: block ``t`` takes ``mask[t % groups]``, added where it is
@@ -74,14 +77,20 @@ def block_attention(
 
     Source: the authors' ``libml/self_attention.py`` (MultiHeadAttention, MultiQueryAttention).
     """
-    _check(q, k, v, bias, mask, windows, pad_k, pad_v, scale, dropout_p, impl)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, bias, mask, windows, pad_k, pad_v, scale, cosine, dropout_p, impl)
+    factors = scale if isinstance(scale, Tensor) else None
     tokens = q.shape[2] if windows is None else windows.tokens
-    given = Given(q, k, v, bias, mask, dropout_p, tokens, windows, pad_k, pad_v)
+    given = Given(q, k, v, bias, mask, dropout_p, tokens, windows, pad_k, pad_v, factors)
     if impl == "auto":
         impl = choose(given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("block_attention", given)
+    if isinstance(scale, Tensor):
+        if impl != "triton" or _modes.wants_gradients(given):
+            q, k = reference.with_length(q, scale.unsqueeze(-1)), reference.with_length(k)
+            pad_k, factors = None if pad_k is None else reference.with_length(pad_k), None
+        scale = 1.0
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if windows is not None and impl != "triton":
         q, k, v = into_windows(q, windows), into_windows(k, windows, pad_k), into_windows(v, windows, pad_v)
         if any(windows.shift) and mask is None:
@@ -98,10 +107,10 @@ def block_attention(
         return _CPP(q, k, v, as_scores(bias), as_scores(mask), scale)[0]
     bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
     if windows is None:
-        return _TRITON(q, k, v, bias, mask, scale, None, None, _BLOCKS)[0]
+        return _TRITON(q, k, v, bias, mask, scale, None, None, factors, _BLOCKS)[0]
     q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     pads = (None if x is None else x.to(q.dtype) for x in (pad_k, pad_v))
-    return _TRITON(q, k, v, bias, mask, scale, *pads, Windows.to_numbers(windows))[0].squeeze(1)
+    return _TRITON(q, k, v, bias, mask, scale, *pads, factors, Windows.to_numbers(windows))[0].squeeze(1)
 
 
 _BLOCKS = Windows.to_numbers(None)
@@ -116,7 +125,8 @@ def _check(
     windows: Windows | None,
     pad_k: Tensor | None,
     pad_v: Tensor | None,
-    scale: float | None,
+    scale: float | Tensor | None,
+    cosine: bool,
     dropout_p: float,
     impl: str,
 ) -> None:
@@ -140,7 +150,7 @@ def _check(
         T, N = _checks.cut("q", windows, outer[1])
         _check_pads(k, windows, pad_k, pad_v)
     _checks.added_to_scores(bias, mask, (T, heads, N), "q", q)
-    _checks.number("scale", scale)
+    _checks.scale(scale, cosine, heads, "q", q)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
 
@@ -173,6 +183,7 @@ class Given(NamedTuple):
     windows: Windows | None = None
     pad_k: Tensor | None = None
     pad_v: Tensor | None = None
+    scale: Tensor | None = None
 
 
 NO_GRADIENT_OF_A_MASK = ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,)))
@@ -287,14 +298,14 @@ def _in_blocks(shape, windows=()):
     return (B, T, N, heads, head_dim) if cut is None else (B, cut.blocks, cut.tokens, heads, head_dim)
 
 
-def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, windows=()):
+def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, windows=()):
     B, T, N, heads, _ = _in_blocks(q.shape, windows)
     adds = bias is not None or mask is not None or any(windows[4:6])
     numbers = (2,) if adds else ()
     return q.new_empty(q.shape), q.new_empty((B, T, heads, N, *numbers), dtype=torch.float32)
 
 
-def _flops(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, windows=(), out_shape=None):
+def _flops(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, windows=(), out_shape=None):
     return flops.attention(_in_blocks(q, windows))
 
 
@@ -346,6 +357,8 @@ _CPP_BWD = operation(
 
 
 def _triton_gradients(kept, dout):
+    if kept.dtypes["scales"] is not None:
+        raise RuntimeError("scales: expected None where gradients are wanted, got a tensor")
     need_dpads = kept.pad_k is not None and (kept.needed["pad_k"] or kept.needed["pad_v"])
     pads = kept.pad_k, kept.pad_v
     found, (dpads,) = _gradients(kept, dout.contiguous(), _TRITON_BWD, *pads, kept.windows, need_dpads)
@@ -359,12 +372,12 @@ def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias, pad
 
 _TRITON = operation(
     "block_attention_triton_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale, Tensor? pad_k,"
-    " Tensor? pad_v, SymInt[] windows) -> (Tensor out, Tensor lse)",
+    " Tensor? pad_v, Tensor? scales, SymInt[] windows) -> (Tensor out, Tensor lse)",
     launch="block_attention.block_attention_fwd",
     fake=_fwd_fake,
     saved=("q", "k", "v", "bias", "mask", "pad_k", "pad_v", "out", "lse"),
     gradients=_triton_gradients,
-    vmap=(3, 8),
+    vmap=(3, 9),
     flops=_flops,
 )
 _TRITON_BWD = operation(

@@ -81,7 +81,7 @@ def windows(pads):
 
 def windows_fwd(pads):
     *qkv, bias, pad_k, pad_v, numbers = windows(pads)
-    returned = block_attention_fwd(*qkv, bias, None, 0.25, pad_k, pad_v, numbers)
+    returned = block_attention_fwd(*qkv, bias, None, 0.25, pad_k, pad_v, None, numbers)
     return Case((*qkv, bias, pad_k, pad_v), returned, [54])
 
 
@@ -92,6 +92,13 @@ def windows_bwd():
     kept = *qkv, out, lse, bias, None, 0.25, True
     grads = block_attention_bwd(out, *kept, pad_k, pad_v, numbers, True)
     return Case((out, *qkv, lse, bias, pad_k, pad_v), grads[:3], [54, 3 * 18])
+
+
+def cosines(N=16, dtype=BF16, *, programs):
+    """A factor for each head, and one key head: a program has one of three."""
+    q, k, v = empty(2, 4, N, 5, 16, dtype=dtype).split([3, 1, 1], 3)
+    given = q, k, v, empty(3, N, N), None, 1.0, None, None, empty(3)
+    return Case((*given[:4], given[-1]), block_attention_fwd(*given), [programs])
 
 
 def far_apart():
@@ -192,6 +199,8 @@ CASES = {
     "block_attention_fwd, unaligned": lambda: attention_fwd(make=unaligned),
     "block_attention_fwd, far apart": far_apart,
     "block_attention_fwd, streaming": lambda: attention_fwd(N=40, dtype=FP32, programs=48),
+    "block_attention_fwd, cosines": lambda: cosines(programs=24),
+    "block_attention_fwd, cosines, streaming": lambda: cosines(40, FP32, programs=48),
     "block_attention_fwd, windows": lambda: windows_fwd(False),
     "block_attention_fwd, padded windows": lambda: windows_fwd(True),
     "block_attention_bwd, padded windows": windows_bwd,
