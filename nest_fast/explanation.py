@@ -109,7 +109,7 @@ def tell_layer(
         channels = _channels(half)
         x = like(channels) if blocks is None else like(*blocks(layer), channels)
         chained = chains and fusion.is_chained(x)
-        why = fusion.everywhere(x) or half.why_not(x) or (not chained and fusion.why_not_skipped(x, half))
+        why = fusion.everywhere(x) or half.why_not(x)
         options = half.known[type(half.body)].options if type(half.body) in half.known else None
         extra_dim = by_parts(layer) if by_parts and options and not why else 0
         attention = _plan.attention(x, options(half.body).num_heads, extra_dim) if options else None

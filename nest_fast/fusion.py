@@ -33,7 +33,8 @@ from nest_fast.ops import (
     mlp_layer,
     patchify,
 )
-from nest_fast.ops._modes import TENSORS, autocast_dtype, under_autocast
+from nest_fast.ops._layer import add_branch
+from nest_fast.ops._modes import TENSORS, autocast_dtype, is_eager, under_autocast
 from nest_fast.ops.attention_layer import chosen as chosen_attention
 from nest_fast.ops.linear import linear_gelu
 from nest_fast.ops.mlp_layer import chosen as chosen_mlp
@@ -42,6 +43,7 @@ from nest_fast.weights import head_minor_to_major
 # --- what is known of a class of modules ------------------------------------------------------------------------------
 
 Rules = tuple[tuple[str, Callable[..., object]], ...]  # reasons, and whether they hold
+Scale = float | Tensor  # of a branch: for all samples, or for each one ``(B,)``
 
 
 class Place(NamedTuple):
@@ -357,7 +359,7 @@ class Half(NamedTuple):
     path_place: Place = PATH
     scale_place: Place = _SCALE
     call: Callable[[Tensor], Tensor] | None = None
-    operation: Callable[[Tensor, Half, float], Tensor] | None = None
+    operation: Callable[[Tensor, Half, Scale], Tensor] | None = None
     post_norm: bool = False
     more: tuple[Part, ...] = ()
 
@@ -448,23 +450,22 @@ def _call(x: Tensor, half: Half) -> Tensor:
 
 
 def _fused(x: Tensor, half: Half) -> Tensor:
-    """One operation; with stochastic depth only for the samples that it keeps, where these can be picked out."""
-    drop = _drop_rate(half)
-    if drop == 0.0:
+    """One operation; with stochastic depth only for the samples that it keeps, where it is known which these are.
+
+    A tracer does not know, and a GPU would have to be waited for.
+    """
+    if _drop_rate(half) == 0.0:
         return _operation(x, half, 1.0)
-    if why_not_skipped(x, half):
-        return _call(x, half)
-    keep = 1.0 - drop
-    draw = half.known[type(half.path)].draw
-    kept = x.new_empty(x.shape[0]).bernoulli_(keep) if draw is None else draw(x, keep)  # as the module draws them
+    kept, scale = _kept(x, half), _kept_scale(half)
+    if not x.is_cpu or type(x) is FakeTensor or not is_eager():
+        return _operation(x, half, kept.mul_(scale))
     kept = kept.nonzero().flatten()
-    scale = 1.0 / keep if keep > 0.0 and getattr(half.path, "scale_by_keep", True) else 1.0
     if len(kept) == x.shape[0]:
         return _operation(x, half, scale)
     return x.index_copy(0, kept, _operation(x.index_select(0, kept), half, scale))
 
 
-def _operation(x: Tensor, half: Half, branch_scale: float, impl: str = "auto") -> Tensor:
+def _operation(x: Tensor, half: Half, branch_scale: Scale, impl: str = "auto") -> Tensor:
     if half.written.role == "mlp":
         return _mlp(x, half, branch_scale, impl)
     if half.operation is None:
@@ -472,7 +473,7 @@ def _operation(x: Tensor, half: Half, branch_scale: float, impl: str = "auto") -
     return half.operation(x, half, branch_scale)
 
 
-def _mlp(x: Tensor, half: Half, branch_scale: float, impl: str) -> Tensor:
+def _mlp(x: Tensor, half: Half, branch_scale: Scale, impl: str) -> Tensor:
     norm, (fc1, act, fc2) = half.norm, half.inside(LINEAR, ACTIVATION)
     fc2_weight, packed = frozen.kept(half.body, x, half.weights, lambda: scaled(fc2.weight, half))
     return mlp_layer(
@@ -510,7 +511,7 @@ def _activation(act: Any, half: Half) -> str:
 def attention(
     x: Tensor,
     half: Half,
-    branch_scale: float,
+    branch_scale: Scale,
     *,
     qkv: tuple[Tensor | Callable[[], Tensor], Tensor | None] | None = None,
     cosine_scale: Tensor | None = None,
@@ -563,14 +564,16 @@ def _drop_rate(half: Half) -> float:
     return getattr(half.path, rate) if rate and half.path.training else 0.0
 
 
-def why_not_skipped(x: Tensor, half: Half) -> Reason | None:
-    """Why dropped samples are computed, too: a GPU would have to synchronise, a tracer would record the draw."""
-    if _drop_rate(half) == 0.0:
-        return None
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is FakeTensor
-    if x.device.type == "cpu" and not traced:
-        return None
-    return Reason("{name} drops samples, which only an eager CPU can leave out", half.names[3], half.path)
+def _kept(x: Tensor, half: Half) -> Tensor:
+    """``(B,)``, nonzero for the samples that stochastic depth keeps, drawn as its module draws them."""
+    keep, draw = 1.0 - _drop_rate(half), half.known[type(half.path)].draw
+    return x.new_empty(x.shape[0]).bernoulli_(keep) if draw is None else draw(x, keep)
+
+
+def _kept_scale(half: Half) -> float:
+    """The factor of those samples."""
+    keep = 1.0 - _drop_rate(half)
+    return 1.0 / keep if keep > 0.0 and getattr(half.path, "scale_by_keep", True) else 1.0
 
 
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
@@ -683,14 +686,13 @@ def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
             x, y = add_layer_norm(
                 x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
             )
-        branch, scale = _branch(y, half, dtype), _sample_scale(x, half)
+        branch = _branch(y, half, dtype)
+        scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
     return _sum(x, branch, scale)
 
 
 def _sum(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
-    if branch is None:
-        return x
-    return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
+    return x if branch is None else add_branch(x, branch, 1.0 if scale is None else scale)
 
 
 def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
@@ -699,12 +701,3 @@ def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
     hidden = linear_gelu(y, body.fc1.weight, body.fc1.bias, _activation(body.act, half), dtype)
     return F.linear(hidden, body.fc2.weight, body.fc2.bias)
-
-
-def _sample_scale(x: Tensor, half: Half) -> Tensor | None:
-    """The factors ``(B,)`` of stochastic depth, drawn as the module draws them. None where nothing is dropped."""
-    rate = _drop_rate(half)
-    if rate == 0.0:
-        return None
-    scale = x.new_empty(x.shape[0]).bernoulli_(1.0 - rate)
-    return scale.div_(1.0 - rate) if rate < 1.0 and getattr(half.path, "scale_by_keep", True) else scale

@@ -318,7 +318,7 @@ def attention_layer(
     scale: float | Tensor | None = None,
     cosine: bool = False,
     post_norm: bool = False,
-    branch_scale: float = 1.0,
+    branch_scale: float | Tensor = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
     """``x + branch_scale * proj(attention(qkv(layer_norm(x))))`` inside each block: ``(B, T, N, C)`` → the same.
@@ -328,7 +328,7 @@ def attention_layer(
     With ``windows``, ``x`` is ``(B, H * W, C)`` and its blocks are these windows: they are cut after the LayerNorm, so
     that padding is zeros there, attended with the bias of qkv; and where they are shifted and there is no ``mask``, it
     is :func:`window_mask`. With ``cosine`` q and k have length 1 and ``scale`` is ``(heads,)``. ``post_norm`` is
-    ``x + branch_scale * layer_norm(proj(attention(qkv(x))))``.
+    ``x + branch_scale * layer_norm(proj(attention(qkv(x))))``. ``branch_scale`` may be ``(B,)``.
     """
     kv_heads = 1 if multi_query else num_heads
     y = x if post_norm else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
@@ -340,7 +340,12 @@ def attention_layer(
     y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask).flatten(-2)
     y = F.linear(y, proj_weight, proj_bias)
     y = y if windows is None else from_windows(y, windows)
-    return x + branch_scale * (F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y)
+    y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y
+    return x + _for_each_sample(branch_scale, x) * y
+
+
+def _for_each_sample(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    return scale.view(-1, *(1,) * (x.dim() - 1)) if isinstance(scale, Tensor) else scale
 
 
 def mlp_layer(
@@ -354,18 +359,19 @@ def mlp_layer(
     *,
     activation: str = "gelu",
     post_norm: bool = False,
-    branch_scale: float = 1.0,
+    branch_scale: float | Tensor = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
     """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``: ``(…, C)`` → the same, "gelu" or "gelu_tanh".
 
-    With ``post_norm`` ``x + branch_scale * layer_norm(fc2(gelu(fc1(x))))``.
+    With ``post_norm`` ``x + branch_scale * layer_norm(fc2(gelu(fc1(x))))``. ``branch_scale`` may be ``(B,)``.
     """
     y = x if post_norm else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     hidden = F.linear(y, fc1_weight, fc1_bias)
     hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     y = F.linear(hidden, fc2_weight, fc2_bias)
-    return x + branch_scale * (F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y)
+    y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y
+    return x + _for_each_sample(branch_scale, x) * y
 
 
 def add_layer_norm(

@@ -301,6 +301,21 @@ def test_swins_second_version_has_its_cosines_in_the_kernel():
         assert relative_error(out, double(x.double())) <= 2 * allowed + torch.finfo(x.dtype).eps
 
 
+@pytest.mark.parametrize(
+    ("make", "size", "dtype"), [(swin, 20, torch.float16), (swin_v2, 16, torch.float32)], ids=["swin", "swin v2"]
+)
+def test_swin_drops_samples_by_a_factor_for_each(make, size, dtype):
+    """One operation for each sub-layer, also where stochastic depth drops some; nobody waits to know which."""
+
+    def model():
+        return make(drop_path_rate=0.6).to(dtype).train()
+
+    with mock.patch.object(torch.Tensor, "nonzero", side_effect=AssertionError("the device is waited for")):
+        x = torch.randn(2, 3, size, size, dtype=dtype)
+        told = assert_computes_what_timm_does(model, x, {"block_attention_triton": 3})
+    assert not any("modules" in row.how for row in told if row.what.endswith("sub-layer"))
+
+
 def sam():
     """17 x 17 tokens: in windows of 6 x 6, padded on both sides, and then all 289 at once."""
     torch.manual_seed(1)

@@ -36,7 +36,7 @@ POSITIONS: fusion.Rules = (
 def attention(
     x: Tensor,
     half: fusion.Half,
-    branch_scale: float,
+    branch_scale: fusion.Scale,
     *,
     window: int,
     embedding: Callable[[int, int, Tensor], Tensor],
@@ -70,9 +70,9 @@ def attention(
         y = block_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=scale).squeeze(1)
     y = y[..., :head_dim].flatten(-2).unflatten(1, (H, W))
     weight, bias = fusion.scaled(attn.proj.weight, half), fusion.scaled(attn.proj.bias, half)
-    if branch_scale == 1.0:
+    if not isinstance(branch_scale, Tensor) and branch_scale == 1.0:
         return linear(y, weight, bias, residual=x)
-    return x + branch_scale * linear(y, weight, bias)
+    return fusion.add_branch(x, linear(y, weight, bias), branch_scale)
 
 
 def _products(cut: Any, q: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:

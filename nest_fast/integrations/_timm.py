@@ -91,7 +91,7 @@ def shifting(fast: type, theirs: type) -> fusion.Written:
     )
 
 
-def in_windows(x: Tensor, half: fusion.Half, branch_scale: float, layer: Any, **attention: Any) -> Tensor:
+def in_windows(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, layer: Any, **attention: Any) -> Tensor:
     """The attention of such a layer: ``(B, H, W, C)`` → the same."""
     own = windows((x.shape[1], x.shape[2]), layer.window_size, shift=layer.shift_size)
     mask = None if _makes_masks(layer) else layer.attn_mask  # the operation makes the same as timm would

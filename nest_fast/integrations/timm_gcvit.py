@@ -47,7 +47,7 @@ def _called(layer: Any, q_global: Tensor | None, x: Tensor) -> Tensor:
     return layer.drop_path1(layer.ls1(layer._window_attn(layer.norm1(x), q_global)))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any) -> Tensor:
     own = windows((x.shape[1], x.shape[2]), layer.window_size)
     bias = position_bias(half.body)
     return fusion.attention(x.flatten(1, 2), half, branch_scale, windows=own, bias=bias).view(x.shape)

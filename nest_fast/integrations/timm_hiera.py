@@ -30,7 +30,7 @@ def _halves(layer: Any) -> list[fusion.Half]:
     return fusion.halves(layer, _KNOWN, names=fusion.SCALED_HALVES, operation=_attention)
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale) -> Tensor:
     attn = half.body
     if not attn.use_mask_unit_attn:
         return fusion.attention(x.unsqueeze(1), half, branch_scale).squeeze(1)

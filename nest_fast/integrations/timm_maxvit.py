@@ -50,7 +50,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path1(layer.ls1(layer._partition_attn(layer.norm1(x))))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any) -> Tensor:
     attn = half.body
     own = windows((x.shape[1], x.shape[2]), layer.partition_size, grid=not layer.partition_block)
     qkv = _qkv_major(attn) if attn.head_first else None

@@ -44,7 +44,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path1(layer._attn(layer.norm1(x)))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any) -> Tensor:
     return in_windows(x, half, branch_scale, layer, bias=half.body._get_rel_pos_bias().squeeze(0))
 
 

@@ -40,7 +40,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path1(layer.norm1(layer._attn(x)))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any) -> Tensor:
     attn = half.body
     scale = cosine_scale(attn.logit_scale)
     return in_windows(x, half, branch_scale, layer, qkv=_qkv(attn), cosine_scale=scale, bias=_bias(attn))

@@ -31,7 +31,7 @@ def _called(layer: Any, size: tuple[int, int], x: Tensor) -> Tensor:
     return layer.drop_path1(layer.attn(layer.norm1(x), size))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, size: tuple[int, int]) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, size: tuple[int, int]) -> Tensor:
     return fusion.attention(x, half, branch_scale, windows=windows(size, half.body.ws))
 
 

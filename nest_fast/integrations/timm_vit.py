@@ -37,7 +37,7 @@ def _called(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path1(layer.ls1(layer.attn(layer.norm1(x), **_UNMASKED)))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale) -> Tensor:
     return fusion.attention(x.unsqueeze(1), half, branch_scale).squeeze(1)
 
 

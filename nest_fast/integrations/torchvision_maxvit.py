@@ -52,7 +52,7 @@ def _halves(layer: Any) -> list[fusion.Half]:
     ]
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale) -> Tensor:
     attn = half.body
     qkv = attn.to_qkv.weight, attn.to_qkv.bias
     bias = attn.get_relative_positional_bias().squeeze(0)

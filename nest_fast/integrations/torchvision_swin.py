@@ -48,7 +48,7 @@ def _halves_v2(layer: Any) -> list[fusion.Half]:
     return fusion.halves(layer, _KNOWN, _NAMES, post_norm=True, operation=_attention)
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float) -> Tensor:
+def _attention(x: Tensor, half: fusion.Half, branch_scale: fusion.Scale) -> Tensor:
     attn = half.body
     size, (h, w), (down, right) = (x.shape[1], x.shape[2]), attn.window_size, attn.shift_size
     own = windows(size, (h, w), shift=(0 if h >= size[0] else down, 0 if w >= size[1] else right), pad_first=True)

@@ -57,7 +57,9 @@ def _called(layer: Any, size: tuple[int, int], x: Tensor) -> Tensor:
     return layer.drop_path(attended(layer, hf_donut, size, layer.layernorm_before(x)))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any, size: tuple[int, int]) -> Tensor:
+def _attention(
+    x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any, size: tuple[int, int]
+) -> Tensor:
     attn = half.body.self
     own = windows(size, layer.window_size, shift=layer.shift_size, pad_first=True)
     qkv = packed(attn.query, attn.key, attn.value)

@@ -68,7 +68,9 @@ def _called(layer: Any, size: tuple[int, int], weights: list[Tensor | None], x: 
     return layer.drop_path(y[:, :H, :W].contiguous().view(x.shape))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any, size: tuple[int, int]) -> Tensor:
+def _attention(
+    x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any, size: tuple[int, int]
+) -> Tensor:
     attn = half.body
     own = windows(size, layer.window_size, shift=layer.shift_size, pad_first=True)
     bias = attn.relative_position_bias().squeeze(0)

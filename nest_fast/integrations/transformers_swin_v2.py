@@ -58,7 +58,9 @@ def _mlp_called(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path(layer.layernorm_after(layer.output(layer.intermediate(x))))
 
 
-def _attention(x: Tensor, half: fusion.Half, branch_scale: float, *, layer: Any, size: tuple[int, int]) -> Tensor:
+def _attention(
+    x: Tensor, half: fusion.Half, branch_scale: fusion.Scale, *, layer: Any, size: tuple[int, int]
+) -> Tensor:
     attn = half.body.self
     own = windows(size, layer.window_size, shift=layer.shift_size, pad_first=True)
     (H, W), (h, w) = own.counts, own.window

@@ -189,6 +189,15 @@ def scale(value: object, cosine: bool, heads: int, other_name: str, other: Tenso
         number("scale", value)
 
 
+def branch_scale(value: object, x: Tensor) -> None:
+    """The factor of a sub-layer's branch: a number, or a tensor with one for each sample of ``x``."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        shape("branch_scale", value, (x.shape[0],), "(B,)")
+        alike("branch_scale", value, "x", x)
+    else:
+        number("branch_scale", value)
+
+
 def cut(name: str, windows: object, rows: int) -> tuple[int, int]:
     """T and N of ``windows`` of an image of so many ``rows``, which ``name`` has."""
     if not isinstance(windows, Windows):

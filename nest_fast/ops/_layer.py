@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from nest_fast.ops import _backends, _extension, _layout, _modes, _tuned
-from nest_fast.ops._backends import Backend
+from nest_fast.ops._backends import Backend, Rules
 
 IMPLS = ("auto", "reference", "cpp", "triton")
 MAX_CHANNELS = 256  # of the Triton kernels: more do not fit in a program's registers
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 
+_ONE_SCALE: Rules = (
+    ("it has one branch_scale for all samples", lambda given: getattr(given, "branch_scale", None) is not None),
+)
 BACKENDS = {
-    "cpp": Backend("cpp", _backends.CPP_LAYER),
+    "cpp": Backend("cpp", _backends.CPP_LAYER + _ONE_SCALE),
     "triton": Backend(
         "triton",
         (
             *_backends.TRITON_LAYER,
+            *_ONE_SCALE,
             ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
             ("the LayerNorm comes last", lambda given: given.post_norm),
             (
@@ -39,6 +43,7 @@ _CAN = Backend(
     "cpp",
     (
         *_backends.CPP_LAYER,
+        *_ONE_SCALE,
         ("torch.jit is tracing", lambda given: _modes.in_trace()),
         ("there is nothing to compute", lambda given: any(isinstance(x, Tensor) and x.numel() == 0 for x in given)),
     ),
@@ -103,6 +108,21 @@ def _rule(given: Any, auto: Backend) -> str:
         return "cpp"
     _backends.say_missing(given[0])
     return "parts"
+
+
+# --- the sum ----------------------------------------------------------------------------------------------------------
+
+
+def of_samples(scale: float | Tensor) -> Tensor | None:
+    """What a choice is given of a branch_scale."""
+    return scale if isinstance(scale, Tensor) else None
+
+
+def add_branch(x: Tensor, branch: Tensor, scale: float | Tensor) -> Tensor:
+    """``x + scale * branch``; a tensor ``(B,)`` has a factor for each sample."""
+    if isinstance(scale, Tensor):
+        return torch.addcmul(x, branch, scale.view(-1, *(1,) * (x.dim() - 1)))
+    return x + (branch if scale == 1.0 else scale * branch)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def attention_layer(
     scale: float | Tensor | None = None,
     cosine: bool = False,
     post_norm: bool = False,
-    branch_scale: float = 1.0,
+    branch_scale: float | Tensor = 1.0,
     eps: float = 1e-6,
     packed: _packed.Packed | None = None,
     impl: str = "auto",
@@ -65,7 +65,8 @@ def attention_layer(
         scale: factor of the scores; None is head_dim ** -0.5. With ``cosine`` a tensor ``(heads,)``.
         cosine: q and k of every head have length 1 before they are multiplied (Swin v2).
         post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
-        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
+        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept. A tensor
+            ``(B,)`` has one for each sample, which "reference" takes and, one by one, the parts that "auto" may be.
         eps: added to the variance.
         packed: where "cpp" keeps its packed weights: a dict, empty at first, given again with the same weights only,
             and without gradients. None: they are packed in every call.
@@ -93,7 +94,7 @@ def attention_layer(
     tokens = x.shape[2] if windows is None else windows.tokens
     factors = scale if isinstance(scale, Tensor) else None
     sizes = multi_query, num_heads, tokens, post_norm
-    given = Given(x, *weights, bias, mask, factors, *sizes)
+    given = Given(x, *weights, bias, mask, factors, *sizes, _layer.of_samples(branch_scale))
     _packed.check(packed, given)
     impl = _layer.resolve("attention_layer", impl, BACKENDS, choose, given)
     if impl == "reference":
@@ -146,11 +147,11 @@ def attention_layer(
     y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner).flatten(-2)
     if impl == "triton":
         return _LINEAR_SUM(y, proj_weight, proj_bias, x, branch_scale)
-    if not post_norm and branch_scale == 1.0:
+    if not post_norm and given.branch_scale is None and branch_scale == 1.0:
         return linear(y, proj_weight, proj_bias, residual=x)
     y = linear(y, proj_weight, proj_bias)
     y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
-    return x + (y if branch_scale == 1.0 else branch_scale * y)
+    return _layer.add_branch(x, y, branch_scale)
 
 
 def _check(
@@ -168,7 +169,7 @@ def _check(
     mask: Tensor | None,
     scale: float | Tensor | None,
     cosine: bool,
-    branch_scale: float,
+    branch_scale: float | Tensor,
     impl: str,
 ) -> int:
     """The channels."""
@@ -192,7 +193,7 @@ def _check(
     _checks.parameters(x, weights, optional=("qkv_bias", "proj_bias"))
     _checks.added_to_scores(bias, mask, (T, num_heads, N), "x", x)
     _checks.scale(scale, cosine, num_heads, "x", x)
-    _checks.number("branch_scale", branch_scale)
+    _checks.branch_scale(branch_scale, x)
     return C
 
 
@@ -214,6 +215,7 @@ class Given(NamedTuple):
     num_heads: int
     tokens: int
     post_norm: bool
+    branch_scale: Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -249,7 +251,7 @@ def choose(given: Given) -> str:
 def chosen(x: Tensor, weights: Sequence[Tensor | None], num_heads: int, multi_query: bool, post_norm: bool) -> str:
     """What "auto" is inside the blocks of ``x``, to be given as ``impl``; of the six weights, and without a bias."""
     sizes = multi_query, num_heads, x.shape[2], post_norm
-    return _tuned.Chosen(choose(Given._make((x, *weights, None, None, None, *sizes))))
+    return _tuned.Chosen(choose(Given._make((x, *weights, None, None, None, *sizes, None))))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def mlp_layer(
     *,
     activation: str = "gelu",
     post_norm: bool = False,
-    branch_scale: float = 1.0,
+    branch_scale: float | Tensor = 1.0,
     eps: float = 1e-6,
     packed: _packed.Packed | None = None,
     impl: str = "auto",
@@ -45,7 +45,8 @@ def mlp_layer(
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None.
         activation: "gelu" (exact) or "gelu_tanh".
         post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
-        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept.
+        branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept. A tensor
+            ``(B,)`` has one for each sample, which "reference" takes and, one by one, the parts that "auto" may be.
         eps: added to the variance.
         packed: where "cpp" keeps its packed weights: a dict, empty at first, given again with the same weights only,
             and without gradients. None: they are packed in every call.
@@ -66,7 +67,7 @@ def mlp_layer(
     """
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C = _check(*tensors, activation, branch_scale, impl)
-    given = Given(*tensors, post_norm)
+    given = Given(*tensors, post_norm, _layer.of_samples(branch_scale))
     _packed.check(packed, given)
     impl = _layer.resolve("mlp_layer", impl, BACKENDS, choose, given)
     if impl == "reference":
@@ -100,10 +101,11 @@ def mlp_layer(
         y = linear_gelu(y, fc1_weight, fc1_bias, activation, dtype)
     else:
         y = linear(y, fc1_weight, fc1_bias, activation=activation)
-    if branch_scale == 1.0 and not post_norm:
+    if not post_norm and given.branch_scale is None and branch_scale == 1.0:
         return linear(y, fc2_weight, fc2_bias, residual=x)
     y = linear(y, fc2_weight, fc2_bias)
-    return x + branch_scale * (torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y)
+    y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
+    return _layer.add_branch(x, y, branch_scale)
 
 
 def _check(
@@ -115,7 +117,7 @@ def _check(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str,
-    branch_scale: float,
+    branch_scale: float | Tensor,
     impl: str,
 ) -> int:
     """The channels."""
@@ -133,7 +135,7 @@ def _check(
         "fc2_bias": (fc2_bias, (C,)),
     }
     _checks.parameters(x, weights, optional=("fc1_bias", "fc2_bias"))
-    _checks.number("branch_scale", branch_scale)
+    _checks.branch_scale(branch_scale, x)
     return C
 
 
@@ -149,6 +151,7 @@ class Given(NamedTuple):
     fc2_weight: Tensor
     fc2_bias: Tensor | None
     post_norm: bool
+    branch_scale: Tensor | None = None
 
 
 CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
@@ -188,7 +191,7 @@ def choose(given: Given) -> str:
 
 def chosen(*given: Any) -> str:
     """What "auto" is, to be given as ``impl``, of the first seven arguments and ``post_norm``."""
-    return _tuned.Chosen(choose(Given._make(given)))
+    return _tuned.Chosen(choose(Given(*given)))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

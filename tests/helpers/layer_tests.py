@@ -274,6 +274,28 @@ def test_gradients_with_auto(layer):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_each_sample_has_a_branch_scale_of_its_own(layer):
+    """As alone with its number; what has one for all of them says so."""
+    function, tensors, options = layer
+    options |= {"branch_scale": torch.arange(len(tensors[0])) * 0.8}
+    dout = torch.randn_like(tensors[0])
+
+    def one_by_one(x, *rest):
+        alone = [options | {"branch_scale": scale} for scale in options["branch_scale"].tolist()]
+        return torch.cat([function(x[n : n + 1], *rest, **own, impl="reference") for n, own in enumerate(alone)])
+
+    wanted = gradients(one_by_one, tensors, dout)
+    for impl in ("auto", "reference"):
+        torch.testing.assert_close(
+            gradients(partial(function, **options, impl=impl), tensors, dout), wanted, rtol=1e-4, atol=1e-5
+        )
+    for impl in ("cpp", "triton"):
+        with pytest.raises(RuntimeError, match="it has one branch_scale for all samples"):
+            function(*tensors, **options, impl=impl)
+    with pytest.raises(ValueError, match=r"^branch_scale: expected shape \(2,\) \(B,\), got \(3,\)$"):
+        function(*tensors, **options | {"branch_scale": torch.ones(3)})
+
+
 def test_auto_under_autocast_and_in_double(layer):
     function, tensors, options = layer
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
