@@ -1,4 +1,4 @@
-"""Rows that stay on chip, all their C channels in pieces: their loads, their LayerNorm, and weights beside them."""
+"""Rows that stay on chip, all their C channels in pieces: their loads, their LayerNorm, linear layers of them."""
 # ruff: noqa: RUF005 (Triton's tuples grow by +; it knows no starred elements)
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nest_fast.kernels._primitives import load_row, piece, round_to
+from nest_fast.kernels._primitives import dot, load_row, piece, round_to
 
-__all__ = ["Linear", "Norm", "layer_norm", "load_rows", "load_weight", "round_all", "row_mask"]
+__all__ = [
+    "Linear", "Norm", "is_whole", "layer_norm", "linear", "load_normed", "load_rows", "load_weight", "own_rows",
+    "round_all", "row_mask",
+]  # fmt: skip
 
 
 class Norm(NamedTuple):
@@ -20,6 +23,10 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
+
+    @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor, eps: float) -> Norm:
+        return cls(weight.contiguous(), bias.contiguous(), eps)
 
 
 class Linear(NamedTuple):
@@ -31,6 +38,20 @@ class Linear(NamedTuple):
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None) -> Linear:
         return cls(weight.contiguous(), bias if bias is None else bias.contiguous())
+
+
+@triton.jit
+def own_rows(rows, ROWS: tl.constexpr):
+    """The first of a program's ROWS rows, their numbers [ROWS] from there on, and which of them exist."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    m = tl.arange(0, ROWS)
+    return first, m, first + m < rows
+
+
+@triton.jit
+def is_whole(n: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr):
+    """Whether all channels of piece n exist; to be given on, as an if of Triton 3.6 takes no such answer."""
+    return PIECES[n][0] + PIECES[n][1] <= C
 
 
 @triton.jit
@@ -104,3 +125,33 @@ def round_all(tiles, dtype: tl.constexpr):
 def load_weight(source, exists, COMPLETE: tl.constexpr):
     """A tile of a weight; with a mask only where some of it does not exist."""
     return tl.load(source) if COMPLETE else tl.load(source, mask=exists, other=0.0)
+
+
+@triton.jit
+def load_normed(x_ptr, norm, m, exists, C: tl.constexpr, PIECES: tl.constexpr):
+    """The LayerNorm of rows as load_rows has them, in their dtype; these themselves where norm is None."""
+    rows = load_rows(x_ptr, m, exists, C, PIECES)
+    if norm is not None:
+        normed, _, _ = layer_norm(rows, norm, C, PIECES, True)
+        rows = round_all(normed, x_ptr.dtype.element_ty)
+    return rows
+
+
+@triton.jit
+def linear(
+    rows, layer, o, COMPLETE: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, TF32: tl.constexpr
+):
+    """Columns o [TILE_OUT] of ``rows @ weight^T + bias`` in float32, [ROWS, TILE_OUT].
+
+    rows are tiles for every piece of C, layer is a Linear (OUT, C). COMPLETE: all of o are below OUT.
+    """
+    sums = tl.zeros([rows[0].shape[0], o.shape[0]], tl.float32)
+    for n in tl.static_range(len(PIECES)):
+        c = piece(PIECES, n)
+        exists = (o < OUT)[:, None] & (c < C)[None, :]
+        source = layer.weight + o[:, None] * C + c[None, :]
+        weight = load_weight(source, exists, COMPLETE and is_whole(n, C, PIECES))  # [TILE_OUT, size]
+        sums = dot(rows[n], tl.trans(weight), sums, TF32)
+    if layer.bias is not None:
+        sums += load_row(layer.bias, o, OUT)
+    return sums

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, load_row, piece, round_to
-from nest_fast.kernels._rows import Linear, Norm, layer_norm, load_rows, load_weight, round_all
+from nest_fast.kernels._primitives import cdiv, channel_pieces, load, round_to
+from nest_fast.kernels._rows import Linear, Norm, linear, load_normed, own_rows
 
 __all__ = ["linear_sum_fwd", "norm_linear_fwd"]
 
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 def _linear_rows_kernel(
     x_ptr,  # (rows, C)
     norm,  # Norm, or None: x is multiplied as it is
-    linear,  # Linear (OUT, C)
+    layer,  # Linear (OUT, C)
     residual_ptr,  # (rows, OUT) or None
     out_ptr,  # (rows, OUT)
     rows,
@@ -58,29 +58,14 @@ def _linear_rows_kernel(
 ):
     """One program: TILE_ROWS rows."""
     PIECES: tl.constexpr = SPEC.PIECES
-    first = tl.program_id(0).to(tl.int64) * TILE.ROWS
-    m = tl.arange(0, TILE.ROWS)  # [TILE_ROWS]
-    exists = first + m < rows
-    x = load_rows(x_ptr + first * SPEC.C, m, exists, SPEC.C, PIECES)
-    if norm is not None:
-        normed, _, _ = layer_norm(x, norm, SPEC.C, PIECES, True)
-        x = round_all(normed, x_ptr.dtype.element_ty)
+    first, m, exists = own_rows(rows, TILE.ROWS)
+    x = load_normed(x_ptr + first * SPEC.C, norm, m, exists, SPEC.C, PIECES)
     out_ptr += first * SPEC.OUT
     if residual_ptr is not None:
         residual_ptr += first * SPEC.OUT
     for start in tl.range(0, SPEC.OUT, TILE.OUT, num_stages=TILE.STAGES):
         o = start + tl.arange(0, TILE.OUT)  # [TILE_OUT]
-        sums = tl.zeros([m.shape[0], o.shape[0]], tl.float32)
-        for n in tl.static_range(len(PIECES)):
-            c = piece(PIECES, n)
-            weight = load_weight(  # [TILE_OUT, size]
-                linear.weight + o[:, None] * SPEC.C + c[None, :],
-                (o < SPEC.OUT)[:, None] & (c < SPEC.C)[None, :],
-                SPEC.OUT % TILE.OUT == 0 and PIECES[n][0] + PIECES[n][1] <= SPEC.C,
-            )
-            sums = dot(x[n], tl.trans(weight), sums, TILE.TF32)
-        if linear.bias is not None:
-            sums += load_row(linear.bias, o, SPEC.OUT)
+        sums = linear(x, layer, o, SPEC.OUT % TILE.OUT == 0, SPEC.OUT, SPEC.C, PIECES, TILE.TF32)
         mask = exists[:, None]
         if SPEC.OUT % TILE.OUT:
             mask = mask & (o < SPEC.OUT)[None, :]
@@ -90,8 +75,8 @@ def _linear_rows_kernel(
         tl.store(out_ptr + offsets, round_to(sums, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _linear_rows(x: Tensor, norm: Norm | None, linear: Linear, residual: Tensor | None, scale: float) -> Tensor:
-    outputs, C = linear.weight.shape
+def _linear_rows(x: Tensor, norm: Norm | None, layer: Linear, residual: Tensor | None, scale: float) -> Tensor:
+    outputs, C = layer.weight.shape
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -103,7 +88,7 @@ def _linear_rows(x: Tensor, norm: Norm | None, linear: Linear, residual: Tensor 
         tile = Tile(config.tile_rows, config.tile_out, config.num_stages, operands == "tf32")
         start(
             _linear_rows_kernel, cdiv(rows, config.tile_rows),
-            x, norm, linear, residual, out, rows, float(scale), SPEC=spec, TILE=tile, num_warps=config.num_warps,
+            x, norm, layer, residual, out, rows, float(scale), SPEC=spec, TILE=tile, num_warps=config.num_warps,
         )  # fmt: skip
 
     shape = (C, operands, outputs, x.dtype, None if norm is None else norm.weight.dtype)
@@ -125,7 +110,7 @@ def norm_linear_fwd(
     Returns:
         ``(..., out)`` in x's dtype.
     """
-    norm = Norm(norm_weight.contiguous(), norm_bias.contiguous(), eps)
+    norm = Norm.dense(norm_weight, norm_bias, eps)
     return _linear_rows(x.contiguous(), norm, Linear.dense(weight, bias), None, 1.0)
 
 

@@ -21,7 +21,7 @@ from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
 from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, load_row, piece, round_to, zeros
-from nest_fast.kernels._rows import Linear, Norm, layer_norm, load_rows, load_weight, round_all, row_mask
+from nest_fast.kernels._rows import Linear, Norm, is_whole, linear, load_normed, load_weight, own_rows, row_mask
 
 __all__ = ["mlp_layer_fwd"]
 
@@ -45,30 +45,6 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _is_complete(n: tl.constexpr, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Whether all of a weight's tile exists whose one side is piece n of C, and the other hidden features."""
-    PIECES: tl.constexpr = SPEC.PIECES
-    return SPEC.HIDDEN % TILE.H == 0 and PIECES[n][0] + PIECES[n][1] <= SPEC.C
-
-
-@triton.jit
-def _hidden(normed, fc1, h, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Features h [TILE_H] of fc1, activated: [TILE_ROWS, TILE_H] in the dtype of normed."""
-    PIECES: tl.constexpr = SPEC.PIECES
-    GELU: tl.constexpr = SPEC.GELU
-    sums = tl.zeros([normed[0].shape[0], h.shape[0]], tl.float32)
-    for n in tl.static_range(len(PIECES)):
-        c = piece(PIECES, n)
-        exists = (h < SPEC.HIDDEN)[:, None] & (c < SPEC.C)[None, :]
-        source = fc1.weight + h[:, None] * SPEC.C + c[None, :]
-        weight = load_weight(source, exists, _is_complete(n, SPEC, TILE))  # [TILE_H, size]
-        sums = dot(normed[n], tl.trans(weight), sums, TILE.TF32)
-    if fc1.bias is not None:
-        sums += load_row(fc1.bias, h, SPEC.HIDDEN)
-    return round_to(gelu(sums, GELU), normed[0].dtype)
-
-
-@triton.jit
 def _add_fc2(acc, hidden, fc2, h, SPEC: tl.constexpr, TILE: tl.constexpr):
     """acc, [TILE_ROWS, size] for every piece of C, and fc2 of the features h."""
     PIECES: tl.constexpr = SPEC.PIECES
@@ -77,9 +53,25 @@ def _add_fc2(acc, hidden, fc2, h, SPEC: tl.constexpr, TILE: tl.constexpr):
         c = piece(PIECES, n)
         exists = (c < SPEC.C)[:, None] & (h < SPEC.HIDDEN)[None, :]
         source = fc2.weight + c[:, None] * SPEC.HIDDEN + h[None, :]
-        weight = load_weight(source, exists, _is_complete(n, SPEC, TILE))
+        weight = load_weight(source, exists, SPEC.HIDDEN % TILE.H == 0 and is_whole(n, SPEC.C, PIECES))
         new_acc = new_acc + (dot(hidden, tl.trans(weight), acc[n], TILE.TF32),)
     return new_acc
+
+
+@triton.jit
+def _add_mlp(acc, normed, fc1, fc2, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """acc, [TILE_ROWS, size] for every piece of C, and ``gelu(fc1(normed)) @ fc2.weight^T``."""
+    GELU: tl.constexpr = SPEC.GELU
+    C: tl.constexpr = SPEC.C
+    PIECES: tl.constexpr = SPEC.PIECES
+    HIDDEN: tl.constexpr = SPEC.HIDDEN
+    COMPLETE: tl.constexpr = HIDDEN % TILE.H == 0
+    TF32: tl.constexpr = TILE.TF32
+    for start in tl.range(0, HIDDEN, TILE.H, num_stages=TILE.STAGES):
+        h = start + tl.arange(0, TILE.H)  # [TILE_H]
+        sums = linear(normed, fc1, h, COMPLETE, HIDDEN, C, PIECES, TF32)
+        acc = _add_fc2(acc, round_to(gelu(sums, GELU), normed[0].dtype), fc2, h, SPEC, TILE)
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,17 +88,11 @@ def _mlp_layer_fwd_kernel(
 ):
     """One program: TILE_ROWS rows."""
     PIECES: tl.constexpr = SPEC.PIECES
-    first = tl.program_id(0).to(tl.int64) * TILE.ROWS
-    m = tl.arange(0, TILE.ROWS)  # [TILE_ROWS]
-    exists = first + m < rows
+    first, m, exists = own_rows(rows, TILE.ROWS)
     x_ptr += first * SPEC.C
     out_ptr += first * SPEC.C
-    normed, _, _ = layer_norm(load_rows(x_ptr, m, exists, SPEC.C, PIECES), norm, SPEC.C, PIECES, True)
-    normed = round_all(normed, x_ptr.dtype.element_ty)
-    acc = zeros(PIECES, TILE.ROWS)
-    for start in tl.range(0, SPEC.HIDDEN, TILE.H, num_stages=TILE.STAGES):
-        h = start + tl.arange(0, TILE.H)  # [TILE_H]
-        acc = _add_fc2(acc, _hidden(normed, fc1, h, SPEC, TILE), fc2, h, SPEC, TILE)
+    normed = load_normed(x_ptr, norm, m, exists, SPEC.C, PIECES)
+    acc = _add_mlp(zeros(PIECES, TILE.ROWS), normed, fc1, fc2, SPEC, TILE)
     for n in tl.static_range(len(PIECES)):
         c = piece(PIECES, n)
         mask = row_mask(exists, n, SPEC.C, PIECES)
@@ -151,7 +137,7 @@ def mlp_layer_fwd(
     hidden, C = fc1_weight.shape
     rows = x.shape[:-1].numel()
     operands = _configs.operands(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
-    norm = Norm(norm_weight.contiguous(), norm_bias.contiguous(), eps)
+    norm = Norm.dense(norm_weight, norm_bias, eps)
     fc1, fc2 = Linear.dense(fc1_weight, fc1_bias), Linear.dense(fc2_weight, fc2_bias)
     x, formula = x.contiguous(), gelu_of(tanh, x.dtype)
 
