@@ -141,8 +141,17 @@ class Compiled:
 
     def mlp(self, rows: float, C: int) -> tuple[float, int]:
         """Its loop walks over the hidden features; and how many rows a program has."""
-        row = self.of(f"mlp-C{C}-bf16", "mlp_layer_fwd")
-        config = _layer_configs.mlp_layer(C, "half", self.architectures[0])[row.get("candidate", 0)]
+        candidates = _layer_configs.mlp_layer(C, "half", self.architectures[0])
+        return self._over_hidden(f"mlp-C{C}-bf16", "mlp_layer_fwd", candidates, rows, C)
+
+    def projection_mlp(self, rows: float, C: int) -> tuple[float, int]:
+        """As :meth:`mlp`."""
+        candidates = _layer_configs.projection_mlp(C, self.architectures[0])
+        return self._over_hidden(f"projection-mlp-C{C}-bf16", "projection_mlp_fwd", candidates, rows, C)
+
+    def _over_hidden(self, case: str, kernel: str, candidates: tuple, rows: float, C: int) -> tuple[float, int]:
+        row = self.of(case, kernel)
+        config = candidates[row.get("candidate", 0)]
         return _with_loop(row, 4 * C / config.tile_h) * rows / config.tile_rows, config.tile_rows
 
     def linear(self, kind: str, rows: float, C: int, out: int) -> tuple[float, int]:
@@ -239,17 +248,40 @@ def attention_by_kernels(level: Level, batch: int, compiled: Compiled) -> Iterat
     yield attention_in_parts(level, batch, compiled)[2]
 
 
-def attention_gains() -> list[list[str]]:
-    """What attention_layer's kernels gain over one operation after the other."""
+def projected_by_the_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """A layer whose projection, sum and MLP sub-layer are one kernel."""
+    yield from attention_in_parts(level, batch, compiled)[:3]
+    yield projection_mlp(level, batch, compiled)
+
+
+def by_three_kernels(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """And its LayerNorm and qkv one."""
+    yield from list(attention_by_kernels(level, batch, compiled))[::2]
+    yield projection_mlp(level, batch, compiled)
+
+
+def projection_mlp(level: Level, batch: int, compiled: Compiled) -> Work:
+    C, M = level.C, batch * level.tokens
+    x = HALF * C * M
+    instructions, rows = compiled.projection_mlp(M, C)
+    again = HALF * 9 * C * C * M / rows
+    return Work("projection_mlp", "kernel", 3 * x, 18 * C * C * M, instructions, 4 * C * M, again)
+
+
+def gains(before: Callable, after: Callable, channels: int) -> list[list[str]]:
+    """How many times as long as ``after`` a layer, or a part of it, takes as ``before``; up to so many channels."""
     lines = []
     for level in (*MODELS["NesT-T"][:2], *MODELS["NesT-B"][:2]):
-        gains = []
+        if channels < level.C:
+            continue
+        ratios = []
         for gpu in GPUS.values():
-            designs = attention_in_parts, attention_by_kernels
             compiled = Compiled(gpu.architecture)
-            parts, kernels = (sum(seconds(work, gpu) for work in design(level, BATCH, compiled)) for design in designs)
-            gains.append(f"{parts / kernels:.2f}")
-        lines.append([f"C = {level.C}", *gains])
+            was, now = (
+                sum(seconds(work, gpu) for work in design(level, BATCH, compiled)) for design in (before, after)
+            )
+            ratios.append(f"{was / now:.2f}")
+        lines.append([f"C = {level.C}", *ratios])
     return lines
 
 
@@ -389,7 +421,10 @@ def main() -> None:
         print("\nPredicted microseconds of a layer's kernels.\n")
         print(markdown([["level", "kernel", *GPUS], *layers()]))
         print("\nPredicted gain of attention_layer's kernels over one operation after the other.\n")
-        print(markdown([["level", *GPUS], *attention_gains()]))
+        print(markdown([["level", *GPUS], *gains(attention_in_parts, attention_by_kernels, 256)]))
+        for what, design in (("", projected_by_the_mlp), (" and LayerNorm and qkv in one", by_three_kernels)):
+            print(f"\nPredicted gain of projection_mlp's kernel{what}, for the whole layer.\n")
+            print(markdown([["level", *GPUS], *gains(with_one_mlp, design, 128)]))
     if args.beside is not None:
         measured = beside(load(args.beside))
         print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from nest_fast.kernels._configs import row_architecture
 
-__all__ = ["LINEAR", "MLP", "LinearConfig", "MlpConfig", "linear_rows", "mlp_layer"]
+__all__ = [
+    "LINEAR", "MLP", "PROJECTION_MLP", "LinearConfig", "MlpConfig", "linear_rows", "mlp_layer", "projection_mlp",
+]  # fmt: skip
 
 
 class MlpConfig(NamedTuple):
@@ -58,12 +60,24 @@ MLP: dict[tuple[int, str], list[tuple[int, MlpConfig]]] = {
     ],
 }
 
-
-def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
-    """Candidates for rows of so many ``channels``."""
-    here = row_architecture(shape_and_architecture[-1])
-    rows = MLP.get((here, operands)) or MLP[80, operands]
-    return tuple(dict.fromkeys(config for most, config in rows if channels <= most))
+# As of MLP, by architecture alone: of programs that make their rows themselves, of a projection and a sum, in half
+# precision.
+PROJECTION_MLP: dict[int, list[tuple[int, MlpConfig]]] = {
+    80: [
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=32)),
+    ],
+    90: [
+        (96, MlpConfig(tile_rows=128, tile_h=64, num_warps=4, num_stages=2, tile_c=32)),
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    100: [
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+}
 
 
 class LinearConfig(NamedTuple):
@@ -98,8 +112,22 @@ LINEAR: dict[tuple[int, str], list[tuple[int, LinearConfig]]] = {
 }
 
 
-def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:
-    """Candidates for rows of so many ``channels``."""
+# --- candidates for rows of so many channels --------------------------------------------------------------------------
+
+
+def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
     here = row_architecture(shape_and_architecture[-1])
-    rows = LINEAR.get((here, operands)) or LINEAR[80, operands]
+    return _candidates(MLP.get((here, operands)) or MLP[80, operands], channels)
+
+
+def projection_mlp(channels: int, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
+    return _candidates(PROJECTION_MLP[row_architecture(shape_and_architecture[-1])], channels)
+
+
+def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:
+    here = row_architecture(shape_and_architecture[-1])
+    return _candidates(LINEAR.get((here, operands)) or LINEAR[80, operands], channels)
+
+
+def _candidates(rows: list, channels: int) -> tuple:
     return tuple(dict.fromkeys(config for most, config in rows if channels <= most))

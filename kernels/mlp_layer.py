@@ -59,8 +59,8 @@ def _add_fc2(acc, hidden, fc2, h, SPEC: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _add_mlp(acc, normed, fc1, fc2, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """acc, [TILE_ROWS, size] for every piece of C, and ``gelu(fc1(normed)) @ fc2.weight^T``."""
+def add_mlp(acc, normed, fc1, fc2, scale, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """acc, [TILE_ROWS, size] for every piece of C, and ``(scale gelu(fc1(normed))) @ fc2.weight^T``; None is 1."""
     GELU: tl.constexpr = SPEC.GELU
     C: tl.constexpr = SPEC.C
     PIECES: tl.constexpr = SPEC.PIECES
@@ -70,7 +70,10 @@ def _add_mlp(acc, normed, fc1, fc2, SPEC: tl.constexpr, TILE: tl.constexpr):
     for start in tl.range(0, HIDDEN, TILE.H, num_stages=TILE.STAGES):
         h = start + tl.arange(0, TILE.H)  # [TILE_H]
         sums = linear(normed, fc1, h, COMPLETE, HIDDEN, C, PIECES, TF32)
-        acc = _add_fc2(acc, round_to(gelu(sums, GELU), normed[0].dtype), fc2, h, SPEC, TILE)
+        hidden = gelu(sums, GELU)
+        if scale is not None:
+            hidden *= scale
+        acc = _add_fc2(acc, round_to(hidden, normed[0].dtype), fc2, h, SPEC, TILE)
     return acc
 
 
@@ -92,7 +95,7 @@ def _mlp_layer_fwd_kernel(
     x_ptr += first * SPEC.C
     out_ptr += first * SPEC.C
     normed = load_normed(x_ptr, norm, m, exists, SPEC.C, PIECES)
-    acc = _add_mlp(zeros(PIECES, TILE.ROWS), normed, fc1, fc2, SPEC, TILE)
+    acc = add_mlp(zeros(PIECES, TILE.ROWS), normed, fc1, fc2, None, SPEC, TILE)
     for n in tl.static_range(len(PIECES)):
         c = piece(PIECES, n)
         mask = row_mask(exists, n, SPEC.C, PIECES)

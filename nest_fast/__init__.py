@@ -28,6 +28,7 @@ from nest_fast.ops import (
     linear,
     mlp_layer,
     patchify,
+    projection_mlp,
     unblockify,
     windows,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "nest_tiny",
     "nest_tiny_s16_32",
     "patchify",
+    "projection_mlp",
     "reference",
     "restore",
     "tune",

@@ -105,7 +105,8 @@ def tell_layer(
         by_parts: of attention that is one operation after the other: how many dimensions that adds to a head.
         chains: whether :func:`nest_fast.fusion.run_layers` runs it.
     """
-    for half in halves(layer):
+    both = halves(layer)
+    for half in both:
         channels = _channels(half)
         x = like(channels) if blocks is None else like(*blocks(layer), channels)
         chained = chains and fusion.is_chained(x)
@@ -117,6 +118,8 @@ def tell_layer(
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:
             plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
+        elif chains and not options and not both[0].why_not(x) and fusion.chosen_projection_mlp(x, *both) == "triton":
+            plan = "projection_mlp: Triton", ""
         elif fusion.chosen(x, half) == "triton":
             plan = f"{'attention' if options else 'mlp'}_layer: Triton", ""
         else:

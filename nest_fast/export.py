@@ -43,6 +43,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.norm_linear_triton_fwd.default: _norm_linear,
         ops.linear_sum_triton_fwd.default: _linear_sum,
         ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
+        ops.projection_mlp_triton_fwd.default: _projection_mlp,
         ops.block_aggregate_cpp_fwd.default: _block_aggregate,
         ops.block_aggregate_triton_fwd.default: _block_aggregate,
         ops.norm_pool_cpp_fwd.default: _norm_pool,
@@ -208,6 +209,10 @@ def _mlp_layer_triton(
         _norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias), approximate="tanh" if tanh else "none"
     )
     return _linear_sum(y, fc2_weight, fc2_bias, x, branch_scale)
+
+
+def _projection_mlp(x, attended, proj_weight, proj_bias, proj_scale, *mlp) -> Tensor:
+    return _mlp_layer_triton(_linear_sum(attended, proj_weight, proj_bias, x, proj_scale), *mlp)
 
 
 def _block_aggregate(

@@ -32,12 +32,15 @@ from nest_fast.ops import (
     linear,
     mlp_layer,
     patchify,
+    projection_mlp,
 )
 from nest_fast.ops._layer import add_branch
-from nest_fast.ops._modes import TENSORS, autocast_dtype, is_eager, under_autocast
+from nest_fast.ops._modes import TENSORS, autocast_dtype, is_eager, under_autocast, wants_gradients
+from nest_fast.ops.attention_layer import attended
 from nest_fast.ops.attention_layer import chosen as chosen_attention
 from nest_fast.ops.linear import linear_gelu
 from nest_fast.ops.mlp_layer import chosen as chosen_mlp
+from nest_fast.ops.projection_mlp import chosen as chosen_projection
 from nest_fast.weights import head_minor_to_major
 
 # --- what is known of a class of modules ------------------------------------------------------------------------------
@@ -494,12 +497,17 @@ def chosen(x: Tensor, half: Half) -> str:
     """
     if not x.is_cuda or half.operation is not None:
         return "parts"
-    norm, (first, *_, last) = half.norm, half.inside(LINEAR)
-    weights = norm.weight, norm.bias, first.weight, first.bias, scaled(last.weight, half), scaled(last.bias, half)
+    weights = _weights(half)
     if half.written.role == "mlp":
         return chosen_mlp(x, *weights, half.post_norm)
     options = half.written.options(half.body)  # type: ignore[misc]
     return chosen_attention(x, weights, options.num_heads, options.multi_query, half.post_norm)
+
+
+def _weights(half: Half) -> tuple[Tensor, ...]:
+    """Of its LayerNorm and its two linear layers, with the LayerScale in the last; a projection's as it is."""
+    norm, (first, *_, last) = half.norm, half.inside(LINEAR)
+    return norm.weight, norm.bias, first.weight, first.bias, scaled(last.weight, half), scaled(last.bias, half)
 
 
 def _activation(act: Any, half: Half) -> str:
@@ -652,10 +660,11 @@ def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
     layers = list(encoder)
     if why_not(x, [("a layer", layer, _LAYER) for layer in layers], known):
         return encoder(x)
-    both = [half for layer in layers for half in halves(layer, known)]
+    pairs = [halves(layer, known) for layer in layers]
+    both = [half for pair in pairs for half in pair]
     fused = [half.why_not(x) is None for half in both]
     if all(fused):
-        return chained(x, both)
+        return chained(x, pairs)
     for half, is_fused in zip(both, fused, strict=True):
         x = _fused(x, half) if is_fused else _call(x, half)
     return x
@@ -666,29 +675,62 @@ def is_chained(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
-def chained(x: Tensor, halves: Iterable[Half]) -> Tensor:
-    """Sub-layers one after the other, each residual sum in the pass of the LayerNorm after it.
+def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
+    """Layers one after the other, of both sub-layers each: each residual sum in the pass of the LayerNorm after it.
 
-    A sub-layer that has kernels of its own takes a sum that is complete and returns one.
+    What has kernels of its own, a sub-layer or a layer from its projection on, takes a sum that is complete and returns
+    one.
     """
     branch: Tensor | None = None
     scale: Tensor | None = None
     dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
-    for half in halves:
-        impl = chosen(x, half) if _drop_rate(half) == 0.0 else "parts"
+    for first, second in layers:
+        impl = chosen_projection_mlp(x, first, second)
         if impl == "triton":
-            x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
+            x, branch, scale = _projected(_sum(x, branch, scale), first, second, impl), None, None
             continue
-        norm = half.norm
-        if branch is None:
-            y = norm(x)
-        else:
-            x, y = add_layer_norm(
-                x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
-            )
-        branch = _branch(y, half, dtype)
-        scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
+        for half in (first, second):
+            impl = chosen(x, half) if _drop_rate(half) == 0.0 else "parts"
+            if impl == "triton":
+                x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
+                continue
+            norm = half.norm
+            if branch is None:
+                y = norm(x)
+            else:
+                x, y = add_layer_norm(
+                    x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
+                )
+            branch = _branch(y, half, dtype)
+            scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
     return _sum(x, branch, scale)
+
+
+def chosen_projection_mlp(x: Tensor, attention: Half, mlp: Half) -> str:
+    """As :func:`chosen`, of a layer from its projection on: "triton" is one kernel for that."""
+    if not x.is_cuda or _drop_rate(attention) or _drop_rate(mlp):
+        return "parts"
+    *before, weight, bias = _weights(attention)
+    # What is attended has the shape of x, and a gradient where what it is made of has.
+    return "parts" if wants_gradients(before) else chosen_projection(x, x, weight, bias, *_weights(mlp))
+
+
+def _projected(x: Tensor, attention: Half, mlp: Half, impl: str) -> Tensor:
+    """A layer whose projection and MLP sub-layer are one operation."""
+    options = attention.written.options(attention.body)  # type: ignore[misc]
+    *before, weight, bias = _weights(attention)
+    y = attended(
+        *(x, *before),
+        num_heads=options.num_heads,
+        multi_query=options.multi_query,
+        scale=options.scale,
+        eps=attention.norm.eps,
+        impl=chosen(x, attention),
+    )
+    (act,) = mlp.inside(ACTIVATION)
+    activation, weight = _activation(act, mlp), _head_major(weight, options)
+    weights = weight, bias, *_weights(mlp)
+    return projection_mlp(x, y, *weights, activation=activation, eps=mlp.norm.eps, impl=impl)
 
 
 def _sum(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "mlp_layer",
     "patchify",
+    "projection_mlp",
     "unblockify",
     "window_mask",
     "window_rows",
@@ -372,6 +373,29 @@ def mlp_layer(
     y = F.linear(hidden, fc2_weight, fc2_bias)
     y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps) if post_norm else y
     return x + _for_each_sample(branch_scale, x) * y
+
+
+def projection_mlp(
+    x: Tensor,
+    attended: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    proj_scale: float = 1.0,
+    branch_scale: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`mlp_layer` of ``x + proj_scale * proj(attended)``, all of these ``(…, C)``."""
+    total = x + proj_scale * F.linear(attended, proj_weight, proj_bias)
+    weights = norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    return mlp_layer(total, *weights, activation=activation, branch_scale=branch_scale, eps=eps)
 
 
 def add_layer_norm(

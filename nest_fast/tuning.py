@@ -24,7 +24,7 @@ __all__ = ["Measured", "Tuning", "tune"]
 SAMPLES = 2  # of a batch, on which an implementation is checked
 ROUNDS = 9
 GAIN = 1.03  # what a choice must gain: less is not worth a row in a table
-LAYERS = ("attention_layer", "mlp_layer")  # operations that have others as their parts
+LAYERS = ("attention_layer", "mlp_layer", "projection_mlp")  # operations that have others as their parts
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def _questions(model: nn.Module, inputs: tuple) -> list[_tuned.Question]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gpus = [x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda]
     with torch.random.fork_rng(gpus), _tuned.watched() as asked:
-        with _tuned.forced(**dict.fromkeys(LAYERS, "parts"), linear="cublaslt"):
-            model(*inputs)
-        with _tuned.forced(**dict.fromkeys(LAYERS, "triton")):  # a chain calls it only where it has kernels of its own
-            model(*inputs)
+        # A chain calls a layer's operation only where that has kernels of its own, the last in the others' place.
+        for kernels, joint in (("parts", "parts"), ("triton", "parts"), ("triton", "triton")):
+            with _tuned.forced(**dict.fromkeys(LAYERS, kernels) | {"projection_mlp": joint}, linear="cublaslt"):
+                model(*inputs)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # such as running averages
             buffer.copy_(buffers[name])

@@ -44,6 +44,7 @@ from nest_fast.kernels.block_attention import block_attention_bwd, block_attenti
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
+from nest_fast.kernels.projection_mlp import projection_mlp_fwd
 
 ARCHITECTURES = tuple(SHARED_BYTES)
 TUNED = (80, 90, 100)  # those with rows of their own in the tables
@@ -89,8 +90,8 @@ class Aggregation(NamedTuple):
 
 
 class SubLayer(NamedTuple):
-    """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features;
-    "norm-linear", to 3 C columns, or "linear-sum", to C."""
+    """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
+    "projection-mlp"; "norm-linear", to 3 C columns, or "linear-sum", to C."""
 
     kind: str
     C: int
@@ -304,6 +305,9 @@ def _launch_sub_layer(case: SubLayer) -> None:
         linear_sum_fwd(x, empty(C, C), empty(C), x, 1.0)
         return
     norm, fc1, fc2 = (empty(C), empty(C), 1e-6), (empty(hidden, C), empty(hidden)), (empty(C, hidden), empty(C))
+    if case.kind == "projection-mlp":
+        projection_mlp_fwd(x, x, empty(C, C), empty(C), 1.0, *norm, *fc1, False, *fc2, 1.0)
+        return
     mlp_layer_fwd(x, *norm, *fc1, case.kind == "mlp-tanh", *fc2, 1.0)
 
 
@@ -412,8 +416,9 @@ SUB_LAYERS = [
         for dtype in ("bf16", "tf32", "fp32")
         for C in (96, 128, 192, 256)
     ),
+    *(SubLayer("projection-mlp", C, "bf16") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
-    *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "norm-linear", "linear-sum")),
+    *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum")),
 ]
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
 PASSES = [

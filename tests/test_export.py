@@ -129,6 +129,8 @@ def decomposition_cases():
         yield OPS.mlp_layer_cpp, (*alone[:4], r(16, 8), r(16), "gelu", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_cpp, (*layer, "gelu_tanh", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_triton_fwd, (*layer, training, r(8, 16), None, 0.7)
+        projection = r(30, 8), r(8, 8), r(8) if training else None, 0.6
+        yield OPS.projection_mlp_triton_fwd, (layer[0], *projection, *layer[1:], training, r(8, 16), None, 0.7)
         for same in (False, True):
             yield OPS.block_aggregate_cpp_fwd, (*image, same, training)
             yield OPS.norm_pool_cpp_fwd, (r(2, 8, 12, 5), None, r(5), r(5), None, (2, 3), 1e-6, same, training)

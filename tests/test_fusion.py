@@ -198,9 +198,9 @@ def test_chained_layers_are_the_layers(rate):
     layers = [layer(drop_path=rate).train() for _ in range(3)]
     x, results = torch.randn(8, 2, 9, 32), []
     parameters = [p for module in layers for p in module.parameters()]
-    halves = [half for module in layers for half in fusion.halves(module, KNOWN)]
+    pairs = [fusion.halves(module, KNOWN) for module in layers]
     for function in (
-        functools.partial(fusion.chained, halves=halves),
+        functools.partial(fusion.chained, layers=pairs),
         lambda x: functools.reduce(lambda x, module: module(x), layers, x),
     ):
         torch.manual_seed(1)

@@ -37,6 +37,11 @@ TABLE = {
         ("cpp",),
     ),
     "mlp_layer": (nest_fast.mlp_layer, ((2, 4, 9, C), *VECTORS, (HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,)), ("cpp",)),
+    "projection_mlp": (
+        nest_fast.projection_mlp,
+        ((2, 4, 9, C), (2, 4, 9, C), (C, C), (C,), *VECTORS, (HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,)),
+        (),
+    ),
     "block_attention": (nest_fast.block_attention, ((1, 2, 5, HEADS, 8),) * 3, ("sdpa", "cpp", "triton")),
     "block_attention, one key head": (
         nest_fast.block_attention,
@@ -181,7 +186,7 @@ def test_a_sums_gradient(name, impl):
 
 # The layers and the aggregation have such a test of their own, to the bit or nearly.
 ALONE = (
-    "attention_layer, windows",
+    *("attention_layer, windows", "projection_mlp"),
     *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
     *("block_attention, cosines", "linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
     *("blockify", "unblockify", "patchify"),
@@ -218,6 +223,7 @@ def test_of_nothing(name, impl):
 
 NORMS = {"attention_layer": (1, 2), "mlp_layer": (1, 2), "add_layer_norm": (2, 3), "layer_norm_mean": (1, 2)}
 NORMS |= {"block_aggregate": (3, 4), "block_aggregate, image": (3, 4), "attention_layer, windows": (1, 2)}
+NORMS |= {"projection_mlp": (4, 5)}
 # The tensor of each that PyTorch's promotion takes in any floating-point dtype.
 ADDED = {"block_attention, bias": 3, "block_attention, mask": 3, "block_aggregate": 5, "linear, residual": 3}
 ADDED |= {"block_aggregate, image": 5, "bias_gelu": 1, "add_layer_norm": 1, "blockify": 1, "unblockify": 1}

@@ -1,5 +1,6 @@
 """What a GPU would be given: whole models through its choices, with Triton's kernels in the interpreter."""
 
+import copy
 import re
 import warnings
 from collections import Counter
@@ -183,6 +184,65 @@ def test_a_chain_asks_once_what_a_sub_layer_is(monkeypatch):
         MODELS["NesT"]().half().eval()(twins.image(dtype=torch.float16))
     layers = sum(SMALLER["depths"])
     assert (asked["attention_layer"], asked["mlp_layer"]) == (layers, layers)
+
+
+# --- a layer from its projection on as one kernel ---------------------------------------------------------------------
+
+JOINT = {"projection_mlp": "triton"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "forced"),
+    [*((kind, JOINT) for kind in MODELS), ("NesT", JOINT | {"attention_layer": "triton"})],
+    ids=[*MODELS, "NesT with qkv's kernel"],
+)
+def test_projection_and_mlp_that_were_measured_are_one_kernel(kind, forced):
+    """Whatever computes qkv; explain says so. By the rules they are two."""
+    fast, double = MODELS[kind]().half().eval(), as_reference(MODELS[kind]().eval().double())
+    if kind == "timm's":
+        nest_fast.accelerate(fast)
+    x, layers = twins.image(dtype=torch.float16), sum(SMALLER["depths"])
+    with pretend_gpu() as calls, torch.no_grad(), _tuned.forced(**forced):
+        out = fast(x)
+        told = nest_fast.explain(fast, x)
+    counted = Counter(name for name, _ in calls)
+    assert counted["projection_mlp_triton_fwd"] == counted["block_attention_triton_fwd"] == layers
+    assert counted["norm_linear_triton_fwd"] == (layers if forced != JOINT else 0)
+    assert not {"mlp_layer_triton_fwd", "linear_sum_triton_fwd", "add_layer_norm_triton_fwd"} & {*counted}
+    assert [row.how for row in told if row.what == "mlp sub-layer"] == ["projection_mlp: Triton"] * layers
+    with torch.no_grad():
+        golden = double(x.double())
+        plain = as_reference(MODELS[kind]().half().eval())(x)
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+def _hear(model, name):
+    model.levels[0].transformer_encoder[0].get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "joint"),
+    [
+        (lambda model: None, 2),
+        (lambda model: _hear(model, "norm2"), 1),
+        (lambda model: _hear(model, "attn.proj"), 1),
+        (lambda model: _hear(model, "attn"), 1),
+        (lambda model: model.levels[0].transformer_encoder[0].norm1.requires_grad_(), 0),
+        (lambda model: model.train(), 1),
+    ],
+    ids=["no change", "hook on norm2", "hook on proj", "hook on attn", "gradients of norm1", "dropped samples"],
+)
+def test_a_layer_keeps_its_parts_where_one_kernel_would_compute_something_else(change, joint):
+    """Of two layers the first; in training the second drops samples. The values are the reference's."""
+    model = MODELS["NesT"](drop_path_rate=0.9).requires_grad_(False).half().eval()
+    double = as_reference(copy.deepcopy(model).double())
+    change(model)
+    x = twins.image(dtype=torch.float16)
+    with pretend_gpu() as calls, _tuned.forced(**JOINT):
+        out = model(x)
+    assert Counter(name for name, _ in calls)["projection_mlp_triton_fwd"] == joint
+    if not model.training:
+        assert relative_error(out, double(x.double())) < 0.01
 
 
 # --- fc1 with the GELU in its epilogue --------------------------------------------------------------------------------

@@ -241,28 +241,40 @@ def test_launch_configurations_are_checked_measured_and_taken(file, clock, monke
 
 def test_a_chain_takes_the_sub_layers_that_were_measured(monkeypatch):
     """A chain calls them only where they have kernels of their own, which by the rules they have not in float32."""
-    gpu, x = torch.device("cuda", 0), images()
+    gpu, x, fast = torch.device("cuda", 0), images(), set()
 
     def measure(question, *_):
-        fastest = "triton" if question.key[0] in nest_fast.tuning.LAYERS else question.rule
-        return nest_fast.tuning.Measured("", {}, question.rule, fastest), {}
+        assert set(question.able) >= {question.rule, *({"triton", "parts"} if question.key[0] in fast else ())}
+        fastest = "triton" if question.key[0] in fast else question.rule
+        return nest_fast.tuning.Measured(question.key[0], {}, question.rule, fastest), {}
 
     monkeypatch.setattr("nest_fast.tuning._measure", measure)
     monkeypatch.setattr(_tuned, "write", lambda *_: None)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     launched = []
     try:
-        for tuned in (False, True):
+        for faster, dtype in (
+            ((), torch.float32),
+            (("attention_layer", "mlp_layer"), torch.float32),
+            (("projection_mlp",), torch.float16),
+        ):
             with pretend_gpu() as calls, torch.no_grad():
-                if tuned:
-                    nest_fast.tune(model(), x, progress=False)
+                given = model().to(dtype), x.to(dtype)
+                if faster:
+                    fast.update(faster)
+                    assert fast <= {row.what for row in nest_fast.tune(*given, progress=False).rows}
                     calls.clear()
-                model()(x)
-            of_interest = "bias_gelu_triton_fwd", "norm_linear_triton_fwd", "mlp_layer_triton_fwd"
-            launched.append([name for name, _ in calls if name in of_interest])
+                given[0](given[1])
+            of_interest = "bias_gelu", "norm_linear", "mlp_layer", "projection_mlp"
+            names = (name.removesuffix("_triton_fwd") for name, _ in calls)
+            launched.append([name for name in names if name in of_interest])
     finally:
         _tuned.set_choices(gpu, _tuned.Choices())
-    assert launched == [["bias_gelu_triton_fwd"] * 2, ["norm_linear_triton_fwd", "mlp_layer_triton_fwd"] * 2]
+    assert launched == [
+        ["bias_gelu"] * 2,
+        ["norm_linear", "mlp_layer"] * 2,
+        ["norm_linear", "projection_mlp"] * 2,
+    ]
 
 
 def test_bad_arguments():

@@ -14,6 +14,7 @@ from nest_fast.ops.blockify import blockify, patchify, unblockify
 from nest_fast.ops.layer_norm_mean import layer_norm_mean
 from nest_fast.ops.linear import linear
 from nest_fast.ops.mlp_layer import mlp_layer
+from nest_fast.ops.projection_mlp import projection_mlp
 
 __all__ = [
     "add_layer_norm",
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "mlp_layer",
     "patchify",
+    "projection_mlp",
     "unblockify",
     "windows",
 ]

@@ -19,20 +19,27 @@ MAX_CHANNELS = 256  # of the Triton kernels: more do not fit in a program's regi
 _ONE_SCALE: Rules = (
     ("it has one branch_scale for all samples", lambda given: getattr(given, "branch_scale", None) is not None),
 )
+TRITON: Rules = (
+    *_backends.TRITON_LAYER,
+    *_ONE_SCALE,
+    ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
+)
+
+
+def at_most(channels: int) -> Rules:
+    """A rule for kernels whose rows have to fit."""
+    return (
+        (
+            lambda given: f"C = {given[0].shape[-1]} channels are over {channels}",
+            lambda given: given[0].shape[-1] > channels,
+        ),
+    )
+
+
 BACKENDS = {
     "cpp": Backend("cpp", _backends.CPP_LAYER + _ONE_SCALE),
     "triton": Backend(
-        "triton",
-        (
-            *_backends.TRITON_LAYER,
-            *_ONE_SCALE,
-            ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
-            ("the LayerNorm comes last", lambda given: given.post_norm),
-            (
-                lambda given: f"C = {given[0].shape[-1]} channels are over {MAX_CHANNELS}",
-                lambda given: given[0].shape[-1] > MAX_CHANNELS,
-            ),
-        ),
+        "triton", (*TRITON, ("the LayerNorm comes last", lambda given: given.post_norm), *at_most(MAX_CHANNELS))
     ),
 }
 # The C++ kernels multiply some rows by C x 16 numbers of a weight at a time (32 with AVX-512). Of more channels these
@@ -88,7 +95,7 @@ def choose(op: str, able: Sequence[Backend], auto: Backend, on_gpu: Backend, tri
     Where nothing was measured it is the first two where ``auto`` and ``on_gpu`` can.
     """
     if is_eager_on_a_gpu(given):
-        return _tuned.implementation(op, (triton, PARTS), given, _rule_on_a_gpu, on_gpu)
+        return choose_on_a_gpu(op, on_gpu, triton, given)
     if not given[0].is_cpu:
         return "parts"
     return _tuned.implementation(op, able, given, _rule, auto)
@@ -97,6 +104,11 @@ def choose(op: str, able: Sequence[Backend], auto: Backend, on_gpu: Backend, tri
 def is_eager_on_a_gpu(given: Any) -> bool:
     """A compiler that sees plain PyTorch decides itself what to fuse."""
     return given[0].is_cuda and not (torch.compiler.is_compiling() or _modes.needs_plain(given))
+
+
+def choose_on_a_gpu(op: str, on_gpu: Backend, triton: Backend, given: Any) -> str:
+    """What "auto" is of ``op`` on an eager GPU: "triton" or "parts", what was measured or else ``on_gpu`` says."""
+    return _tuned.implementation(op, (triton, PARTS), given, _rule_on_a_gpu, on_gpu)
 
 
 def _rule_on_a_gpu(given: Any, on_gpu: Backend) -> str:

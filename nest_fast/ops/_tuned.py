@@ -36,7 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 Key = tuple  # the operation, its dtype, whether gradients are wanted, then what each of its arguments is
-BATCHED = frozenset(("x", "q", "k", "v", "residual", "branch", "branch_scale"))  # arguments with the batch first
+# Arguments with the batch first.
+BATCHED = frozenset(("x", "attended", "q", "k", "v", "residual", "branch", "branch_scale"))
 
 
 class Choices(NamedTuple):

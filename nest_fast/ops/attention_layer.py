@@ -18,7 +18,7 @@ from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, bloc
 from nest_fast.ops.linear import linear
 from nest_fast.reference import Windows
 
-__all__ = ["attention_layer", "chosen"]
+__all__ = ["attended", "attention_layer", "chosen"]
 
 
 @_tuned.tunable
@@ -133,18 +133,19 @@ def attention_layer(
         )
         out = out.view(x.shape)
         return x + branch_scale * torch.layer_norm(out, (C,), norm_weight, norm_bias, eps) if post_norm else out
-    if impl == "triton":
-        y = _NORM_LINEAR(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
-    else:
-        y = linear(x if post_norm else torch.layer_norm(x, (C,), norm_weight, norm_bias, eps), qkv_weight, qkv_bias)
-    heads = (num_heads, kv_heads, kv_heads)
-    q, k, v = y.unflatten(-1, (sum(heads), -1)).split(heads, -2)
-    pad_k = pad_v = None
-    if windows is not None and qkv_bias is not None:  # what padding, zeros after the LayerNorm, becomes
-        _, pad_k, pad_v = qkv_bias.to(y.dtype).view(1, sum(heads), -1).split(heads, -2)
-    within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
-    inner = "triton" if impl == "triton" else "auto"
-    y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner).flatten(-2)
+    y = attended(
+        *(x, norm_weight, norm_bias, qkv_weight, qkv_bias),
+        num_heads=num_heads,
+        multi_query=multi_query,
+        windows=windows,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        cosine=cosine,
+        post_norm=post_norm,
+        eps=eps,
+        impl=impl,
+    )
     if impl == "triton":
         return _LINEAR_SUM(y, proj_weight, proj_bias, x, branch_scale)
     if not post_norm and given.branch_scale is None and branch_scale == 1.0:
@@ -152,6 +153,42 @@ def attention_layer(
     y = linear(y, proj_weight, proj_bias)
     y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
     return _layer.add_branch(x, y, branch_scale)
+
+
+def attended(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    *,
+    num_heads: int,
+    multi_query: bool,
+    scale: float | Tensor | None,
+    eps: float,
+    impl: str,
+    windows: Windows | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cosine: bool = False,
+    post_norm: bool = False,
+) -> Tensor:
+    """What :func:`attention_layer` projects, ``(…, C)``; its arguments, an ``impl`` that is found. Checks nothing."""
+    if impl == "triton":
+        y = _NORM_LINEAR(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
+    else:
+        y = x if post_norm else torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+        y = linear(y, qkv_weight, qkv_bias)
+    heads = (num_heads, *(1 if multi_query else num_heads,) * 2)
+    q, k, v = y.unflatten(-1, (sum(heads), -1)).split(heads, -2)
+    pad_k = pad_v = None
+    if windows is not None and qkv_bias is not None:  # what padding, zeros after the LayerNorm, becomes
+        _, pad_k, pad_v = qkv_bias.to(y.dtype).view(1, sum(heads), -1).split(heads, -2)
+    within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
+    inner = "triton" if impl == "triton" else "auto"
+    return block_attention(*(q, k, v), scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner).flatten(
+        -2
+    )
 
 
 def _check(

@@ -154,17 +154,12 @@ class Given(NamedTuple):
     branch_scale: Tensor | None = None
 
 
+TOO_LARGE = ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31)
 CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
 
 BACKENDS = {
     **_layer.BACKENDS,
-    "triton": Backend(
-        "triton",
-        (
-            *_layer.BACKENDS["triton"].rules,
-            ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31),
-        ),
-    ),
+    "triton": Backend("triton", (*_layer.BACKENDS["triton"].rules, TOO_LARGE)),
 }
 # Where nothing was measured, "auto" on a GPU keeps these rules, or is "parts".
 _AUTO_ON_GPU = Backend(

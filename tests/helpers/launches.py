@@ -24,6 +24,7 @@ from nest_fast.kernels.block_attention import block_attention_bwd, block_attenti
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
+from nest_fast.kernels.projection_mlp import projection_mlp_fwd
 
 ARCHITECTURE = 90
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -164,6 +165,16 @@ def mlp_layer(biases, norm_dtype=BF16):
     return Case(given, (out,), [2])
 
 
+def projection_mlp(biases, norm_dtype=BF16):
+    """As mlp_layer's."""
+    norm, proj = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(24, 24)
+    fc1, fc2 = empty(72, 24), empty(24, 72)
+    proj_bias, fc1_bias, fc2_bias = (empty(24), empty(72), empty(24)) if biases else (None, None, None)
+    given = (empty(3, 50, 24), empty(3, 50, 24), proj, proj_bias, *norm, fc1, fc1_bias, fc2, fc2_bias)
+    out = projection_mlp_fwd(*given[:4], 0.7, *norm, 1e-6, fc1, fc1_bias, biases, fc2, fc2_bias, 1.7)
+    return Case(given, (out,), [2])
+
+
 def norm_pool(optional, training):
     y, weight, bias = empty(2, 16, 12, 24), empty(24, dtype=FP32), empty(24, dtype=FP32)
     conv_bias, pos_embed = (empty(24, dtype=FP32), empty(1, 1, 48, 24)) if optional else (None, None)
@@ -224,6 +235,8 @@ CASES = {
     "linear_sum_fwd, without bias": lambda: linear_sum(None),
     "mlp_layer_fwd": lambda: mlp_layer(True),
     "mlp_layer_fwd, without biases": lambda: mlp_layer(False, FP32),
+    "projection_mlp_fwd": lambda: projection_mlp(True),
+    "projection_mlp_fwd, without biases": lambda: projection_mlp(False, FP32),
     "norm_pool_fwd": lambda: norm_pool(True, True),
     "norm_pool_fwd, bare": lambda: norm_pool(False, False),
     "norm_pool_bwd": norm_pool_gradients,

@@ -27,6 +27,7 @@ OPERATIONS = {
     "linear": ("test_linear",),
     "mlp_layer": ("test_mlp_layer", "test_mlp_layer_kernel"),
     "norm_pool": ("test_norm_pool",),
+    "projection_mlp": ("test_projection_mlp",),
 }
 PART_OF = {"unblockify": "blockify", "patchify": "blockify"}
 
@@ -82,7 +83,7 @@ ELSEWHERE = {
 }
 _TRITON = (
     *("add_layer_norm", "attention_layer", "bias_gelu", "block_aggregate", "block_attention"),
-    *("layer_norm_mean", "mlp_layer", "norm_pool"),
+    *("layer_norm_mean", "mlp_layer", "norm_pool", "projection_mlp"),
 )
 ELSEWHERE["many blocks"] = dict.fromkeys(_TRITON, ("test_imports", "test_of_many_blocks_no_grid_is_on_y"))
 ELSEWHERE["resources"] = dict.fromkeys(
@@ -93,14 +94,16 @@ _NO_CPP = "no kernel in C++"
 _NO_GPU = "kernels for CPUs alone"
 _LIBRARY = "the kernel is oneDNN's; PyTorch registers and tests it"
 _STEP = "a step of block_aggregate, which is tested for it"
+_PARTS = "linear and mlp_layer are its parts"
 # Why a cell is empty, by property and operation.
 EMPTY = {
     "is what its definition says": {
         **dict.fromkeys(("add_layer_norm", "bias_gelu", "layer_norm_mean", "linear"), _PLAIN),
         "norm_pool": _STEP,
+        "projection_mlp": _PARTS,
     },
     "with every instruction set": {
-        **dict.fromkeys(("add_layer_norm", "bias_gelu", "layer_norm_mean"), _NO_CPP),
+        **dict.fromkeys(("add_layer_norm", "bias_gelu", "layer_norm_mean", "projection_mlp"), _NO_CPP),
         "blockify": "copies, in plain C++",
         "linear": _LIBRARY,
     },
@@ -114,6 +117,7 @@ EMPTY = {
         "blockify": "nothing: the gradient is the inverse permutation",
         "linear": "what PyTorch keeps",
         "norm_pool": _STEP,
+        "projection_mlp": _PARTS,
     },
     "resources": {
         "linear": _NO_GPU,
