@@ -30,7 +30,9 @@ from runs import MODELS as NAMES
 from runs import Run, load, markdown
 
 from nest_fast.kernels import _configs, _layer_configs
+from nest_fast.kernels._primitives import tiles_and_tail
 from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
+from nest_fast.ops.projection_mlp import CERTAIN_CHANNELS as TWO_KERNELS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
 HALF = 2  # bytes of bf16 and fp16
@@ -136,8 +138,14 @@ class Compiled:
         row = self.of("fwd-N196-d32-bf16", "block_attention_fwd")
         table = _configs.ATTENTION["fwd", _configs.row_architecture(self.architectures[0]), "half"]
         fit = [one.config for one in table if min(one.queries, one.keys) >= 196 and one.head_dim >= 32]
-        trips = 196 // fit[row.get("candidate", 0)].block_m
+        trips, _ = tiles_and_tail(196, fit[row.get("candidate", 0)].block_m)
         return _with_loop(row, trips) * sequences * (N / 196) ** 2
+
+    def norm_attention(self, sequences: float, C: int) -> float:
+        """As :meth:`attention`, of 196 tokens."""
+        row = self.of(f"norm-attention-C{C}-bf16", "norm_attention_fwd")
+        config = _layer_configs.norm_attention(C, self.architectures[0])[row.get("candidate", 0)]
+        return _with_loop(row, tiles_and_tail(196, config.block_m)[0]) * sequences
 
     def mlp(self, rows: float, C: int) -> tuple[float, int]:
         """Its loop walks over the hidden features; and how many rows a program has."""
@@ -260,6 +268,17 @@ def by_three_kernels(level: Level, batch: int, compiled: Compiled) -> Iterator[W
     yield projection_mlp(level, batch, compiled)
 
 
+def by_two_kernels(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """And the attention in that one, which reads x for each head."""
+    C, M, N = level.C, batch * level.tokens, level.N
+    x, sequences = HALF * C * M, M / N * C / 32
+    instructions = compiled.norm_attention(sequences, C)
+    again = x * (C / 32 - 1) + HALF * 3 * C * C * M / N
+    flops = 6 * C * C * M + 4 * N * C * M
+    yield Work("norm_attention", "kernel", 2 * x, flops, instructions, N * N * sequences, again)
+    yield projection_mlp(level, batch, compiled)
+
+
 def projection_mlp(level: Level, batch: int, compiled: Compiled) -> Work:
     C, M = level.C, batch * level.tokens
     x = HALF * C * M
@@ -287,7 +306,11 @@ def gains(before: Callable, after: Callable, channels: int) -> list[list[str]]:
 
 def layer(level: Level, batch: int, compiled: Compiled, one_mlp: bool = True) -> list[Work]:
     """As "auto" has it where nothing was measured, or without the MLP in one kernel."""
-    design = with_one_mlp if one_mlp and level.C <= CERTAIN_CHANNELS else chain
+    design = chain
+    if one_mlp and TWO_KERNELS.get(divmod(compiled.architectures[0], 10), 0) >= level.C:
+        design = by_two_kernels
+    elif one_mlp and level.C <= CERTAIN_CHANNELS:
+        design = with_one_mlp
     return list(design(level, batch, compiled))
 
 
@@ -371,14 +394,15 @@ def checks() -> list[list[str]]:
 
 
 def layers() -> list[list[str]]:
-    """Microseconds of each kernel of a layer, the chain's and then those that the MLP in one kernel has beside them."""
+    """Microseconds of each kernel of a layer, the chain's and then what else other designs have."""
     lines = []
     for levels in (MODELS["NesT-T"], MODELS["NesT-B"]):
         for level in levels:
             taken: dict[str, list[str]] = {}
             for gpu in GPUS.values():
                 compiled = Compiled(gpu.architecture)
-                works = {work.name: work for work in (*chain(level, BATCH, compiled), *layer(level, BATCH, compiled))}
+                designs = chain, *(with_one_mlp,) * (level.C <= CERTAIN_CHANNELS), *(by_two_kernels,) * (level.C <= 128)
+                works = {work.name: work for design in designs for work in design(level, BATCH, compiled)}
                 for name, work in works.items():
                     taken.setdefault(name, []).append(f"{seconds(work, gpu) * 1e6:.0f}")
             lines += [[f"C = {level.C}", name, *each] for name, each in taken.items()]
@@ -422,7 +446,11 @@ def main() -> None:
         print(markdown([["level", "kernel", *GPUS], *layers()]))
         print("\nPredicted gain of attention_layer's kernels over one operation after the other.\n")
         print(markdown([["level", *GPUS], *gains(attention_in_parts, attention_by_kernels, 256)]))
-        for what, design in (("", projected_by_the_mlp), (" and LayerNorm and qkv in one", by_three_kernels)):
+        for what, design in (
+            ("", projected_by_the_mlp),
+            (", LayerNorm and qkv in one", by_three_kernels),
+            (", LayerNorm, qkv and attention in one", by_two_kernels),
+        ):
             print(f"\nPredicted gain of projection_mlp's kernel{what}, for the whole layer.\n")
             print(markdown([["level", *GPUS], *gains(with_one_mlp, design, 128)]))
     if args.beside is not None:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from nest_fast.kernels._configs import row_architecture
 
 __all__ = [
-    "LINEAR", "MLP", "PROJECTION_MLP", "LinearConfig", "MlpConfig", "linear_rows", "mlp_layer", "projection_mlp",
+    "LINEAR", "MLP", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig", "MlpConfig", "ResidentConfig", "linear_rows",
+    "mlp_layer", "norm_attention", "projection_mlp",
 ]  # fmt: skip
 
 
@@ -112,6 +113,33 @@ LINEAR: dict[tuple[int, str], list[tuple[int, LinearConfig]]] = {
 }
 
 
+class ResidentConfig(NamedTuple):
+    """Keys in pieces of ``block_n`` at most, ``block_m`` queries at once; channels in pieces of ``tile_c`` at most."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    tile_c: int
+
+
+# By architecture alone: LayerNorm, qkv and attention in one, in half precision.
+NORM_ATTENTION: dict[int, list[tuple[int, ResidentConfig]]] = {
+    80: [
+        (96, ResidentConfig(block_m=128, block_n=64, num_warps=8, tile_c=32)),
+        (128, ResidentConfig(block_m=128, block_n=64, num_warps=8, tile_c=64)),
+        (128, ResidentConfig(block_m=64, block_n=64, num_warps=4, tile_c=64)),
+    ],
+    90: [
+        (128, ResidentConfig(block_m=64, block_n=128, num_warps=4, tile_c=32)),
+        (128, ResidentConfig(block_m=64, block_n=64, num_warps=4, tile_c=32)),
+    ],
+    100: [
+        (128, ResidentConfig(block_m=64, block_n=128, num_warps=4, tile_c=32)),
+        (128, ResidentConfig(block_m=64, block_n=64, num_warps=4, tile_c=32)),
+    ],
+}
+
+
 # --- candidates for rows of so many channels --------------------------------------------------------------------------
 
 
@@ -127,6 +155,10 @@ def projection_mlp(channels: int, *shape_and_architecture: Any) -> tuple[MlpConf
 def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:
     here = row_architecture(shape_and_architecture[-1])
     return _candidates(LINEAR.get((here, operands)) or LINEAR[80, operands], channels)
+
+
+def norm_attention(channels: int, *shape_and_architecture: Any) -> tuple[ResidentConfig, ...]:
+    return _candidates(NORM_ATTENTION[row_architecture(shape_and_architecture[-1])], channels)
 
 
 def _candidates(rows: list, channels: int) -> tuple:

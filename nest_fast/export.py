@@ -40,6 +40,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.block_attention_triton_fwd.default: _block_attention_triton,
         ops.attention_layer_cpp.default: _attention_layer,
         ops.mlp_layer_cpp.default: _mlp_layer,
+        ops.norm_attention_triton_fwd.default: _norm_attention,
         ops.norm_linear_triton_fwd.default: _norm_linear,
         ops.linear_sum_triton_fwd.default: _linear_sum,
         ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
@@ -196,6 +197,11 @@ def _mlp_layer(
 
 def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias) -> Tensor:
     return F.linear(_layer_norm(x, norm_weight.float(), norm_bias.float(), eps), weight, bias).contiguous()
+
+
+def _norm_attention(x, norm_weight, norm_bias, eps, weight, bias, num_heads, scale) -> Tensor:
+    qkv = _norm_linear(x, norm_weight, norm_bias, eps, weight, bias).unflatten(-1, (3, num_heads, -1))
+    return reference.block_attention(*qkv.unbind(3), scale=scale).flatten(-2).contiguous()
 
 
 def _linear_sum(x, weight, bias, residual, scale) -> Tensor:

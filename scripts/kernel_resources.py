@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
-from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
+from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
@@ -91,7 +91,7 @@ class Aggregation(NamedTuple):
 
 class SubLayer(NamedTuple):
     """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
-    "projection-mlp"; "norm-linear", to 3 C columns, or "linear-sum", to C."""
+    "projection-mlp"; "norm-linear", to 3 C columns, "linear-sum", to C, or "norm-attention", of heads of 32."""
 
     kind: str
     C: int
@@ -301,6 +301,9 @@ def _launch_sub_layer(case: SubLayer) -> None:
     if case.kind == "norm-linear":
         norm_linear_fwd(x, empty(C), empty(C), 1e-6, empty(3 * C, C), empty(3 * C))
         return
+    if case.kind == "norm-attention":
+        norm_attention_fwd(x, empty(C), empty(C), 1e-6, empty(3 * C, C), empty(3 * C), C // 32, 0.17)
+        return
     if case.kind == "linear-sum":
         linear_sum_fwd(x, empty(C, C), empty(C), x, 1.0)
         return
@@ -416,7 +419,7 @@ SUB_LAYERS = [
         for dtype in ("bf16", "tf32", "fp32")
         for C in (96, 128, 192, 256)
     ),
-    *(SubLayer("projection-mlp", C, "bf16") for C in (96, 128)),
+    *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
     *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum")),
 ]

@@ -12,7 +12,7 @@ from helpers.layer_kernel_tests import *  # noqa: F403
 from helpers.layer_kernel_tests import on_device
 from helpers.layer_tests import LUCK, assert_accurate, attention_inputs
 from nest_fast import attention_layer, reference, windows
-from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
+from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.testing import relative_error
 
 OPS = torch.ops.nest_fast
@@ -35,6 +35,7 @@ def layer_of():
     [
         ((1, 3, 49, 64, 2, False), torch.float32, True),
         ((1, 1, 196, 96, 3, False), torch.bfloat16, True),
+        ((2, 2, 49, 128, 4, False), torch.float16, False),
         ((2, 4, 16, 100, 2, False), torch.float16, False),
         ((2, 5, 16, 128, 4, True), torch.bfloat16, True),
         ((1, 2, 49, 192, 6, False), torch.float16, True),
@@ -118,6 +119,21 @@ def test_attention_layer_stays_inside_its_buffers_in_triton(C, out, dtype):
     assert_stays_inside_its_buffers(everything)
 
 
+@pytest.mark.parametrize(("N", "C", "heads", "dtype"), [(20, 48, 3, torch.bfloat16), (70, 32, 1, torch.float16)])
+def test_attention_layer_in_one_kernel_stays_inside_its_buffers_and_repeats_bit_by_bit(N, C, heads, dtype):
+    """LayerNorm, qkv and attention: of a strided x, and whatever other blocks there are."""
+    sizes = (2, 3, N, C), (C,), (C,), (3 * C, C), (3 * C,)
+    tensors = [torch.randn(size, device=DEVICE).to(dtype) for size in sizes]
+
+    def call(x, norm_weight, norm_bias, weight, bias):
+        return norm_attention_fwd(x, norm_weight, norm_bias, 1e-6, weight, bias, heads, 0.25)
+
+    assert_stays_inside_its_buffers(lambda copy: [call(*map(copy, tensors))])
+    x, *weights = tensors
+    strange = x.mT.contiguous().mT
+    assert torch.equal(call(strange[:, 1:], *weights), call(x, *weights)[:, 1:])
+
+
 # --- what PyTorch does with the operations ----------------------------------------------------------------------------
 
 
@@ -126,6 +142,10 @@ def test_attention_layer_opcheck_of_its_linear_layers():
     torch.library.opcheck(OPS.norm_linear_triton_fwd.default, (x, norm_weight, norm_bias, 1e-6, qkv, qkv_bias))
     for bias in (proj_bias, None):
         torch.library.opcheck(OPS.linear_sum_triton_fwd.default, (x, proj, bias, x, 0.5))
+    x, norm_weight, norm_bias, qkv, qkv_bias, *_ = draw(1, 2, 5, 32, 2, dtype=torch.float16)[0]
+    for bias in (qkv_bias, None):
+        call = (x, norm_weight, norm_bias, 1e-6, qkv, bias, 2, 0.25)
+        torch.library.opcheck(OPS.norm_attention_triton_fwd.default, call)
 
 
 def test_attention_layer_compiles_in_one_graph_in_triton():
@@ -167,11 +187,12 @@ def test_attention_layer_an_explicit_choice_never_falls_back_in_triton(change, w
 
 def test_attention_layer_has_no_gradient_in_triton():
     """Where its operations were called by their own names."""
-    x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias = draw(1, 1, 3, 24, 3)[0]
+    x, norm_weight, norm_bias, qkv, qkv_bias, proj, proj_bias = draw(1, 1, 3, 48, 3, dtype=torch.float16)[0]
     x.requires_grad_()
     for out in (
         OPS.norm_linear_triton_fwd(x, norm_weight, norm_bias, 1e-6, qkv, qkv_bias),
         OPS.linear_sum_triton_fwd(x, proj, proj_bias, x, 1.0),
+        OPS.norm_attention_triton_fwd(x, norm_weight, norm_bias, 1e-6, qkv, qkv_bias, 3, 1.0),
     ):
         with pytest.raises(RuntimeError, match="impl: expected 'auto' or 'reference' where gradients are wanted"):
             out.sum().backward()
@@ -189,3 +210,8 @@ def test_attention_layer_offsets_are_64_bit_in_triton():
         y = torch.layer_norm(x[row], (C,), one, zero, 1e-6)
         torch.testing.assert_close(out[row], y @ weight.mT, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(total[row], reference.linear(x[row], weight, residual=x[row]), rtol=1e-2, atol=1e-2)
+    blocks = x[: rows // 16 * 16].view(1, -1, 16, C)
+    blocks[0, -1] = torch.randn(16, C)
+    call = one, zero, 1e-6, torch.randn(3 * C, C).to(x) * C**-0.5, None, 4, 0.2
+    attended, alone = (OPS.norm_attention_triton_fwd(some, *call) for some in (blocks, blocks[:, -1:]))
+    assert torch.equal(attended[:, -1:], alone)

@@ -48,7 +48,9 @@ SHARED = {
         *("ops._windows",),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
-    "benchmarks": {"ops._extension", "kernels._configs", "kernels._launch", "kernels._layer_configs"},
+    "benchmarks": {
+        *("ops._extension", "kernels._configs", "kernels._launch", "kernels._layer_configs", "kernels._primitives"),
+    },
     "scripts": {"kernels._configs", "kernels._launch"},
 }
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]

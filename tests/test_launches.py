@@ -111,6 +111,7 @@ def test_every_launch_has_a_choice():
             assert 2 <= len(_layer_configs.linear_rows(channels, operands, architecture)) <= 6
         for channels in (16, 96, 128):
             assert 2 <= len(_layer_configs.projection_mlp(channels, architecture)) <= 6
+            assert 2 <= len(_layer_configs.norm_attention(channels, architecture)) <= 6
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """What a GPU would be given: whole models through its choices, with Triton's kernels in the interpreter."""
 
 import copy
+import importlib
 import re
 import warnings
 from collections import Counter
@@ -23,6 +24,9 @@ from timm import models as timm_models  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
 
+attention_ops, projection_ops = (
+    importlib.import_module(f"nest_fast.ops.{name}") for name in ("attention_layer", "projection_mlp")
+)
 KERNELS = {"add_layer_norm_triton", "bias_gelu_triton", "block_attention_triton", "norm_pool_triton"}
 
 
@@ -160,8 +164,11 @@ def test_attention_sub_layers_that_were_measured_have_kernels_of_their_own(kind)
             out = fast(x)
             told = nest_fast.explain(fast, x)
         counted = Counter(name for name, _ in calls)
-        assert counted["norm_linear_triton_fwd"] == counted["linear_sum_triton_fwd"] == (layers if forced else 0)
-        assert counted["block_attention_triton_fwd"] == counted["mlp_layer_triton_fwd"] == layers
+        assert counted["linear_sum_triton_fwd"] == (layers if forced else 0)
+        assert counted["norm_attention_triton_fwd"] == (layers if forced and kind != "multi-query NesT" else 0)
+        assert counted["norm_linear_triton_fwd"] == (layers if forced and kind == "multi-query NesT" else 0)
+        assert counted["block_attention_triton_fwd"] == layers - counted["norm_attention_triton_fwd"]
+        assert counted["mlp_layer_triton_fwd"] == layers
         said = [row.how for row in told if row.what == "attn sub-layer"]
         assert (said == ["attention_layer: Triton"] * layers) == bool(forced)
     with torch.no_grad():
@@ -194,10 +201,10 @@ JOINT = {"projection_mlp": "triton"}
 @pytest.mark.parametrize(
     ("kind", "forced"),
     [*((kind, JOINT) for kind in MODELS), ("NesT", JOINT | {"attention_layer": "triton"})],
-    ids=[*MODELS, "NesT with qkv's kernel"],
+    ids=[*MODELS, "NesT with attention's kernel"],
 )
 def test_projection_and_mlp_that_were_measured_are_one_kernel(kind, forced):
-    """Whatever computes qkv; explain says so. By the rules they are two."""
+    """Whatever computes the attention; explain says so. By the rules they are two."""
     fast, double = MODELS[kind]().half().eval(), as_reference(MODELS[kind]().eval().double())
     if kind == "timm's":
         nest_fast.accelerate(fast)
@@ -206,14 +213,67 @@ def test_projection_and_mlp_that_were_measured_are_one_kernel(kind, forced):
         out = fast(x)
         told = nest_fast.explain(fast, x)
     counted = Counter(name for name, _ in calls)
-    assert counted["projection_mlp_triton_fwd"] == counted["block_attention_triton_fwd"] == layers
-    assert counted["norm_linear_triton_fwd"] == (layers if forced != JOINT else 0)
+    assert counted["projection_mlp_triton_fwd"] == layers
+    one_kernel = {"norm_attention_triton_fwd": layers, "projection_mlp_triton_fwd": layers}
+    assert counted["block_attention_triton_fwd"] == (layers if forced == JOINT else 0)
+    assert forced == JOINT or {name: counted[name] for name in one_kernel} == one_kernel
     assert not {"mlp_layer_triton_fwd", "linear_sum_triton_fwd", "add_layer_norm_triton_fwd"} & {*counted}
     assert [row.how for row in told if row.what == "mlp sub-layer"] == ["projection_mlp: Triton"] * layers
     with torch.no_grad():
         golden = double(x.double())
         plain = as_reference(MODELS[kind]().half().eval())(x)
     assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+def test_a_narrow_layer_of_the_papers_blocks_is_two_kernels():
+    """By the rules, with 14 x 14 tokens in a block."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 28, "patch_size": 1, "num_levels": 2, "embed_dims": (32, 64), "depths": 1, "num_classes": 3}
+    model, x = nest_fast.NesT(**sizes, num_heads=(1, 2)).eval(), torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        golden = as_reference(model.double())(x.double())
+        plain = model.half()(x.half())
+        for module in model.modules():
+            if hasattr(module, "impl"):
+                module.impl = "auto"
+        with pretend_gpu() as calls:
+            out = model(x.half())
+    counted = Counter(name for name, _ in calls)
+    assert counted == {
+        "norm_attention_triton_fwd": 2,
+        "projection_mlp_triton_fwd": 2,
+        "norm_pool_triton_fwd": 1,
+        "layer_norm_mean_triton_fwd": 1,
+    }
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+def test_which_layers_are_two_kernels_where_nothing_was_measured():
+    """And tune may measure those that can be."""
+    given = {"dtype": torch.bfloat16, "capability": (9, 0), "C": 96, "N": 196, "gradients": False}
+    for change, rule, able in (
+        ({}, "triton", True),
+        ({"capability": (8, 9), "C": 128}, "triton", True),
+        ({"capability": (8, 0), "C": 128}, "parts", True),
+        ({"capability": (12, 0)}, "parts", True),
+        ({"N": 49}, "parts", True),
+        ({"dtype": torch.float32}, "parts", False),
+        ({"gradients": True}, "parts", False),
+    ):
+        made = {**given, **change}
+        C, x = made["C"], torch.empty(1, 1, made["N"], made["C"], dtype=made["dtype"])
+        norm, weight, wide, qkv = (x.new_empty(size) for size in ((C,), (C, C), (4 * C, C), (3 * C, C)))
+        weight.requires_grad_(made["gradients"])
+        attention = attention_ops.Given(
+            *(x, norm, norm, qkv, None, weight, None), *(None,) * 3, False, C // 32, made["N"], False
+        )
+        projection = projection_ops.Given(x, x, weight, None, norm, norm, wide, None, wide.mT, None)
+        with pretend_gpu(made["capability"]), torch.set_grad_enabled(made["gradients"]):
+            for ops, asked in ((attention_ops, attention), (projection_ops, projection)):
+                assert ops.choose(asked) == rule, change
+                # The attention's kernels have float32, too.
+                is_able = able or (ops is attention_ops and not made["gradients"])
+                assert ops.BACKENDS["triton"].can(asked) == is_able, change
 
 
 def _hear(model, name):

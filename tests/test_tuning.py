@@ -241,7 +241,7 @@ def test_launch_configurations_are_checked_measured_and_taken(file, clock, monke
 
 def test_a_chain_takes_the_sub_layers_that_were_measured(monkeypatch):
     """A chain calls them only where they have kernels of their own, which by the rules they have not in float32."""
-    gpu, x, fast = torch.device("cuda", 0), images(), set()
+    gpu, x, fast = torch.device("cuda", 0), images(1), set()
 
     def measure(question, *_):
         assert set(question.able) >= {question.rule, *({"triton", "parts"} if question.key[0] in fast else ())}

@@ -16,6 +16,7 @@ from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops._windows import from_windows, into_windows
 from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
 from nest_fast.ops.linear import linear
+from nest_fast.ops.projection_mlp import CERTAIN
 from nest_fast.reference import Windows
 
 __all__ = ["attended", "attention_layer", "chosen"]
@@ -74,7 +75,8 @@ def attention_layer(
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
             it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
             "triton" is three kernels on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), LayerNorm and qkv in one,
-            block_attention, the projection and the sum in one, for inference, C at most 256, and without post_norm.
+            block_attention, the projection and the sum in one, for inference, C at most 256, and without post_norm; in
+            half precision, of blocks of at most 208 tokens and 128 channels, heads of 16 or 32, the first two are one.
             Only "auto" may choose.
 
     Returns:
@@ -175,6 +177,8 @@ def attended(
 ) -> Tensor:
     """What :func:`attention_layer` projects, ``(…, C)``; its arguments, an ``impl`` that is found. Checks nothing."""
     if impl == "triton":
+        if _is_one_kernel(x, num_heads, multi_query, bias, mask, windows, scale if cosine else None):
+            return _NORM_ATTENTION(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, num_heads, scale)
         y = _NORM_LINEAR(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
     else:
         y = x if post_norm else torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
@@ -186,8 +190,24 @@ def attended(
         _, pad_k, pad_v = qkv_bias.to(y.dtype).view(1, sum(heads), -1).split(heads, -2)
     within = {"windows": windows, "pad_k": pad_k, "pad_v": pad_v}
     inner = "triton" if impl == "triton" else "auto"
-    return block_attention(*(q, k, v), scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner).flatten(
-        -2
+    y = block_attention(q, k, v, scale=scale, cosine=cosine, bias=bias, mask=mask, **within, impl=inner)
+    return y.flatten(-2)
+
+
+def _is_one_kernel(x: Tensor, num_heads: int, multi_query: bool, *more: object) -> bool:
+    """Whether LayerNorm, qkv and attention are one: in half precision, inside blocks, with few and narrow heads.
+
+    There it compiles without spilling. ``more`` is what there is None of.
+    """
+    C = x.shape[-1]
+    return (
+        x.dtype != torch.float32
+        and x.dim() == 4
+        and C <= 128
+        and C // num_heads in (16, 32)
+        and x.shape[2] <= 208
+        and not multi_query
+        and all(one is None for one in more)
     )
 
 
@@ -274,14 +294,26 @@ BACKENDS = {
         ),
     ),
 }
-# Where nothing was measured, "auto" on a GPU is "parts".
-_AUTO_ON_GPU = Backend("triton", (("its gain is not certain", lambda given: True),))
+# Where nothing was measured, "auto" on a GPU keeps these rules, or is "parts".
+_AUTO_ON_GPU = Backend(
+    "triton",
+    (
+        *CERTAIN,
+        *BACKENDS["triton"].rules,
+        (
+            "its gain with two kernels is not certain",
+            lambda given: (
+                not _is_one_kernel(given.x, given.num_heads, given.multi_query, given.bias, given.mask, given.scale)
+            ),
+        ),
+    ),
+)
 AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 _ABLE = tuple(Backend(one.name, one.rules + _CPP_RULES) if one.name == "cpp" else one for one in _layer.ABLE)
 
 
 def choose(given: Given) -> str:
-    """What "auto" is: "cpp" on a CPU, "triton" on a GPU where that was measured, or "parts"."""
+    """What "auto" is: "cpp" on a CPU, "triton" on a GPU, or "parts"."""
     return _layer.choose("attention_layer", _ABLE, AUTO, _AUTO_ON_GPU, BACKENDS["triton"], given)
 
 
@@ -334,6 +366,14 @@ def _gradients(kept, dout):
 
     parameters = "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias", "scales"
     return layer_backward(kept, dout, parameters, branch_backward)
+
+
+def _norm_attention_fake(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _norm_attention_flops(x, norm_weight, norm_bias, eps, weight, *_, out_shape=None):
+    return _flops.linear(x, weight) + _flops.attention(x)
 
 
 def _norm_linear_fake(x, norm_weight, norm_bias, eps, weight, bias):
@@ -389,6 +429,14 @@ _CPP_BWD = operation(
     fake=_bwd_fake,
     backward_of="attention_layer",
     flops=_bwd_flops,
+)
+_NORM_ATTENTION = operation(
+    "norm_attention_triton_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor? bias,"
+    " int num_heads, float scale) -> Tensor",
+    launch="attention_layer.norm_attention_fwd",
+    fake=_norm_attention_fake,
+    gradients=no_gradients,
+    flops=_norm_attention_flops,
 )
 _NORM_LINEAR = operation(
     "norm_linear_triton_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor? bias)"

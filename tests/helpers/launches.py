@@ -17,7 +17,7 @@ import stub_driver
 
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
-from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
+from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
@@ -151,6 +151,12 @@ def norm_linear(norm_dtype=BF16):
     return Case(given, (norm_linear_fwd(*given[:3], 1e-6, *given[3:]),), [2])
 
 
+def norm_attention(bias):
+    """Two heads of 16 in 6 blocks."""
+    given = (empty(2, 3, 20, 32), empty(32), empty(32), empty(96, 32), bias)
+    return Case(given, (norm_attention_fwd(*given[:3], 1e-6, *given[3:], 2, 0.25),), [12])
+
+
 def linear_sum(bias):
     given = (empty(3, 50, 24), empty(40, 24), bias, empty(3, 50, 40))
     return Case(given, (linear_sum_fwd(*given, 1.7),), [2])
@@ -231,6 +237,8 @@ CASES = {
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
     "norm_linear_fwd": norm_linear,
     "norm_linear_fwd, norm in float32": lambda: norm_linear(FP32),
+    "norm_attention_fwd": lambda: norm_attention(empty(96)),
+    "norm_attention_fwd, without bias": lambda: norm_attention(None),
     "linear_sum_fwd": lambda: linear_sum(empty(40)),
     "linear_sum_fwd, without bias": lambda: linear_sum(None),
     "mlp_layer_fwd": lambda: mlp_layer(True),
