@@ -127,7 +127,8 @@ NORM_ATTENTION: dict[int, list[tuple[int, ResidentConfig]]] = {
     80: [
         (96, ResidentConfig(block_m=128, block_n=64, num_warps=8, tile_c=32)),
         (128, ResidentConfig(block_m=128, block_n=64, num_warps=8, tile_c=64)),
-        (128, ResidentConfig(block_m=64, block_n=64, num_warps=4, tile_c=64)),
+        (128, ResidentConfig(block_m=128, block_n=64, num_warps=8, tile_c=32)),
+        (128, ResidentConfig(block_m=64, block_n=32, num_warps=8, tile_c=32)),
     ],
     90: [
         (128, ResidentConfig(block_m=64, block_n=128, num_warps=4, tile_c=32)),
