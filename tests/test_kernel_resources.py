@@ -30,7 +30,7 @@ TABLE = Path(__file__).with_name("kernel_resources.json")
 SCRIPT = ROOT / "scripts" / "kernel_resources.py"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # The first has the figures of every shape, others those of the models'.
-TRITONS = ("3.7.1", "3.8.0")
+TRITONS = ("3.7.1", "3.6.0", "3.8.0", "3.9.0")
 N = 196  # the models' blocks of 14 x 14
 
 
