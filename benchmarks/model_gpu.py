@@ -32,7 +32,6 @@ from runs import Run, load, markdown
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._primitives import tiles_and_tail
 from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
-from nest_fast.ops.projection_mlp import CERTAIN_CHANNELS as TWO_KERNELS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
 HALF = 2  # bytes of bf16 and fp16
@@ -306,11 +305,7 @@ def gains(before: Callable, after: Callable, channels: int) -> list[list[str]]:
 
 def layer(level: Level, batch: int, compiled: Compiled, one_mlp: bool = True) -> list[Work]:
     """As "auto" has it where nothing was measured, or without the MLP in one kernel."""
-    design = chain
-    if one_mlp and TWO_KERNELS.get(divmod(compiled.architectures[0], 10), 0) >= level.C:
-        design = by_two_kernels
-    elif one_mlp and level.C <= CERTAIN_CHANNELS:
-        design = with_one_mlp
+    design = with_one_mlp if one_mlp and level.C <= CERTAIN_CHANNELS else chain
     return list(design(level, batch, compiled))
 
 

@@ -225,55 +225,29 @@ def test_projection_and_mlp_that_were_measured_are_one_kernel(kind, forced):
     assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
 
 
-def test_a_narrow_layer_of_the_papers_blocks_is_two_kernels():
-    """By the rules, with 14 x 14 tokens in a block."""
-    torch.manual_seed(1)
-    sizes = {"img_size": 28, "patch_size": 1, "num_levels": 2, "embed_dims": (32, 64), "depths": 1, "num_classes": 3}
-    model, x = nest_fast.NesT(**sizes, num_heads=(1, 2)).eval(), torch.randn(1, 3, 28, 28)
-    with torch.no_grad():
-        golden = as_reference(model.double())(x.double())
-        plain = model.half()(x.half())
-        for module in model.modules():
-            if hasattr(module, "impl"):
-                module.impl = "auto"
-        with pretend_gpu() as calls:
-            out = model(x.half())
-    counted = Counter(name for name, _ in calls)
-    assert counted == {
-        "norm_attention_triton_fwd": 2,
-        "projection_mlp_triton_fwd": 2,
-        "norm_pool_triton_fwd": 1,
-        "layer_norm_mean_triton_fwd": 1,
-    }
-    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
-
-
-def test_which_layers_are_two_kernels_where_nothing_was_measured():
-    """And tune may measure those that can be."""
-    given = {"dtype": torch.bfloat16, "capability": (9, 0), "C": 96, "N": 196, "gradients": False}
-    for change, rule, able in (
-        ({}, "triton", True),
-        ({"capability": (8, 9), "C": 128}, "triton", True),
-        ({"capability": (8, 0), "C": 128}, "parts", True),
-        ({"capability": (12, 0)}, "parts", True),
-        ({"N": 49}, "parts", True),
-        ({"dtype": torch.float32}, "parts", False),
-        ({"gradients": True}, "parts", False),
+def test_which_layers_can_be_two_kernels():
+    """Where it was measured: by the rules none is."""
+    given = {"dtype": torch.bfloat16, "C": 96, "gradients": False}
+    for change, able in (
+        ({}, True),
+        ({"C": 160}, False),
+        ({"dtype": torch.float32}, False),
+        ({"gradients": True}, False),
     ):
         made = {**given, **change}
-        C, x = made["C"], torch.empty(1, 1, made["N"], made["C"], dtype=made["dtype"])
+        C, x = made["C"], torch.empty(1, 1, 196, made["C"], dtype=made["dtype"])
         norm, weight, wide, qkv = (x.new_empty(size) for size in ((C,), (C, C), (4 * C, C), (3 * C, C)))
         weight.requires_grad_(made["gradients"])
         attention = attention_ops.Given(
-            *(x, norm, norm, qkv, None, weight, None), *(None,) * 3, False, C // 32, made["N"], False
+            *(x, norm, norm, qkv, None, weight, None), *(None,) * 3, False, C // 32, 196, False
         )
         projection = projection_ops.Given(x, x, weight, None, norm, norm, wide, None, wide.mT, None)
-        with pretend_gpu(made["capability"]), torch.set_grad_enabled(made["gradients"]):
+        with pretend_gpu((9, 0)), torch.set_grad_enabled(made["gradients"]):
             for ops, asked in ((attention_ops, attention), (projection_ops, projection)):
-                assert ops.choose(asked) == rule, change
-                # The attention's kernels have float32, too.
-                is_able = able or (ops is attention_ops and not made["gradients"])
-                assert ops.BACKENDS["triton"].can(asked) == is_able, change
+                assert ops.choose(asked) == "parts", change
+            assert projection_ops.BACKENDS["triton"].can(projection) == able, change
+            # The attention's kernels have float32 and more channels, too.
+            assert attention_ops.BACKENDS["triton"].can(attention) != made["gradients"], change
 
 
 def _hear(model, name):

@@ -16,7 +16,6 @@ from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops._windows import from_windows, into_windows
 from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
 from nest_fast.ops.linear import linear
-from nest_fast.ops.projection_mlp import CERTAIN
 from nest_fast.reference import Windows
 
 __all__ = ["attended", "attention_layer", "chosen"]
@@ -294,26 +293,14 @@ BACKENDS = {
         ),
     ),
 }
-# Where nothing was measured, "auto" on a GPU keeps these rules, or is "parts".
-_AUTO_ON_GPU = Backend(
-    "triton",
-    (
-        *CERTAIN,
-        *BACKENDS["triton"].rules,
-        (
-            "its gain with two kernels is not certain",
-            lambda given: (
-                not _is_one_kernel(given.x, given.num_heads, given.multi_query, given.bias, given.mask, given.scale)
-            ),
-        ),
-    ),
-)
+# Where nothing was measured, "auto" on a GPU is "parts"; of two kernels for a narrow layer projection_mlp says why.
+_AUTO_ON_GPU = Backend("triton", (("it is taken where it was measured alone", lambda given: True),))
 AUTO = Backend("cpp", _layer.AUTO.rules + _CPP_RULES)
 _ABLE = tuple(Backend(one.name, one.rules + _CPP_RULES) if one.name == "cpp" else one for one in _layer.ABLE)
 
 
 def choose(given: Given) -> str:
-    """What "auto" is: "cpp" on a CPU, "triton" on a GPU, or "parts"."""
+    """What "auto" is: "cpp" on a CPU, "triton" on a GPU where that was measured, or "parts"."""
     return _layer.choose("attention_layer", _ABLE, AUTO, _AUTO_ON_GPU, BACKENDS["triton"], given)
 
 
