@@ -164,8 +164,8 @@ def _time(benchmark, timed: Timed, yardstick: Timed, seconds: float, burst: Burs
     """Time ``timed``; returns the yardstick's median and the ratio of every round.
 
     The yardstick, and a ``burst`` at the processor's limits, run in the untimed setup of each round, so that a ratio
-    compares neighbours: machines change their speed from minute to minute, by more than what is to be seen. Either is
-    timed right after a call of its own, as one call of many.
+    compares neighbours: machines change their speed from minute to minute, by more than what is to be seen. Short
+    ones are timed right after a call of their own, as one of many.
     """
     paired: list[float] = []
 
@@ -178,7 +178,7 @@ def _time(benchmark, timed: Timed, yardstick: Timed, seconds: float, burst: Burs
         timed.settle()
         CLOCK.calls = timed.calls
 
-    one = sum(peer.seconds * (peer.calls + 1) for peer in (timed, yardstick))
+    one = timed.round_seconds + yardstick.round_seconds
     benchmark.pedantic(timed, setup=setup, rounds=min(50, max(3, int(seconds / one))))
     if not benchmark.enabled:
         return 0.0, []
