@@ -118,13 +118,19 @@ def tell_layer(
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:
             plan = f"{_plan.linear(x, list(layer.parameters()))}; {attention[0]}", attention[1]
-        elif chains and not options and not both[0].why_not(x) and fusion.chosen_projection_mlp(x, *both) == "triton":
+        elif chains and not options and _is_projected(x, *both):
             plan = "projection_mlp: Triton", ""
         elif fusion.chosen(x, half) == "triton":
             plan = f"{'attention' if options else 'mlp'}_layer: Triton", ""
         else:
             plan = _frozen(half.body, x, _plan.sub_layer(x, attention, list(layer.parameters()), chained))
         yield Row(name, f"{half.names[1]} sub-layer", *plan)
+
+
+def _is_projected(x: Tensor, attention: fusion.Half, mlp: fusion.Half) -> bool:
+    """Whether projection_mlp's kernel computes the MLP sub-layer with what is before it."""
+    weights = map(fusion.weights_of, (attention, mlp))
+    return not attention.why_not(x) and fusion.chosen_projection_mlp(x, attention, mlp, *weights) == "triton"
 
 
 def _channels(half: fusion.Half) -> int:

@@ -490,21 +490,21 @@ def _mlp(x: Tensor, half: Half, branch_scale: Scale, impl: str) -> Tensor:
     )
 
 
-def chosen(x: Tensor, half: Half) -> str:
+def chosen(x: Tensor, half: Half, weights: Sequence[Tensor] | None = None) -> str:
     """What "auto" is on a GPU of a sub-layer that nothing speaks against, to be given as ``impl``.
 
     "triton" has kernels of its own for it, which take a complete sum and return one; "parts" goes into a chain.
     """
     if not x.is_cuda or half.operation is not None:
         return "parts"
-    weights = _weights(half)
+    weights = weights_of(half) if weights is None else weights
     if half.written.role == "mlp":
         return chosen_mlp(x, *weights, half.post_norm)
     options = half.written.options(half.body)  # type: ignore[misc]
     return chosen_attention(x, weights, options.num_heads, options.multi_query, half.post_norm)
 
 
-def _weights(half: Half) -> tuple[Tensor, ...]:
+def weights_of(half: Half) -> tuple[Tensor, ...]:
     """Of its LayerNorm and its two linear layers, with the LayerScale in the last; a projection's as it is."""
     norm, (first, *_, last) = half.norm, half.inside(LINEAR)
     return norm.weight, norm.bias, first.weight, first.bias, scaled(last.weight, half), scaled(last.bias, half)
@@ -685,12 +685,13 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
     scale: Tensor | None = None
     dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
     for first, second in layers:
-        impl = chosen_projection_mlp(x, first, second)
+        weights = weights_of(first), weights_of(second)
+        impl = chosen_projection_mlp(x, first, second, *weights)
         if impl == "triton":
-            x, branch, scale = _projected(_sum(x, branch, scale), first, second, impl), None, None
+            x, branch, scale = _projected(_sum(x, branch, scale), first, second, *weights, impl), None, None
             continue
-        for half in (first, second):
-            impl = chosen(x, half) if _drop_rate(half) == 0.0 else "parts"
+        for half, given in zip((first, second), weights, strict=True):
+            impl = chosen(x, half, given) if _drop_rate(half) == 0.0 else "parts"
             if impl == "triton":
                 x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
                 continue
@@ -706,31 +707,34 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
     return _sum(x, branch, scale)
 
 
-def chosen_projection_mlp(x: Tensor, attention: Half, mlp: Half) -> str:
+def chosen_projection_mlp(
+    x: Tensor, attention: Half, mlp: Half, weights: Sequence[Tensor], mlp_weights: Sequence[Tensor]
+) -> str:
     """As :func:`chosen`, of a layer from its projection on: "triton" is one kernel for that."""
     if not x.is_cuda or _drop_rate(attention) or _drop_rate(mlp):
         return "parts"
-    *before, weight, bias = _weights(attention)
+    *before, weight, bias = weights
     # What is attended has the shape of x, and a gradient where what it is made of has.
-    return "parts" if wants_gradients(before) else chosen_projection(x, x, weight, bias, *_weights(mlp))
+    return "parts" if wants_gradients(before) else chosen_projection(x, x, weight, bias, *mlp_weights)
 
 
-def _projected(x: Tensor, attention: Half, mlp: Half, impl: str) -> Tensor:
+def _projected(
+    x: Tensor, attention: Half, mlp: Half, weights: Sequence[Tensor], mlp_weights: Sequence[Tensor], impl: str
+) -> Tensor:
     """A layer whose projection and MLP sub-layer are one operation."""
     options = attention.written.options(attention.body)  # type: ignore[misc]
-    *before, weight, bias = _weights(attention)
+    *before, weight, bias = weights
     y = attended(
         *(x, *before),
         num_heads=options.num_heads,
         multi_query=options.multi_query,
         scale=options.scale,
         eps=attention.norm.eps,
-        impl=chosen(x, attention),
+        impl=chosen(x, attention, weights),
     )
     (act,) = mlp.inside(ACTIVATION)
     activation, weight = _activation(act, mlp), _head_major(weight, options)
-    weights = weight, bias, *_weights(mlp)
-    return projection_mlp(x, y, *weights, activation=activation, eps=mlp.norm.eps, impl=impl)
+    return projection_mlp(x, y, weight, bias, *mlp_weights, activation=activation, eps=mlp.norm.eps, impl=impl)
 
 
 def _sum(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
