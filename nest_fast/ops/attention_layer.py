@@ -15,7 +15,7 @@ from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no
 from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops._windows import from_windows, into_windows
 from nest_fast.ops.block_attention import NO_GRADIENT_OF_A_MASK, as_scores, block_attention
-from nest_fast.ops.linear import linear
+from nest_fast.ops.linear import add_linear, linear
 from nest_fast.reference import Windows
 
 __all__ = ["attended", "attention_layer", "chosen"]
@@ -149,11 +149,8 @@ def attention_layer(
     )
     if impl == "triton":
         return _LINEAR_SUM(y, proj_weight, proj_bias, x, branch_scale)
-    if not post_norm and given.branch_scale is None and branch_scale == 1.0:
-        return linear(y, proj_weight, proj_bias, residual=x)
-    y = linear(y, proj_weight, proj_bias)
-    y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
-    return _layer.add_branch(x, y, branch_scale)
+    norm = (norm_weight, norm_bias, eps) if post_norm else None
+    return add_linear(x, y, proj_weight, proj_bias, branch_scale, norm)
 
 
 def attended(

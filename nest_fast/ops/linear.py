@@ -14,7 +14,7 @@ from nest_fast.ops import _backends, _checks, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 from nest_fast.ops.bias_gelu import bias_gelu
 
-__all__ = ["linear", "linear_gelu"]
+__all__ = ["add_linear", "linear", "linear_gelu"]
 
 IMPLS = ("auto", "reference", "onednn", "cublaslt")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
@@ -169,3 +169,20 @@ def linear_gelu(
         return linear(x, weight, bias, activation=activation, impl=_tuned.Chosen(impl))
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return bias_gelu(F.linear(x, weight), bias, approximate=approximate, dtype=dtype)
+
+
+def add_linear(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """``x + scale * linear(y)``, or of its LayerNorm, with weight, bias and eps; ``(B,)`` is of samples."""
+    if norm is None and not isinstance(scale, Tensor) and scale == 1.0:
+        return linear(y, weight, bias, residual=x)
+    branch = linear(y, weight, bias)
+    if norm is not None:
+        branch = torch.layer_norm(branch, norm[0].shape, *norm)
+    return _layer.add_branch(x, branch, scale)

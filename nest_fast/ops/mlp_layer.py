@@ -12,7 +12,7 @@ from nest_fast.ops import _checks, _flops, _gpu, _layer, _layout, _modes, _packe
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no_gradients
 from nest_fast.ops._register import operation
-from nest_fast.ops.linear import linear, linear_gelu
+from nest_fast.ops.linear import add_linear, linear, linear_gelu
 
 __all__ = ["chosen", "mlp_layer"]
 
@@ -101,11 +101,8 @@ def mlp_layer(
         y = linear_gelu(y, fc1_weight, fc1_bias, activation, dtype)
     else:
         y = linear(y, fc1_weight, fc1_bias, activation=activation)
-    if not post_norm and given.branch_scale is None and branch_scale == 1.0:
-        return linear(y, fc2_weight, fc2_bias, residual=x)
-    y = linear(y, fc2_weight, fc2_bias)
-    y = torch.layer_norm(y, (C,), norm_weight, norm_bias, eps) if post_norm else y
-    return _layer.add_branch(x, y, branch_scale)
+    norm = (norm_weight, norm_bias, eps) if post_norm else None
+    return add_linear(x, y, fc2_weight, fc2_bias, branch_scale, norm)
 
 
 def _check(

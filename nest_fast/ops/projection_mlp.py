@@ -12,7 +12,7 @@ from nest_fast.ops import _checks, _flops, _layer, _tuned
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._layer import no_gradients
 from nest_fast.ops._register import operation
-from nest_fast.ops.linear import linear
+from nest_fast.ops.linear import add_linear
 from nest_fast.ops.mlp_layer import ACTIVATIONS, TOO_LARGE, mlp_layer
 
 __all__ = ["chosen", "projection_mlp"]
@@ -81,8 +81,7 @@ def projection_mlp(
             branch_scale=branch_scale,
             eps=eps,
         )
-    is_plain = proj_scale == 1.0
-    total = linear(attended, *proj, residual=x) if is_plain else x + proj_scale * linear(attended, *proj)
+    total = add_linear(x, attended, *proj, proj_scale)
     return mlp_layer(total, *norm, *fc1, *fc2, activation=activation, branch_scale=branch_scale, eps=eps)
 
 
