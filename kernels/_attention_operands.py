@@ -80,7 +80,8 @@ def operands(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None
 ) -> tuple[View, View, View]:
     """Views of q, k and v, of all heads; of padding, where there is any, of all images."""
-    k, v = k.expand_as(q), v.expand_as(q)
+    if k.shape != q.shape:
+        k, v = k.expand_as(q), v.expand_as(q)
     if not problem.pads or pad_k is None or pad_v is None:
         return view(dense(q)), view(dense(k)), view(dense(v))
     shape = problem.B, 1, problem.pads, *q.shape[3:]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.modules import module as nn_module
 
 from nest_fast import frozen
 from nest_fast.ops import (
+    _tape,
     add_layer_norm,
     attention_layer,
     block_aggregate,
@@ -351,6 +353,7 @@ class Half(NamedTuple):
             an ``x`` ``(B, T, N, C)``.
         post_norm: it is ``x + path(norm(scale(body(x))))``.
         more: parts of an MLP that are not inside its body.
+        inner: the modules inside its body, with their names in the layer.
     """
 
     names: tuple[str, str, str, str]
@@ -365,6 +368,7 @@ class Half(NamedTuple):
     operation: Callable[[Tensor, Half, Scale], Tensor] | None = None
     post_norm: bool = False
     more: tuple[Part, ...] = ()
+    inner: tuple[Part, ...] = ()
 
     @property
     def written(self) -> Written:
@@ -376,26 +380,43 @@ class Half(NamedTuple):
         modules = self.norm, self.body, self.scale, self.path
         why = why_not(x, zip(self.names, modules, places, strict=True), self.known)
         if why is None:
-            why = why_not(x, self.parts(), self.known)
+            why = why_not(x, self.parts, self.known)
         return why
 
-    def parts(self) -> list[Part]:
+    @property
+    def parts(self) -> tuple[Part, ...]:
         """The modules inside its body, or that go on with what it does, with their names in the layer."""
-        own = [(f"{self.names[1]}.{name}", _inside(self.body, name), place) for name, place in self.written.parts]
-        return [*own, *self.more]
+        return self.inner + self.more
 
     def weights(self) -> list[Tensor]:
         """What the weights of the operation are made of: those of its linear layers, and the LayerScale's."""
-        linears = [module for _, module, place in self.parts() if place.roles == LINEAR.roles]
+        linears = [module for _, module, place in self.parts if place.roles == LINEAR.roles]
         return [*(linear.weight for linear in linears), *_gamma(self)]
+
+    def tensors(self) -> list[Tensor | None]:
+        """The parameters of all its modules."""
+        modules = self.norm, self.body, self.scale, self.path, *(module for _, module, _ in self.parts)
+        return [x for module in modules if module is not None for x in module._parameters.values()]
+
+    def settings(self) -> tuple[Hashable, ...]:
+        """What it computes with them, where nothing speaks against it and it has no ``operation`` of its own."""
+        written = self.written
+        if written.options is not None:
+            how: Hashable = written.options(self.body)
+        else:
+            (act,) = self.inside(ACTIVATION)
+            how = _activation(act, self)
+        return how, self.post_norm, self.norm.eps
 
     def inside(self, *wanted: Place) -> list[Any]:
         """Those of its parts that have one of these places, in their order."""
-        return [module for _, module, place in self.parts() if place in wanted]
+        return [module for _, module, place in self.parts if place in wanted]
 
 
 def _inside(module: Any, name: str) -> Any:
     """The module of this name, with dots for those deeper inside; None where there is none."""
+    if "." not in name:
+        return module._modules.get(name)
     for one in name.split("."):
         module = None if module is None else module._modules.get(one)
     return module
@@ -426,7 +447,10 @@ def halves(
 
 def _half(layer: Any, names: tuple[str, str, str, str], known: Known, **more: Any) -> Half:
     norm, body, scale, path = (_inside(layer, name) for name in names)
-    return Half(names, norm, body, scale, path, known, **more)
+    written = known.get(type(body))
+    parts = () if written is None else written.parts
+    inner = tuple([(f"{names[1]}.{name}", _inside(body, name), place) for name, place in parts])
+    return Half(names, norm, body, scale, path, known, inner=inner, **more)
 
 
 def run(x: Tensor, halves: Iterable[Half]) -> Tensor:
@@ -597,7 +621,7 @@ def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
     heads, impl = options.num_heads, options.impl
     kv_heads = 1 if options.multi_query else heads
     packed = attn.qkv(x).unflatten(-1, (heads + 2 * kv_heads, -1))
-    q, k, v = packed.split((heads, kv_heads, kv_heads), dim=3)
+    q, k, v = packed.split_with_sizes((heads, kv_heads, kv_heads), 3)
     why = why_not(x, [("attn_drop", attn.attn_drop, _DROPOUT)], known)
     drop = 0.0 if why or not attn.attn_drop.training else getattr(attn.attn_drop, "p", 0.0)
     library = impl in ("auto", "reference")
@@ -681,30 +705,49 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
     What has kernels of its own, a sub-layer or a layer from its projection on, takes a sum that is complete and returns
     one.
     """
-    branch: Tensor | None = None
-    scale: Tensor | None = None
-    dtype = autocast_dtype(x) if under_autocast(x) else None  # in which the matmul after each pass wants its input
-    for first, second in layers:
-        weights = weights_of(first), weights_of(second)
-        impl = chosen_projection_mlp(x, first, second, *weights)
-        if impl == "triton":
-            x, branch, scale = _projected(_sum(x, branch, scale), first, second, *weights, impl), None, None
-            continue
-        for half, given in zip((first, second), weights, strict=True):
-            impl = chosen(x, half, given) if _drop_rate(half) == 0.0 else "parts"
-            if impl == "triton":
-                x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
-                continue
-            norm = half.norm
-            if branch is None:
-                y = norm(x)
+    state: _Chained = (x, None, None)
+    remembers = _tape.can(x)
+    # In which the matmul after each pass wants its input.
+    dtype = autocast_dtype(x) if under_autocast(x) else None
+    with torch.cuda.device_of(x):
+        for pair in layers:
+            compute = partial(chained_layer, state, pair, dtype)
+            if remembers and not any(_drop_rate(half) for half in pair):
+                given = [*state, *(tensor for half in pair for tensor in half.tensors())]
+                key = _tape.kinds(given), *(half.settings() for half in pair)
+                state = _tape.again(key, given, compute)
             else:
-                x, y = add_layer_norm(
-                    x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
-                )
-            branch = _branch(y, half, dtype)
-            scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
-    return _sum(x, branch, scale)
+                state = compute()
+    return _sum(*state)
+
+
+# The residual stream, and the last branch and its scale, which go into the next LayerNorm's pass.
+_Chained = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | None) -> _Chained:
+    """A layer of a chain, of two sub-layers."""
+    x, branch, scale = state
+    first, second = pair
+    weights = weights_of(first), weights_of(second)
+    impl = chosen_projection_mlp(x, first, second, *weights)
+    if impl == "triton":
+        return _projected(_sum(x, branch, scale), first, second, *weights, impl), None, None
+    for half, given in zip(pair, weights, strict=True):
+        impl = chosen(x, half, given) if _drop_rate(half) == 0.0 else "parts"
+        if impl == "triton":
+            x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
+            continue
+        norm = half.norm
+        if branch is None:
+            y = norm(x)
+        else:
+            x, y = add_layer_norm(
+                x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
+            )
+        branch = _branch(y, half, dtype)
+        scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
+    return x, branch, scale
 
 
 def chosen_projection_mlp(

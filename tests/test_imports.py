@@ -35,7 +35,7 @@ ALLOWED = {
 # kernel cuts its work has tests of its own.
 SHARED = {
     "frozen": {"ops._modes"},
-    "fusion": {"ops._layer", "ops._modes"},
+    "fusion": {"ops._layer", "ops._modes", "ops._tape"},
     "modules": {"ops._checks"},
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},
@@ -45,7 +45,7 @@ SHARED = {
     "tuning": {"ops._tuned"},
     "tests": {
         *("ops._backends", "ops._extension", "ops._gpu", "ops._layer_norm", "ops._modes", "ops._tuned", "kernels.*"),
-        *("ops._windows",),
+        *("ops._tape", "ops._windows"),
         *("classify._free_memory", "fusion._operation", "interpretation._walk"),
     },
     "benchmarks": {

@@ -40,6 +40,12 @@ def test_every_argument_arrives():
     assert max(row["shared"] for row in cases().values()) <= 227 << 10
 
 
+def test_a_recorded_launch_is_done_again_as_it_was():
+    """With the same parameters, grid, threads and shared memory; every launch is recorded."""
+    for case, row in cases().items():
+        assert row["again"] == [False] * len(row["grids"]), case
+
+
 def test_every_tensor_is_seen_by_a_kernel():
     """Those given to a launcher and those it returned."""
     assert [case for case, row in cases().items() if row["missing"]] == []

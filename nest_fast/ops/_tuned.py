@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nest_fast.ops._backends import Backend
 
 __all__ = [
-    "BATCHED", "Choices", "Chosen", "Key", "Question", "choices", "configurations", "describe", "forced",
+    "BATCHED", "Choices", "Chosen", "Key", "Question", "age", "choices", "configurations", "describe", "forced",
     "implementation", "is_watched", "launched", "launches", "leaf", "machine", "path", "read", "set_choices", "tunable",
     "watched", "with_launches", "write",
 ]  # fmt: skip
@@ -81,6 +81,7 @@ _FORCED: dict[str, str] = {}
 # Key, rule and able of what was asked since watched(); None while nobody watches.
 _ASKED: list[tuple[Key, str, tuple[str, ...]]] | None = None
 _QUESTIONS: dict[Key, Question] = {}
+_age = 0
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -172,6 +173,16 @@ def is_watched() -> bool:
     return _ASKED is not None
 
 
+def age() -> int:
+    """Another number than before where "auto" may now be something else, or kernels are launched in another way."""
+    return _age
+
+
+def _changed() -> None:
+    global _age
+    _age += 1
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[dict[Key, Question]]:
     """The first call for each key, of what is called in here with ``impl="auto"``."""
@@ -189,11 +200,13 @@ def forced(**implementations: str) -> Iterator[None]:
     """In here "auto" is these implementations of these operations, where they can run."""
     before = dict(_FORCED)
     _FORCED.update(implementations)
+    _changed()
     try:
         yield
     finally:
         _FORCED.clear()
         _FORCED.update(before)
+        _changed()
 
 
 def launched(call: Callable[[], Any]) -> list[Any]:
@@ -205,6 +218,7 @@ def launched(call: Callable[[], Any]) -> list[Any]:
 
     kept = dict(_launch.CHOSEN)
     _launch.CHOSEN.clear()
+    _changed()
     try:
         call()
         return list(_launch.CHOSEN)
@@ -240,11 +254,13 @@ def with_launches(launches: Mapping[Any, Any]) -> Iterator[None]:
 
     kept = dict(_launch.CHOSEN)
     _launch.CHOSEN.update(launches)
+    _changed()
     try:
         yield
     finally:
         _launch.CHOSEN.clear()
         _launch.CHOSEN.update(kept)
+        _changed()
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -261,7 +277,10 @@ def choices(device: torch.device) -> Choices:
 
 def set_choices(device: torch.device, measured: Choices) -> None:
     """From now on "auto" goes by ``measured`` on ``device``."""
-    _CHOICES[_index(device)] = measured
+    index = _index(device)
+    if measured != _CHOICES.get(index, Choices()):
+        _changed()
+    _CHOICES[index] = measured
     if measured.launches or "nest_fast.kernels._launch" in sys.modules:
         from nest_fast.kernels import _launch
 

@@ -307,6 +307,21 @@ def unpromised(launch):
     return sum(["tt.divisibility", 16] not in source.attrs.get(path, []) for path in pointers)
 
 
+def launched_again(stub, differ):
+    """To be told of every launch: does it again, and adds to ``differ`` those that then arrive otherwise."""
+
+    def seen():
+        launched = stub.launched
+        return list(launched.values), tuple(launched.grid), tuple(launched.block), launched.shared
+
+    def heard(launch, args):
+        launches, arrived = stub.launched.launches, seen()
+        launch(*args)
+        differ.append((stub.launched.launches, seen()) != (launches + 1, arrived))
+
+    return heard
+
+
 # --- which candidate is taken -----------------------------------------------------------------------------------------
 
 
@@ -356,13 +371,15 @@ def main():
     rows = {}
     with stub_driver.stub(ARCHITECTURE) as stub:
         for name, make in CASES.items():
-            with stub.recording() as launches:
+            differ = []
+            with stub.recording() as launches, _launch.recorded(launched_again(stub, differ)):
                 case = make()
             arrived = {value for launch in launches for value in launch.values}
             rows[name] = {
                 "kernels": [launch.name for launch in launches],
                 "grids": [launch.grid for launch in launches],
                 "programs": case.programs,
+                "again": differ,
                 "wrong": [f"{launch.name}: {line}" for launch in launches for line in wrong_with(launch)],
                 "shared": max(launch.shared for launch in launches),
                 "unpromised": sum(unpromised(launch) for launch in launches),

@@ -46,9 +46,15 @@ class _Listen(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretend_gpu(
-    capability: tuple[int, int] = (9, 0), launch_error: str = "", autocast: torch.dtype | None = None
+    capability: tuple[int, int] = (9, 0),
+    launch_error: str = "",
+    autocast: torch.dtype | None = None,
+    listens: bool = True,
 ) -> Iterator[Calls]:
-    """Every tensor says cuda:0 inside; gives the calls of nest_fast's operations. ``autocast``: to this dtype."""
+    """Every tensor says cuda:0 inside; gives the calls of nest_fast's operations. ``autocast``: to this dtype.
+
+    Where somebody ``listens`` to what PyTorch is given, nothing is done by a tape (ops/_tape.py).
+    """
     properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     calls: Calls = []
     with contextlib.ExitStack() as stack:
@@ -70,5 +76,6 @@ def pretend_gpu(
             torch.set_autocast_dtype("cuda", autocast)
             torch.set_autocast_enabled("cuda", True)
             stack.callback(torch.set_autocast_enabled, "cuda", False)
-        stack.enter_context(_Listen(calls))
+        if listens:
+            stack.enter_context(_Listen(calls))
         yield calls
