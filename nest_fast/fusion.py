@@ -395,7 +395,7 @@ class Half(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         """The parameters of all its modules."""
-        modules = self.norm, self.body, self.scale, self.path, *(module for _, module, _ in self.parts)
+        modules = self.norm, self.body, self.scale, self.path, *[module for _, module, _ in self.parts]
         return [x for module in modules if module is not None for x in module._parameters.values()]
 
     def settings(self) -> tuple[Hashable, ...]:
@@ -620,7 +620,8 @@ def attend(x: Tensor, attn: Any, options: Attention, known: Known) -> Tensor:
     """Attention with its projections, without the dropout of its output: ``(B, T, N, C)`` → the same."""
     heads, impl = options.num_heads, options.impl
     kv_heads = 1 if options.multi_query else heads
-    packed = attn.qkv(x).unflatten(-1, (heads + 2 * kv_heads, -1))
+    packed = attn.qkv(x)
+    packed = packed.view(*x.shape[:-1], heads + 2 * kv_heads, packed.shape[-1] // (heads + 2 * kv_heads))
     q, k, v = packed.split_with_sizes((heads, kv_heads, kv_heads), 3)
     why = why_not(x, [("attn_drop", attn.attn_drop, _DROPOUT)], known)
     drop = 0.0 if why or not attn.attn_drop.training else getattr(attn.attn_drop, "p", 0.0)
@@ -706,18 +707,18 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
     one.
     """
     state: _Chained = (x, None, None)
-    remembers = _tape.can(x)
+    modes = _tape.modes(x)
     # In which the matmul after each pass wants its input.
     dtype = autocast_dtype(x) if under_autocast(x) else None
     with torch.cuda.device_of(x):
         for pair in layers:
             compute = partial(chained_layer, state, pair, dtype)
-            if remembers and not any(_drop_rate(half) for half in pair):
-                given = [*state, *(tensor for half in pair for tensor in half.tensors())]
-                key = _tape.kinds(given), *(half.settings() for half in pair)
-                state = _tape.again(key, given, compute)
-            else:
+            if modes is None or any(map(_drop_rate, pair)):
                 state = compute()
+                continue
+            first, second = pair
+            key = modes, first.settings(), second.settings()
+            state = _tape.again(key, [*state, *first.tensors(), *second.tensors()], compute)
     return _sum(*state)
 
 

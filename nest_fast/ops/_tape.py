@@ -9,7 +9,7 @@ nothing but their arguments, and only of tensors that were given or made on the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from nest_fast.ops import _modes, _tuned
 
-__all__ = ["again", "can", "kinds"]
+__all__ = ["again", "modes"]
 
 MAX_TAPES = 1024  # after which no more are written: some 10 KB each
 # By key; None: what was done could not be written down.
@@ -46,9 +46,9 @@ _QUESTIONS = frozenset(
 )
 
 
-def can(x: Tensor) -> bool:
-    """Whether nobody looks on at what is done with ``x`` now, and no mode changes it: else nothing is done again."""
-    return (
+def modes(x: Tensor) -> Hashable | None:
+    """What is on, a part of a key; None where nothing is done again: a mode changes it, or somebody looks on."""
+    if (
         _modes.is_eager()
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0
@@ -56,22 +56,16 @@ def can(x: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and not torch.autograd._profiler_enabled()
         and not _tuned.is_watched()
-    )
-
-
-def kinds(tensors: Iterable[Tensor | None]) -> tuple:
-    """What a tape depends on of its tensors."""
-    return tuple(
-        x if x is None else (x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16, x.is_neg())
-        for x in tensors
-    )
+    ):
+        return torch.backends.cuda.matmul.fp32_precision
+    return None
 
 
 def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
     """``compute()``: a tensor, or a tuple of them and of None, made of ``tensors``.
 
     Args:
-        key: all that it depends on, :func:`kinds` of the tensors included, but for their values.
+        key: all that it depends on beside tensors, :func:`modes` included.
         tensors: those that it reads, on the current device.
         compute: called the first time, and where it does what cannot be written down.
     """
@@ -79,7 +73,7 @@ def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[],
     if _written != _tuned.age():
         TAPES.clear()
         _written = _tuned.age()
-    key = key, torch.backends.cuda.matmul.fp32_precision
+    key = key, *map(_kind, tensors)
     tape = TAPES.get(key, compute)
     if tape is not None and tape is not compute:
         return tape(*tensors)
@@ -90,6 +84,16 @@ def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[],
         out = recorder.launches(compute)
     TAPES[key] = recorder.tape(out)
     return out
+
+
+_DTYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
+
+
+def _kind(x: Tensor | None) -> Hashable:
+    """What a tape depends on of a tensor."""
+    if x is None:
+        return None
+    return _DTYPE_AND_SHAPE(x), x.stride(), x.get_device(), x.data_ptr() & 15, x.is_neg()
 
 
 class _Unknown(Exception):
