@@ -94,9 +94,7 @@ void attention_layer(const AttentionLayer& p, int64_t begin, int64_t end) {
     T* const qkv = training ? static_cast<T*>(p.qkv_out) + first_row * packed_features : memory.get();
     T* const attended = training ? static_cast<T*>(p.attended) + first_row * features : memory.get() + qkv_elements;
     const Tiles tiles(rows);
-    const int64_t* const index = p.index ? p.index + first_row : nullptr;
-    const T* const x = static_cast<const T*>(p.x) + (index ? 0 : first_row * p.x_stride);
-    pack_indexed<Op>(tiles, x, p.x_stride, index, features, p.norm, row, a);
+    pack_from<Op>(tiles, p.x, p.float_x, p.x_stride, p.index, first_row, features, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.qkv, [&](int64_t tile, int64_t column, const float* c) {
       store_rows<T>(c, tiles.size(tile), column, p.qkv, {}, qkv + tiles.first(tile) * packed_features,
                     packed_features);
@@ -110,7 +108,8 @@ void attention_layer(const AttentionLayer& p, int64_t begin, int64_t end) {
     attend<Op>(attention, 0, blocks * p.heads.heads * row_blocks_per_head(tokens));
     pack_tiles<Op>(tiles, attended, features, features, {}, row, a);
     multiply_tiles<Op>(tiles, a, p.proj, [&](int64_t tile, int64_t column, const float* c) {
-      store_indexed<T>(c, tiles.size(tile), column, p.proj, p.residual, p.out, p.index, first_row + tiles.first(tile));
+      store_to<T>(c, tiles.size(tile), column, p.proj, p.residual, p.out, p.float_x, p.index,
+                  first_row + tiles.first(tile));
     });
   }
 }

@@ -65,35 +65,36 @@ void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionL
   const auto linear = [&](const LinearLayer& layer) {
     parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
   };
-  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data, p.index});
+  linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data, p.index, nullptr, p.float_x});
   const UnitVectors vectors{p.heads, rows, 0, qkv_data, multiplied};
   if (unit) parallel_for(rows, [&](int64_t begin, int64_t end) { isa.unit_vectors(vectors, begin, end); });
   parallel_for(blocks * p.heads.heads * isa.attention.row_blocks_per_head(tokens),
                [&](int64_t begin, int64_t end) { isa.attention.attend(attention, begin, end); });
-  linear({p.proj, {}, p.residual, rows, features, attended_data, p.out, nullptr, p.index});
+  linear({p.proj, {}, p.residual, rows, features, attended_data, p.out, nullptr, p.index, false, p.float_x});
 }
 
 // x + branch_scale * proj(attention(qkv(norm(x)))), or without a norm proj(attention(qkv(x))), inside each block, for
-// rows x (blocks * tokens, features), or inside each window, for rows x (images * H * W, features). qkv gives q of
-// every head, then k, then v of `heads` or of one. bias (heads, tokens, tokens) and mask (groups, tokens, tokens) are
-// added to the scores; with scales (heads,) q and k have length 1, and the scores are multiplied by these. Then for the
-// gradient, empty without `training`, in the order of blocks: the output of qkv, that of the attention, and lse, the
-// logarithms of its sums, (blocks, heads, tokens), or with anything added or with scales (blocks, heads, tokens, 2), as
-// AddedScores has it.
+// rows x (blocks * tokens, features), or inside each window, for rows x (images * H * W, features). Beside weights of
+// 16 bits x, and the result, may be floats where there is a norm. qkv gives q of every head, then k, then v of `heads`
+// or of one. bias (heads, tokens, tokens) and mask (groups, tokens, tokens) are added to the scores; with scales
+// (heads,) q and k have length 1, and the scores are multiplied by these. Then for the gradient, empty without
+// `training`, in the order of blocks: the output of qkv, that of the attention, and lse, the logarithms of its sums,
+// (blocks, heads, tokens), or with anything added or with scales (blocks, heads, tokens, 2), as AddedScores has it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, Tensor qkv_weight,
     std::optional<Tensor> qkv_bias, Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> bias,
     std::optional<Tensor> mask, std::optional<Tensor> scales, IntHeaderOnlyArrayRef windows, int64_t tokens,
     int64_t heads, int64_t kv_heads, double scale, double branch_scale, bool training,
     std::optional<Tensor> qkv_packed, std::optional<Tensor> proj_packed) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = weight_dtype(x, qkv_weight, norm_weight.has_value());
   const AttentionLayerKernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t features = x.size(1);
   const Windows cut(windows);
   const int64_t images = images_of(cut, x.size(0), tokens);
   const int64_t rows = cut.any() ? images * cut.count() * tokens : x.size(0);
   AttentionLayer p{.heads = Heads(rows, features, tokens, heads, kv_heads)};
-  p.x = rows_of("x", x, dtype, features, p.x_stride);
+  p.x = rows_of("x", x, x.scalar_type(), features, p.x_stride);
+  p.float_x = x.scalar_type() == ScalarType::Float;
   p.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_bias: expected as norm_weight, None or not");
   if (norm_weight) {
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
   p.added = tables.added;
   using torch::stable::new_empty;
   Tensor out = new_empty(x, {x.size(0), features});
-  Tensor qkv_out = new_empty(x, {kept, packed_features}), attended = new_empty(x, {kept, features});
+  Tensor qkv_out = new_empty(x, {kept, packed_features}, dtype), attended = new_empty(x, {kept, features}, dtype);
   std::vector<int64_t> lse_size{kept / tokens, heads, tokens};
   if (p.added.any()) lse_size.push_back(2);
   Tensor lse = new_empty(x, lse_size, ScalarType::Float);
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_layer_cpp(
   if (4 * blocks >= 3 * ceil_div(blocks, threads) * threads)
     parallel_for(blocks, [&](int64_t begin, int64_t end) { isa.attention_layer(p, begin, end); });
   else
-    attention_layer_by_parts(isa, p, blocks, x);
+    attention_layer_by_parts(isa, p, blocks, qkv_out);
   return {out, qkv_out, attended, lse};
 }
 

@@ -89,6 +89,7 @@ struct AttentionLayer {
   const int64_t* index;      // the row of x and out that each row of the blocks is, negative for none; or null
   void *qkv_out, *attended;  // what the gradient needs, or null
   float* lse;
+  bool float_x;  // x, out and the residual, whatever the weights are
 };
 
 struct AttentionLayerKernels {

@@ -40,6 +40,12 @@ inline const void* rows_of(const char* name, const Tensor& x, ScalarType dtype, 
   return x.const_data_ptr();
 }
 
+// The dtype of weights that multiply rows x: x's, or of float rows, which are normalised first, another.
+inline ScalarType weight_dtype(const Tensor& x, const Tensor& weight, bool normalised) {
+  const ScalarType own = x.scalar_type();
+  return own == ScalarType::Float && normalised ? weight.scalar_type() : own;
+}
+
 // A contiguous (size,) of T, void for any.
 template <class T>
 const T* vector_of(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "isa/vector-inl.h"
 #include "linear.h"
@@ -44,11 +45,12 @@ void pack_weight(const Linear& p, int64_t begin, int64_t end) {
                           p.out - group * kNR, p.in, kNR, p.packed_b + group * group_floats);
 }
 
-// Rows of x as A, normalised first if there is a norm; `row` has room for one.
-template <class Op>
-void pack_input(const typename Op::Element* x, int64_t stride, int64_t rows, int64_t features, const Norm& norm,
-                float* row, float* a) {
-  if (!norm.weight) return pack_a<Op>(x, stride, rows, features, 0, a);
+// Rows of x as A, normalised first if there is a norm, as there is where x has not Op's elements; `row` has room for
+// one.
+template <class Op, class X>
+void pack_input(const X* x, int64_t stride, int64_t rows, int64_t features, const Norm& norm, float* row, float* a) {
+  if constexpr (std::is_same_v<X, typename Op::Element>)
+    if (!norm.weight) return pack_a<Op>(x, stride, rows, features, 0, a);
   constexpr int width = kLanes * Op::kVnni;
   for (int64_t r = 0; r < rows; ++r, x += stride) {
     for (int64_t c = 0; c < round_up(features, width); c += kLanes) store(row + c, load_part(x + c, features - c));
@@ -72,17 +74,17 @@ struct Tiles {
   int64_t size(int64_t tile) const { return std::min(tile_rows, rows - first(tile)); }
 };
 
-template <class Op>
-void pack_tiles(const Tiles& tiles, const typename Op::Element* x, int64_t stride, int64_t features, const Norm& norm,
-                float* row, float* a) {
+template <class Op, class X>
+void pack_tiles(const Tiles& tiles, const X* x, int64_t stride, int64_t features, const Norm& norm, float* row,
+                float* a) {
   for (int64_t tile = 0; tile < tiles.count; ++tile, a += k_steps_of<Op>(features) * kMR)
     pack_input<Op>(x + tiles.first(tile) * stride, stride, tiles.size(tile), features, norm, row, a);
 }
 
 // The same of rows index[0], index[1] and so on of x, of x as it is without an index, zeros where that is negative.
-template <class Op>
-void pack_indexed(const Tiles& tiles, const typename Op::Element* x, int64_t stride, const int64_t* index,
-                  int64_t features, const Norm& norm, float* row, float* a) {
+template <class Op, class X>
+void pack_indexed(const Tiles& tiles, const X* x, int64_t stride, const int64_t* index, int64_t features,
+                  const Norm& norm, float* row, float* a) {
   if (!index) return pack_tiles<Op>(tiles, x, stride, features, norm, row, a);
   const int64_t tile_floats = k_steps_of<Op>(features) * kMR;
   for (int64_t tile = 0; tile < tiles.count; ++tile, a += tile_floats)
@@ -94,6 +96,17 @@ void pack_indexed(const Tiles& tiles, const typename Op::Element* x, int64_t str
       else
         for (int64_t i = 0; i < tile_floats; i += kPanelA) store(packed_row + i, zero());
     }
+}
+
+// The same from row `first` on of x, of floats or of Op's elements, or of what `index` says from there on.
+template <class Op>
+void pack_from(const Tiles& tiles, const void* x, bool floats, int64_t stride, const int64_t* index, int64_t first,
+               int64_t features, const Norm& norm, float* row, float* a) {
+  const auto pack = [&](const auto* rows) {
+    pack_indexed<Op>(tiles, index ? rows : rows + first * stride, stride, index ? index + first : nullptr, features,
+                     norm, row, a);
+  };
+  floats ? pack(static_cast<const float*>(x)) : pack(static_cast<const typename Op::Element*>(x));
 }
 
 // callback(tile, column) for tile after tile under NR columns after NR columns.
@@ -116,10 +129,10 @@ void multiply_tiles(const Tiles& tiles, const float* a, const Linear& p, Callbac
   });
 }
 
-// Stores c + bias to rows of out, from `column` on; or residual + scale * (c + bias) if there is one.
-template <class T>
-void store_rows(const float* c, int64_t rows, int64_t column, const Linear& p, const Residual<T>& residual, T* out,
-                int64_t out_stride) {
+// Stores c + bias, of T, to rows of out, from `column` on; or residual + scale * (c + bias) if there is one.
+template <class T, class Out>
+void store_rows(const float* c, int64_t rows, int64_t column, const Linear& p,
+                const Residual<std::type_identity_t<Out>>& residual, Out* out, int64_t out_stride) {
   const Vec scale = broadcast(residual.scale);
   for (int64_t v = column; v < std::min(column + kNR, p.out); v += kLanes, c += kLanes) {
     const int64_t count = p.out - v;
@@ -140,14 +153,22 @@ Residual<T> rows_at(const Residual<void>& p, int64_t row) {
 }
 
 // The same from row `first` on of what an index, if there is one, says; rows without a place are not stored.
-template <class T>
+template <class T, class Out>
 void store_indexed(const float* c, int64_t rows, int64_t column, const Linear& p, const Residual<void>& residual,
-                   void* out, const int64_t* index, int64_t first) {
-  const auto at = [&](int64_t row) { return static_cast<T*>(out) + row * p.out; };
-  if (!index) return store_rows<T>(c, rows, column, p, rows_at<T>(residual, first), at(first), p.out);
+                   Out* out, const int64_t* index, int64_t first) {
+  const auto at = [&](int64_t row) { return out + row * p.out; };
+  if (!index) return store_rows<T>(c, rows, column, p, rows_at<Out>(residual, first), at(first), p.out);
   for (int64_t r = 0; r < rows; ++r)
     if (const int64_t row = index[first + r]; row >= 0)
-      store_rows<T>(c + r * kNR, 1, column, p, rows_at<T>(residual, row), at(row), p.out);
+      store_rows<T>(c + r * kNR, 1, column, p, rows_at<Out>(residual, row), at(row), p.out);
+}
+
+// The same to an out, and a residual, of floats or of T.
+template <class T>
+void store_to(const float* c, int64_t rows, int64_t column, const Linear& p, const Residual<void>& residual, void* out,
+              bool floats, const int64_t* index, int64_t first) {
+  const auto store = [&](auto* to) { store_indexed<T>(c, rows, column, p, residual, to, index, first); };
+  floats ? store(static_cast<float*>(out)) : store(static_cast<T*>(out));
 }
 
 // Tiles of rows that are computed together at most, so many that reading the weight is little work for them, while what
@@ -173,12 +194,10 @@ void linear(const LinearLayer& p, int64_t begin, int64_t end) {
   const int64_t tile_floats = k_steps_of<Op>(p.linear.in) * kMR, at_once = tiles_at_once(tile_floats);
   const auto [row, a] = scratch(round_up(p.linear.in, kNR), at_once * tile_floats);
   for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
-    const int64_t* const index = p.x_index ? p.x_index + first : nullptr;
-    const T* const x = static_cast<const T*>(p.x) + (index ? 0 : first * p.x_stride);
-    pack_indexed<Op>(tiles, x, p.x_stride, index, p.linear.in, p.norm, row, a);
+    pack_from<Op>(tiles, p.x, p.float_x, p.x_stride, p.x_index, first, p.linear.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.linear, [&](int64_t tile, int64_t column, const float* c) {
-      store_indexed<T>(c, tiles.size(tile), column, p.linear, p.residual, p.out, p.out_index,
-                       first + tiles.first(tile));
+      store_to<T>(c, tiles.size(tile), column, p.linear, p.residual, p.out, p.float_out, p.out_index,
+                  first + tiles.first(tile));
     });
   });
 }

@@ -40,6 +40,7 @@ struct LinearLayer {
   const void* x;
   void* out;
   const int64_t *x_index = nullptr, *out_index = nullptr;
+  bool float_x = false, float_out = false;  // x, which is normalised; out and the residual
 };
 
 // Rows [first, first + rows): as many as are taken at a time in the backward.

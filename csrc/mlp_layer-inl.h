@@ -112,15 +112,14 @@ void mlp_layer(const MlpLayer& p, int64_t begin, int64_t end) {
   const auto store_tile = p.activation == kGelu ? store_packed<Op, kGelu> : store_packed<Op, kGeluTanh>;
   const auto [row, a, hidden] = scratch(round_up(p.fc1.in, kNR), at_once * in_floats, at_once * hidden_floats);
   for_tiles(p.rows, begin, end, at_once, [&](const Tiles& tiles, int64_t first) {
-    const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
-    pack_tiles<Op>(tiles, x, p.x_stride, p.fc1.in, p.norm, row, a);
+    pack_from<Op>(tiles, p.x, p.float_x, p.x_stride, nullptr, first, p.fc1.in, p.norm, row, a);
     multiply_tiles<Op>(tiles, a, p.fc1, [&](int64_t tile, int64_t column, const float* c) {
       T* saved = p.hidden ? static_cast<T*>(p.hidden) + (first + tiles.first(tile)) * p.fc1.out : nullptr;
       if (saved) prefetch<1>(saved + tiles.size(tile) * p.fc1.out + column, p.fc1.out, kMR, kNR);  // the next tile
       store_tile(c, tiles.size(tile), column, p.fc1, hidden + tile * hidden_floats, saved);
     });
     multiply_tiles<Op>(tiles, hidden, p.fc2, [&](int64_t tile, int64_t column, const float* c) {
-      store_indexed<T>(c, tiles.size(tile), column, p.fc2, p.residual, p.out, nullptr, first + tiles.first(tile));
+      store_to<T>(c, tiles.size(tile), column, p.fc2, p.residual, p.out, p.float_x, nullptr, first + tiles.first(tile));
     });
   });
 }

@@ -34,17 +34,19 @@ Activation activation_of(const std::string& name) {
 }
 
 // x + branch_scale * fc2(activation(fc1(norm(x)))), or without a norm fc2(activation(fc1(x))), for rows x (rows,
-// features); and for the gradient fc1's output (rows, hidden), empty without `training`.
+// features); and for the gradient fc1's output (rows, hidden), empty without `training`. Beside weights of 16 bits x,
+// and the result, may be floats where there is a norm.
 std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                                          double eps, Tensor fc1_weight, std::optional<Tensor> fc1_bias,
                                          std::string activation, Tensor fc2_weight, std::optional<Tensor> fc2_bias,
                                          double branch_scale, bool training, std::optional<Tensor> fc1_packed,
                                          std::optional<Tensor> fc2_packed) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = weight_dtype(x, fc1_weight, norm_weight.has_value());
   const MlpLayerKernels& isa = kernels_for(kKernels, "x", dtype);
   const int64_t rows = x.size(0), features = x.size(1);
   MlpLayer p{};
-  p.x = rows_of("x", x, dtype, features, p.x_stride);
+  p.x = rows_of("x", x, x.scalar_type(), features, p.x_stride);
+  p.float_x = x.scalar_type() == ScalarType::Float;
   p.rows = rows;
   STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_bias: expected as norm_weight, None or not");
   if (norm_weight) {
@@ -53,7 +55,7 @@ std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_we
   }
   p.activation = activation_of(activation);
   Tensor out = torch::stable::new_empty(x, {rows, features});
-  Tensor hidden = torch::stable::new_empty(x, {training ? rows : 0, fc1_weight.size(0)});
+  Tensor hidden = torch::stable::new_empty(x, {training ? rows : 0, fc1_weight.size(0)}, dtype);
   p.out = out.mutable_data_ptr();
   if (training) p.hidden = hidden.mutable_data_ptr();
   if (out.numel() == 0) return {out, hidden};

@@ -20,6 +20,7 @@ struct MlpLayer {
   const void* x;
   void* out;
   void* hidden;  // fc1's output, or null where it is not wanted
+  bool float_x;  // x, out and the residual, whatever the weights are
 };
 
 struct MlpLayerBackward {

@@ -122,13 +122,19 @@ PLAIN: Rules = (
     (lambda given: f"{getattr(_modes.subclass(given), '__name__', '')} is a subclass of torch.Tensor", _modes.subclass),
 )
 # What does not reach inside a kernel that stands for several of PyTorch's functions.
-_INSIDE: Rules = (
-    ("torch.func is transforming", lambda given: _modes.in_functorch()),
-    ("autocast is on", lambda given: _modes.under_autocast(given[0])),
-)
+_FUNCTORCH: Rules = (("torch.func is transforming", lambda given: _modes.in_functorch()),)
+_INSIDE: Rules = (*_FUNCTORCH, ("autocast is on", lambda given: _modes.under_autocast(given[0])))
 
 CPP: Rules = EXTENSION + _ON_CPU + _DTYPE + PLAIN
-CPP_LAYER: Rules = CPP + _INSIDE
+# Under autocast they take weights in its dtype, beside an input in float32 or in that.
+CPP_LAYER: Rules = (
+    *CPP,
+    *_FUNCTORCH,
+    (
+        "autocast is on, and {name} is {given[0].dtype}",
+        lambda given: given[0].dtype not in (torch.float32, _modes.autocast_dtype(given[0])),
+    ),
+)
 # Before 8.0 Triton's matmuls do not use the matrix units; what has none of them compiles cleanly from 7.5 on.
 TRITON_MATMUL: Rules = _for_triton((8, 0)) + _DTYPE + PLAIN
 TRITON_LAYER: Rules = TRITON_MATMUL + _INSIDE

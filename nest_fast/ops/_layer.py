@@ -64,7 +64,7 @@ AUTO = Backend(
         *_CAN.rules,
         (
             "PyTorch's matmuls use the matrix unit, which the C++ kernels do not know",
-            lambda given: given[0].dtype == torch.bfloat16 and _extension.has_amx,
+            lambda given: _extension.has_amx and _modes.autocast_dtype(given[0]) == torch.bfloat16,
         ),
         (
             "a compiler that sees plain PyTorch decides itself what to keep for the gradient",
@@ -73,7 +73,9 @@ AUTO = Backend(
         (
             lambda given: f"of C = {given[0].shape[-1]} channels, over {WIDE}, the library's matmuls are faster",
             lambda given: (
-                given[0].shape[-1] > WIDE and given[0].dtype == torch.float32 and not _modes.wants_gradients(given)
+                given[0].shape[-1] > WIDE
+                and _modes.autocast_dtype(given[0]) == torch.float32
+                and not _modes.wants_gradients(given)
             ),
         ),
     ),
@@ -164,7 +166,9 @@ def layer_backward(
     norm_mask, mask = ([kept.needed[name] for name in names] for names in (norm, parameters))
     y, mean, rstd = torch.native_layer_norm(kept.x, (C,), kept.norm_weight, kept.norm_bias, kept.eps)
     dbranch = dout if kept.branch_scale == 1.0 else dout * kept.branch_scale
-    dy, *others = branch_backward(_layout.dense_rows(dbranch), y, [any(norm_mask), *mask])
+    dtype = kept.dtypes[parameters[0]]  # of the products: under autocast another than x's
+    dy, *others = branch_backward(_layout.dense_rows(dbranch).to(dtype), y.to(dtype), [any(norm_mask), *mask])
+    dy = dy.to(kept.x.dtype)
     found = {name: dx if wanted else None for name, dx, wanted in zip(parameters, others, mask, strict=True)}
     if any(norm_mask):
         dx, found["norm_weight"], found["norm_bias"] = torch.ops.aten.native_layer_norm_backward(

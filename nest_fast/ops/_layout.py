@@ -14,6 +14,8 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """``x``, a vector, contiguous."""
-    return x if x is None else x.contiguous()
+def dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """``x``, a vector, contiguous, and of ``dtype`` where one is given."""
+    if x is None:
+        return None
+    return (x if dtype is None else x.to(dtype)).contiguous()

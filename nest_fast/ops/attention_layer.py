@@ -113,15 +113,16 @@ def attention_layer(
             eps=eps,
         )
     if impl == "cpp":
-        qkv_weight, proj_weight = _layout.dense_rows(qkv_weight), _layout.dense_rows(proj_weight)
+        dtype = _modes.autocast_dtype(x)
+        qkv_weight, proj_weight = (_layout.dense_rows(weight.to(dtype)) for weight in (qkv_weight, proj_weight))
         out, *_ = _CPP(
-            _layout.dense_rows(x).reshape(-1, C),
+            _layout.dense_rows(x.to(dtype) if post_norm else x).reshape(-1, C),
             *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
             qkv_weight,
-            _layout.dense(qkv_bias),
+            _layout.dense(qkv_bias, dtype),
             proj_weight,
-            _layout.dense(proj_bias),
+            _layout.dense(proj_bias, dtype),
             as_scores(bias),
             as_scores(mask),
             scale.float().contiguous() if isinstance(scale, Tensor) else None,
@@ -321,7 +322,7 @@ def _fake(x, norm_weight, norm_bias, eps, qkv, qkv_bias, proj, proj_bias, bias, 
     C, kept = x.shape[1], _rows(x.shape[0], windows) if training else 0
     numbers = (2,) if any(x is not None for x in (bias, mask, scales)) or any(windows[4:6]) else ()
     lse = x.new_empty((kept // tokens, heads, tokens, *numbers), dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty((kept, qkv.shape[0])), x.new_empty((kept, C)), lse
+    return x.new_empty(x.shape), qkv.new_empty((kept, qkv.shape[0])), qkv.new_empty((kept, C)), lse
 
 
 def _bwd_fake(dout, x, qkv, attended, lse, qkv_weight, proj_weight, bias, mask, scales, *rest):

@@ -78,16 +78,17 @@ def mlp_layer(
         tanh = activation == "gelu_tanh"
         return _TRITON(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale)
     if impl == "cpp":
-        fc1_weight, fc2_weight = _layout.dense_rows(fc1_weight), _layout.dense_rows(fc2_weight)
+        dtype = _modes.autocast_dtype(x)
+        fc1_weight, fc2_weight = (_layout.dense_rows(weight.to(dtype)) for weight in (fc1_weight, fc2_weight))
         out, _ = _CPP(
-            _layout.dense_rows(x).reshape(-1, C),
+            _layout.dense_rows(x.to(dtype) if post_norm else x).reshape(-1, C),
             *((None, None) if post_norm else (norm_weight.float().contiguous(), norm_bias.float().contiguous())),
             eps,
             fc1_weight,
-            _layout.dense(fc1_bias),
+            _layout.dense(fc1_bias, dtype),
             activation,
             fc2_weight,
-            _layout.dense(fc2_bias),
+            _layout.dense(fc2_bias, dtype),
             branch_scale,
             _modes.wants_gradients(given),
             _packed.linear(packed, "fc1", fc1_weight),
@@ -191,7 +192,7 @@ def chosen(*given: Any) -> str:
 
 def _fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest):
     _, training, *_ = rest
-    return x.new_empty(x.shape), x.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
+    return x.new_empty(x.shape), fc1_weight.new_empty((x.shape[0] if training else 0, fc1_weight.shape[0]))
 
 
 def _bwd_fake(dout, x, hidden, fc1_weight, activation, fc2_weight, output_mask):

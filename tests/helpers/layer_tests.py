@@ -296,10 +296,50 @@ def test_each_sample_has_a_branch_scale_of_its_own(layer):
         function(*tensors, **options | {"branch_scale": torch.ones(3)})
 
 
-def test_auto_under_autocast_and_in_double(layer):
+class Called(TorchDispatchMode):
+    """The names of nest_fast's operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "nest_fast":
+            self.names.add(op.name().partition("::")[2])
+        return op(*args, **(kwargs or {}))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_last", [False, True], ids=["norm first", "norm last"])
+def test_under_autocast_products_are_in_its_dtype(isa, layer, dtype, is_last):
+    """What is float32 stays so, gradients too, with the errors of plain PyTorch under the same autocast."""
     function, tensors, options = layer
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        out, wanted = (function(*tensors, **options, impl=impl) for impl in ("auto", "reference"))
+    options |= {"post_norm": is_last}
+    dout = torch.randn_like(tensors[0])
+
+    def under_autocast(*given, impl):
+        with torch.autocast("cpu", dtype):
+            return function(*given, **options, impl=impl)
+
+    with Called() as called:
+        ours = gradients(partial(under_autocast, impl="auto"), tensors, dout)
+    assert called.names == {f"{function.__name__}_cpp", f"{function.__name__}_cpp_bwd"}
+    plain = gradients(partial(under_autocast, impl="reference"), tensors, dout)
+    exact = gradients(partial(function, **options, impl="reference"), in_double(tensors), dout.double())
+    for name, a, b, golden in zip(("out", *NAMES[: len(tensors)]), ours, plain, exact, strict=True):
+        assert a.dtype == b.dtype == torch.float32, name
+        error, theirs = relative_error(a, golden), relative_error(b, golden)
+        most = (1.25 if name == "out" else 2) * theirs + torch.finfo(torch.float32).eps
+        assert error <= most, f"{name}: error {error:.3e}, plain PyTorch's {theirs:.3e}"
+
+
+def test_under_autocast_of_other_dtypes(layer):
+    """An input that has autocast's dtype beside float32 weights; one in another is for plain PyTorch; and float64."""
+    function, tensors, options = layer
+    for x in (tensors[0].bfloat16(), tensors[0].half()):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            out, wanted = (function(x, *tensors[1:], **options, impl=impl) for impl in ("auto", "reference"))
         assert out.dtype == wanted.dtype
         assert relative_error(out, wanted) < 0.02
     wide = in_double(tensors)
@@ -345,8 +385,8 @@ def test_an_explicit_choice_never_falls_back(layer, monkeypatch):
     function, tensors, options = layer
     with pytest.raises(RuntimeError, match=f"impl: 'cpp' cannot run {function.__name__} here: .*torch.float64"):
         function(*in_double(tensors), **options, impl="cpp")
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast is on"):
-        function(*tensors, **options, impl="cpp")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast is on, and x is"):
+        function(tensors[0].half(), *tensors[1:], **options, impl="cpp")
     monkeypatch.setattr(_extension, "cpp_isa", "")
     with pytest.raises(RuntimeError, match="neither AVX-512 nor AVX2"):
         function(*tensors, **options, impl="cpp")
