@@ -1,5 +1,6 @@
 """What a GPU would be given: whole models through its choices, with Triton's kernels in the interpreter."""
 
+import contextlib
 import copy
 import importlib
 import re
@@ -334,6 +335,44 @@ def test_a_chain_takes_the_epilogue_and_tune_asks_for_it(epilogue):
     assert {(one.rule, one.able) for key, one in asked.items() if key[0] == "linear"} == {
         ("cublaslt", ("cublaslt", "reference"))
     }
+    with torch.no_grad():
+        plain, golden = as_reference(model)(x), as_reference(model.double())(x.double())
+    assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(("op", "embed_dims", "num_heads"), [("mlp_layer", (16, 32), (1, 2))])
+def test_tune_measures_each_implementation_and_a_chain_takes_it(monkeypatch, op, embed_dims, num_heads):
+    """Each is what it was asked to be."""
+    sizes = {**twins.SMALL, **SMALLER, "embed_dims": embed_dims, "num_heads": num_heads}
+    model, x = nest_fast.NesT(**sizes).half().eval(), twins.image(dtype=torch.float16)
+    launched = {}
+
+    def measure(question, *_):
+        taken = question.rule
+        if question.key[0] == op:
+            taken = "triton"
+            assert question.able == ("triton", "parts")
+            for name in question.able:
+                calls.clear()
+                with question.modes(), _tuned.forced(**{op: name}):
+                    question.call(**question.arguments)
+                launched[name] = [call for call, _ in calls]
+        return nest_fast.tuning.Measured(question.key[0], {}, question.rule, taken), {}
+
+    monkeypatch.setattr("nest_fast.tuning._measure", measure)
+    monkeypatch.setattr(_tuned, "write", lambda *_: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    try:
+        with pretend_gpu() as calls, torch.no_grad():
+            nest_fast.tune(model, x, progress=False)
+            calls.clear()
+            out = model(x)
+    finally:
+        _tuned.set_choices(torch.device("cuda", 0), _tuned.Choices())
+    assert launched == {"triton": [f"{op}_triton_fwd"], "parts": ["bias_gelu_triton_fwd"]}
+    counted = Counter(name for name, _ in calls)
+    assert counted[f"{op}_triton_fwd"] == sum(SMALLER["depths"])
+    assert not counted["bias_gelu_triton_fwd"]
     with torch.no_grad():
         plain, golden = as_reference(model)(x), as_reference(model.double())(x.double())
     assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps

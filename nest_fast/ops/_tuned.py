@@ -143,6 +143,7 @@ def tunable(function: Callable[..., Any]) -> Callable[..., Any]:
             if key not in _QUESTIONS:
                 arguments = inspect.signature(function).bind(*args, **kwargs).arguments
                 leaves = {name: leaf(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+                leaves["impl"] = "auto"  # and not what was chosen now
                 _QUESTIONS[key] = Question(key, call, leaves, rule, able, _modes_now(leaves))
         return out
 
