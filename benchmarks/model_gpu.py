@@ -22,9 +22,9 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runs import MODELS as NAMES
 from runs import Run, load, markdown
@@ -36,6 +36,7 @@ from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
 HALF = 2  # bytes of bf16 and fp16
 BATCH = 256
+COPY_STEP = 110  # instructions of a step of linear's loop with copies, counted in the code for sm_90
 
 
 class Gpu(NamedTuple):
@@ -167,6 +168,15 @@ class Compiled:
         config = _layer_configs.linear_rows(C, "half", self.architectures[0])[row.get("candidate", 0)]
         return _with_loop(row, math.ceil(out / config.tile_out)) * rows / config.tile_rows, config.tile_rows
 
+    def activated(self, rows: float, C: int) -> tuple[float, Any]:
+        """fc1 with bias and GELU, tile by tile: its loop walks over C; and its configuration."""
+        row = self.of(f"linear-gelu-C{C}-bf16", "linear")
+        config = _layer_configs.linear(True, self.architectures[0])[row.get("candidate", 0)]
+        tiles = math.ceil(rows / config.tile_rows) * math.ceil(4 * C / config.tile_out)
+        if config.copies:  # what is largest between a label and a branch back to it is no loop there
+            row = {**row, "in loop": COPY_STEP}
+        return _with_loop(row, math.ceil(C / config.tile_k)) * tiles, config
+
 
 def _with_loop(row: dict, trips: float) -> float:
     """What all warps of a program execute."""
@@ -237,6 +247,17 @@ def with_one_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]
     yield Work("mlp_layer", "kernel", 2 * x, 16 * C * C * M, instructions, 4 * C * M, again)
 
 
+def with_activated_fc1(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """The chain, whose fc1 has bias and GELU before its result is stored."""
+    C, M = level.C, batch * level.tokens
+    before = list(chain(level, batch, compiled))
+    instructions, config = compiled.activated(M, C)
+    again = HALF * C * M * (4 * C / config.tile_out - 1 + 4 * C / config.tile_rows)
+    yield from before[:5]
+    yield Work("linear, GELU", "kernel", 5 * HALF * C * M, 8 * C * C * M, instructions, 4 * C * M, again)
+    yield before[-1]
+
+
 def attention_in_parts(level: Level, batch: int, compiled: Compiled) -> list[Work]:
     """The attention sub-layer beside an MLP that is one kernel."""
     return list(with_one_mlp(level, batch, compiled))[:5]
@@ -286,11 +307,11 @@ def projection_mlp(level: Level, batch: int, compiled: Compiled) -> Work:
     return Work("projection_mlp", "kernel", 3 * x, 18 * C * C * M, instructions, 4 * C * M, again)
 
 
-def gains(before: Callable, after: Callable, channels: int) -> list[list[str]]:
-    """How many times as long as ``after`` a layer, or a part of it, takes as ``before``; up to so many channels."""
+def gains(before: Callable, after: Callable, channels: Container[int]) -> list[list[str]]:
+    """How many times as long as ``after`` a layer, or a part of it, takes as ``before``, of so many channels."""
     lines = []
-    for level in (*MODELS["NesT-T"][:2], *MODELS["NesT-B"][:2]):
-        if channels < level.C:
+    for level in (*MODELS["NesT-T"], *MODELS["NesT-B"]):
+        if level.C not in channels:
             continue
         ratios = []
         for gpu in GPUS.values():
@@ -397,6 +418,7 @@ def layers() -> list[list[str]]:
             for gpu in GPUS.values():
                 compiled = Compiled(gpu.architecture)
                 designs = chain, *(with_one_mlp,) * (level.C <= CERTAIN_CHANNELS), *(by_two_kernels,) * (level.C <= 128)
+                designs += (with_activated_fc1,) * (level.C > CERTAIN_CHANNELS)
                 works = {work.name: work for design in designs for work in design(level, BATCH, compiled)}
                 for name, work in works.items():
                     taken.setdefault(name, []).append(f"{seconds(work, gpu) * 1e6:.0f}")
@@ -440,14 +462,16 @@ def main() -> None:
         print("\nPredicted microseconds of a layer's kernels.\n")
         print(markdown([["level", "kernel", *GPUS], *layers()]))
         print("\nPredicted gain of attention_layer's kernels over one operation after the other.\n")
-        print(markdown([["level", *GPUS], *gains(attention_in_parts, attention_by_kernels, 256)]))
+        print(markdown([["level", *GPUS], *gains(attention_in_parts, attention_by_kernels, range(257))]))
+        print("\nPredicted gain of fc1 with its GELU in one kernel, for the whole layer.\n")
+        print(markdown([["level", *GPUS], *gains(chain, with_activated_fc1, range(193, 513))]))
         for what, design in (
             ("", projected_by_the_mlp),
             (", LayerNorm and qkv in one", by_three_kernels),
             (", LayerNorm, qkv and attention in one", by_two_kernels),
         ):
             print(f"\nPredicted gain of projection_mlp's kernel{what}, for the whole layer.\n")
-            print(markdown([["level", *GPUS], *gains(with_one_mlp, design, 128)]))
+            print(markdown([["level", *GPUS], *gains(with_one_mlp, design, range(129))]))
     if args.beside is not None:
         measured = beside(load(args.beside))
         print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")

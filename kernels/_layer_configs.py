@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from nest_fast.kernels._configs import row_architecture
 
 __all__ = [
-    "LINEAR", "MLP", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig", "MlpConfig", "ResidentConfig", "linear_rows",
-    "mlp_layer", "norm_attention", "projection_mlp",
+    "LINEAR", "MATMUL", "MLP", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig", "MatmulConfig", "MlpConfig",
+    "ResidentConfig", "linear", "linear_rows", "mlp_layer", "norm_attention", "projection_mlp",
 ]  # fmt: skip
 
 
@@ -114,6 +114,38 @@ LINEAR: dict[tuple[int, str], list[tuple[int, LinearConfig]]] = {
 }
 
 
+class MatmulConfig(NamedTuple):
+    """A tile of ``tile_rows`` by ``tile_out`` columns of the result, ``tile_k`` columns of the operands a step, which
+    come by pointers or by the copy engine."""
+
+    tile_rows: int
+    tile_out: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    copies: bool = False
+
+
+# By architecture alone: a linear layer with its epilogue, in half precision. What reads the operands the least often
+# comes first: they come from the L2 cache, which takes longer than the matrix units do. On sm_80, whose tiles of 256
+# columns leave no register, two programs of 128 on a multiprocessor.
+_HOPPER = [
+    MatmulConfig(tile_rows=128, tile_out=256, tile_k=64, num_warps=8, num_stages=3, copies=True),
+    MatmulConfig(tile_rows=128, tile_out=128, tile_k=64, num_warps=8, num_stages=4, copies=True),
+    MatmulConfig(tile_rows=128, tile_out=128, tile_k=64, num_warps=8, num_stages=3),
+    MatmulConfig(tile_rows=64, tile_out=64, tile_k=32, num_warps=4, num_stages=3),
+]
+MATMUL: dict[int, list[MatmulConfig]] = {
+    80: [
+        MatmulConfig(tile_rows=128, tile_out=128, tile_k=32, num_warps=8, num_stages=4),
+        MatmulConfig(tile_rows=128, tile_out=128, tile_k=32, num_warps=4, num_stages=3),
+        MatmulConfig(tile_rows=64, tile_out=64, tile_k=32, num_warps=4, num_stages=3),
+    ],
+    90: _HOPPER,
+    100: _HOPPER,
+}
+
+
 class ResidentConfig(NamedTuple):
     """Keys in pieces of ``block_n`` at most, ``block_m`` queries at once; channels in pieces of ``tile_c`` at most."""
 
@@ -157,6 +189,12 @@ def projection_mlp(channels: int, *shape_and_architecture: Any) -> tuple[MlpConf
 def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:
     here = row_architecture(shape_and_architecture[-1])
     return _candidates(LINEAR.get((here, operands)) or LINEAR[80, operands], channels)
+
+
+def linear(*shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
+    """Whether the operands can be copied is the shape's last."""
+    *_, can_copy, architecture = shape_and_architecture
+    return tuple(config for config in MATMUL[row_architecture(architecture)] if can_copy or not config.copies)
 
 
 def norm_attention(channels: int, *shape_and_architecture: Any) -> tuple[ResidentConfig, ...]:

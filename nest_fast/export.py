@@ -43,6 +43,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.norm_attention_triton_fwd.default: _norm_attention,
         ops.norm_linear_triton_fwd.default: _norm_linear,
         ops.linear_sum_triton_fwd.default: _linear_sum,
+        ops.linear_triton_fwd.default: _linear,
         ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
         ops.projection_mlp_triton_fwd.default: _projection_mlp,
         ops.block_aggregate_cpp_fwd.default: _block_aggregate,
@@ -202,6 +203,10 @@ def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias) -> Tensor:
 def _norm_attention(x, norm_weight, norm_bias, eps, weight, bias, num_heads, scale) -> Tensor:
     qkv = _norm_linear(x, norm_weight, norm_bias, eps, weight, bias).unflatten(-1, (3, num_heads, -1))
     return reference.block_attention(*qkv.unbind(3), scale=scale).flatten(-2).contiguous()
+
+
+def _linear(x, weight, bias, activation) -> Tensor:
+    return reference.linear(x, weight, bias, activation=activation).contiguous()
 
 
 def _linear_sum(x, weight, bias, residual, scale) -> Tensor:

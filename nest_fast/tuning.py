@@ -174,14 +174,15 @@ def _questions(model: nn.Module, inputs: tuple) -> list[_tuned.Question]:
     with torch.random.fork_rng(gpus), _tuned.watched() as asked:
         # A chain calls a layer's operation only where that has kernels of its own, the last in the others' place.
         for kernels, joint in (("parts", "parts"), ("triton", "parts"), ("triton", "triton")):
-            with _tuned.forced(**dict.fromkeys(LAYERS, kernels) | {"projection_mlp": joint}, linear="cublaslt"):
+            with _tuned.forced(**dict.fromkeys(LAYERS, kernels) | {"projection_mlp": joint}):
                 model(*inputs)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # such as running averages
             buffer.copy_(buffers[name])
     # What drops at random has nothing to be compared with.
     found = [one for one in asked.values() if len(one.able) > 1 and not one.arguments.get("dropout_p")]
-    return sorted(found, key=lambda question: question.key[0] in LAYERS)
+    # bias_gelu is a part of linear.
+    return sorted(found, key=lambda question: (question.key[0] in LAYERS, question.key[0] != "bias_gelu"))
 
 
 def _run(question: _tuned.Question, arguments: dict[str, Any]) -> list[Tensor]:

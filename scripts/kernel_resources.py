@@ -42,6 +42,7 @@ from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
+from nest_fast.kernels.linear import linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from nest_fast.kernels.projection_mlp import projection_mlp_fwd
@@ -91,7 +92,8 @@ class Aggregation(NamedTuple):
 
 class SubLayer(NamedTuple):
     """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
-    "projection-mlp"; "norm-linear", to 3 C columns, "linear-sum", to C, or "norm-attention", of heads of 32."""
+    "projection-mlp"; "norm-linear", to 3 C columns, "linear-sum", to C, or "norm-attention", of heads of 32; or fc1 and
+    its GELU, "linear-gelu" or "linear-tanh"."""
 
     kind: str
     C: int
@@ -298,6 +300,9 @@ def _launch_sub_layer(case: SubLayer) -> None:
         return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta")
 
     C, hidden, x = case.C, 4 * case.C, empty(8, 16, 196, case.C)
+    if case.kind.startswith("linear-") and case.kind != "linear-sum":
+        linear_fwd(x, empty(hidden, C), empty(hidden), "gelu" if case.kind == "linear-gelu" else "gelu_tanh")
+        return
     if case.kind == "norm-linear":
         norm_linear_fwd(x, empty(C), empty(C), 1e-6, empty(3 * C, C), empty(3 * C))
         return
@@ -421,6 +426,8 @@ SUB_LAYERS = [
     ),
     *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
+    *(SubLayer("linear-gelu", C, "bf16") for C in (100, 256, 384, 512)),
+    SubLayer("linear-tanh", 384, "fp16"),
     *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum")),
 ]
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.

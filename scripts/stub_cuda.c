@@ -111,6 +111,17 @@ API CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CU
   return CUDA_SUCCESS;
 }
 
+// A tensor map is the address of its tensor.
+API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                    const cuuint64_t *shape, const cuuint64_t *strides, const cuuint32_t *box,
+                                    const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                    CUtensorMapFloatOOBfill fill) {
+  memset(map, 0, sizeof *map);
+  map->opaque[0] = (cuuint64_t)address;
+  return CUDA_SUCCESS;
+}
+
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   const unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
   const unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};

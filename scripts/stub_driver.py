@@ -134,10 +134,11 @@ class Stub:
 
 
 def _parameter_sizes(ptx: str) -> list[int]:
-    """Bytes of the parameters of the kernel in ``ptx``."""
+    """Bytes of the parameters of the kernel in ``ptx``; of a tensor map those that the stub fills."""
     signature = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.S)
     assert signature is not None
-    return [_SIZES[bits] for bits in re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)", signature[1])]
+    found = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)[^,\[]*(\[128\])?", signature[1])
+    return [8 if is_map else _SIZES[bits] for bits, is_map in found]
 
 
 @contextlib.contextmanager

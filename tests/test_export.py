@@ -137,6 +137,7 @@ def decomposition_cases():
     yield OPS.norm_linear_triton_fwd, layer
     narrow = r(2, 2, 5, 32), r(32), r(32), 1e-6, 0.2 * r(96, 32), r(96)
     yield OPS.norm_attention_triton_fwd, (*narrow, 2, 0.3)
+    yield OPS.linear_triton_fwd, (r(3, 30).mT, r(16, 3), r(16), "gelu_tanh")
     yield OPS.linear_sum_triton_fwd, (r(3, 30).mT, r(16, 3), r(16), r(30, 16), 0.7)
     yield OPS.norm_pool_triton_fwd, (r(1, 4, 4, 5), None, r(5), r(5), None, (1, 2), 1e-6, False, True)
     image = r(1, 4, 4, 5), r(7, 5, 3, 3), r(7), r(7), r(7), r(1, 1, 4, 7), (2, 2), (2, 2), (2, 2), 1e-6

@@ -115,6 +115,8 @@ def test_every_launch_has_a_choice():
         for channels in (16, 96, 192, 256):
             assert 2 <= len(_layer_configs.mlp_layer(channels, operands, architecture)) <= 6
             assert 2 <= len(_layer_configs.linear_rows(channels, operands, architecture)) <= 6
+        for can_copy in (False, True):
+            assert 2 <= len(_layer_configs.linear(can_copy, architecture)) <= 6
         for channels in (16, 96, 128):
             assert 2 <= len(_layer_configs.projection_mlp(channels, architecture)) <= 6
             assert 2 <= len(_layer_configs.norm_attention(channels, architecture)) <= 6

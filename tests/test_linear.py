@@ -109,7 +109,7 @@ def test_a_gpus_epilogue_is_as_accurate_as_pytorch(dtype):
         ({"residual": torch.zeros(3, 24)}, r"residual: expected shape \(3, 40\) \(…, out\), got \(3, 24\)"),
         ({"activation": "relu"}, r"activation: expected one of 'none', 'gelu', 'gelu_tanh', got 'relu'"),
         ({"weight": torch.zeros(40, 24).double()}, r"weight: expected dtype torch.float32 as x has, got torch.float64"),
-        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', 'cublaslt', got 'mkl'"),
+        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', 'cublaslt', 'triton', got 'mkl'"),
     ],
 )
 def test_refuses_bad_arguments(change, message):

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layer, _layout, _modes, _tuned
+from nest_fast.ops import _backends, _checks, _flops, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
+from nest_fast.ops._register import operation
 from nest_fast.ops.bias_gelu import bias_gelu
 
 __all__ = ["add_linear", "linear", "linear_gelu"]
 
-IMPLS = ("auto", "reference", "onednn", "cublaslt")
+IMPLS = ("auto", "reference", "onednn", "cublaslt", "triton")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 
 # oneDNN's names for the activation and its algorithm.
@@ -45,7 +46,9 @@ def linear(
             fusing to the compiler. "reference" is plain PyTorch, with one pass over memory each for the bias (on a
             CPU), the activation and the sum. "onednn" does all of them in the matmul's epilogue, on a CPU and without
             gradients. "cublaslt" has bias and GELU in the epilogue of the matmul, on a GPU, for "gelu_tanh", which is
-            its form of GELU, and without gradients; for shapes without such an epilogue PyTorch adds a pass.
+            its form of GELU, and without gradients; for shapes without such an epilogue PyTorch adds a pass. "triton"
+            has bias and either GELU in the epilogue of its own matmul, in half precision on a GPU (on CPU tensors under
+            ``TRITON_INTERPRET=1``), without gradients and without a residual.
 
     Returns:
         ``(…, out)``.
@@ -59,6 +62,10 @@ def linear(
     impl = _layer.resolve("linear", impl, BACKENDS, choose, given)
     if impl == "reference":
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
+    if impl == "triton":
+        return _TRITON(x, weight, bias, activation)
+    if impl == "parts":
+        return _in_parts(x, weight, bias, activation, _modes.autocast_dtype(x))
     if impl == "cublaslt":
         rows = x.reshape(-1, x.shape[-1])
         out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # type: ignore[arg-type]
@@ -127,13 +134,23 @@ BACKENDS = {
             ("gradients are wanted", _modes.wants_gradients),
         ),
     ),
+    "triton": Backend(
+        "triton",
+        (
+            *_backends.TRITON_LAYER,
+            ("float32 is left to the library", lambda given: given.x.dtype == torch.float32),
+            ("it adds no residual", lambda given: given.residual is not None),
+            ("the weight has 2^31 numbers or more", lambda given: given.weight.numel() >= 2**31),
+            ("gradients are wanted, and it keeps nothing for them", _modes.wants_gradients),
+        ),
+    ),
 }
 
 
-_REFERENCE = Backend("reference", ())
-_ABLE = (BACKENDS["onednn"], _REFERENCE)  # what may be measured
-_ABLE_ON_GPU = (BACKENDS["cublaslt"], _REFERENCE)
-# Where nothing was measured, "auto" keeps these rules, or is "reference".
+# What may be measured; on an eager GPU with an activation, "parts" is the library's matmul and bias_gelu.
+_ABLE = (BACKENDS["onednn"], Backend("reference", ()))
+_ABLE_ON_GPU = (BACKENDS["cublaslt"], BACKENDS["triton"], _layer.PARTS)
+# Where nothing was measured, "auto" keeps these rules, or is "reference", or "parts".
 _AUTO_ON_GPU = Backend(
     "cublaslt",
     (
@@ -147,14 +164,14 @@ def choose(given: Given) -> str:
     if torch.compiler.is_compiling() or _modes.in_trace():
         return "reference"
     if given.x.is_cuda and given.activation != "none":
-        return _tuned.implementation("linear", _ABLE_ON_GPU, given, _rule, _AUTO_ON_GPU)
+        return _tuned.implementation("linear", _ABLE_ON_GPU, given, _rule, _AUTO_ON_GPU, "parts")
     if not given.x.is_cpu:
         return "reference"
-    return _tuned.implementation("linear", _ABLE, given, _rule, BACKENDS["onednn"])
+    return _tuned.implementation("linear", _ABLE, given, _rule, BACKENDS["onednn"], "reference")
 
 
-def _rule(given: Given, best: Backend) -> str:
-    return best.name if best.can(given) else "reference"
+def _rule(given: Given, best: Backend, otherwise: str) -> str:
+    return best.name if best.can(given) else otherwise
 
 
 def linear_gelu(
@@ -164,9 +181,15 @@ def linear_gelu(
 
     ``dtype``: of the output, as :func:`nest_fast.bias_gelu` has it.
     """
+    if _tuned.is_watched():
+        return linear(x, weight, bias, activation=activation)
     impl = choose(Given(x, weight, bias, None, activation))
-    if impl == "cublaslt":
+    if impl != "parts":
         return linear(x, weight, bias, activation=activation, impl=_tuned.Chosen(impl))
+    return _in_parts(x, weight, bias, activation, dtype)
+
+
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None) -> Tensor:
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return bias_gelu(F.linear(x, weight), bias, approximate=approximate, dtype=dtype)
 
@@ -186,3 +209,23 @@ def add_linear(
     if norm is not None:
         branch = torch.layer_norm(branch, norm[0].shape, *norm)
     return _layer.add_branch(x, branch, scale)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _fake(x, weight, bias, activation):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_flops(x, weight, *_, out_shape=None):
+    return _flops.linear(x, weight)
+
+
+_TRITON = operation(
+    "linear_triton_fwd(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    launch="linear.linear_fwd",
+    fake=_fake,
+    gradients=_layer.no_gradients,
+    flops=_linear_flops,
+)

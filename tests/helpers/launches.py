@@ -22,6 +22,7 @@ from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
+from nest_fast.kernels.linear import linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from nest_fast.kernels.projection_mlp import projection_mlp_fwd
@@ -162,6 +163,12 @@ def linear_sum(bias):
     return Case(given, (linear_sum_fwd(*given, 1.7),), [2])
 
 
+def linear(bias, activation, N=72):
+    """Tiles of 128 rows of 150, and of 256 columns, or where a row of them is no multiple of 16 bytes, of 128."""
+    given = (empty(3, 50, 24), empty(N, 24), bias)
+    return Case(given, (linear_fwd(*given, activation),), [2])
+
+
 def mlp_layer(biases, norm_dtype=BF16):
     """150 rows in tiles of 128; a tile of hidden features and a part of one."""
     norm, fc1, fc2 = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(72, 24), empty(24, 72)
@@ -241,6 +248,9 @@ CASES = {
     "norm_attention_fwd, without bias": lambda: norm_attention(None),
     "linear_sum_fwd": lambda: linear_sum(empty(40)),
     "linear_sum_fwd, without bias": lambda: linear_sum(None),
+    "linear_fwd": lambda: linear(empty(72), "gelu"),
+    "linear_fwd, bare": lambda: linear(None, "none"),
+    "linear_fwd, by pointers": lambda: linear(empty(67), "gelu_tanh", 67),
     "mlp_layer_fwd": lambda: mlp_layer(True),
     "mlp_layer_fwd, without biases": lambda: mlp_layer(False, FP32),
     "projection_mlp_fwd": lambda: projection_mlp(True),
@@ -260,6 +270,10 @@ def leaves(value, kind, path):
     if isinstance(kind, tuple):
         for n, (x, one) in enumerate(zip(value, kind, strict=True)):
             yield from leaves(x, one, (*path, n))
+    elif kind.startswith("tensordesc"):  # a tensor map, then lengths and strides
+        yield path, value.base, "*"
+        for numbers, one in ((value.shape, "i32"), (value.strides, "i64")):
+            yield from ((path, number, one) for number in numbers)
     else:
         yield path, value, kind
 

@@ -24,7 +24,7 @@ OPERATIONS = {
     "block_attention": ("test_block_attention", "test_block_attention_cpu", "test_block_attention_kernel"),
     "blockify": ("test_blockify",),  # and unblockify, patchify
     "layer_norm_mean": ("test_layer_norm_mean",),
-    "linear": ("test_linear",),
+    "linear": ("test_linear", "test_linear_kernel"),
     "mlp_layer": ("test_mlp_layer", "test_mlp_layer_kernel"),
     "norm_pool": ("test_norm_pool",),
     "projection_mlp": ("test_projection_mlp",),
@@ -83,7 +83,7 @@ ELSEWHERE = {
 }
 _TRITON = (
     *("add_layer_norm", "attention_layer", "bias_gelu", "block_aggregate", "block_attention"),
-    *("layer_norm_mean", "mlp_layer", "norm_pool", "projection_mlp"),
+    *("layer_norm_mean", "linear", "mlp_layer", "norm_pool", "projection_mlp"),
 )
 ELSEWHERE["many blocks"] = dict.fromkeys(_TRITON, ("test_imports", "test_of_many_blocks_no_grid_is_on_y"))
 ELSEWHERE["resources"] = dict.fromkeys(
@@ -91,8 +91,7 @@ ELSEWHERE["resources"] = dict.fromkeys(
 )
 _PLAIN = "the definition is a line of PyTorch's own functions"
 _NO_CPP = "no kernel in C++"
-_NO_GPU = "kernels for CPUs alone"
-_LIBRARY = "the kernel is oneDNN's; PyTorch registers and tests it"
+_LIBRARY = "the kernel for CPUs is oneDNN's; PyTorch tests it"
 _STEP = "a step of block_aggregate, which is tested for it"
 _PARTS = "linear and mlp_layer are its parts"
 # Why a cell is empty, by property and operation.
@@ -109,10 +108,7 @@ EMPTY = {
     },
     "inside its buffers": {
         "blockify": "its outputs are compared byte by byte; memory of C++ has no bands",
-        "linear": _LIBRARY,
     },
-    "64-bit offsets": {"linear": _LIBRARY},
-    "many blocks": {"linear": _NO_GPU},
     "little kept for the gradient": {
         "blockify": "nothing: the gradient is the inverse permutation",
         "linear": "what PyTorch keeps",
@@ -120,14 +116,9 @@ EMPTY = {
         "projection_mlp": _PARTS,
     },
     "resources": {
-        "linear": _NO_GPU,
         "blockify": "CUDA in C++: `make cuda-check` compiles it for every architecture",
     },
     "gradcheck": {"linear": _PLAIN, "norm_pool": _STEP},
-    **{
-        name: {"linear": _LIBRARY}
-        for name in ("special values", "the same bits again", "any shape, fuzzed", "opcheck", "compile", "export")
-    },
     **{
         name: {"norm_pool": _STEP}
         for name in (
@@ -138,7 +129,7 @@ EMPTY = {
     },
 }
 for _name in ("compile", "export"):
-    EMPTY[_name]["norm_pool"] = _STEP
+    EMPTY[_name] = {"norm_pool": _STEP}
 
 
 class Test(NamedTuple):
