@@ -7,7 +7,9 @@ a Triton or a GPU with which the best one spills. Where nest_fast.tune measured 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -19,17 +21,15 @@ if TYPE_CHECKING:
     from nest_fast.kernels._attention import Spec
 
 __all__ = [
-    "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "PROGRAMS", "AggregationConfig", "AggregationRow",
-    "AttentionConfig", "AttentionRow", "architecture", "attention", "bias_gelu", "block_aggregate",
+    "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "AggregationConfig", "AggregationRow",
+    "AttentionConfig", "AttentionRow", "architecture", "at_once", "attention", "bias_gelu", "block_aggregate",
     "layer_norm", "multiprocessors", "norm_pool", "operands", "row_architecture",
 ]  # fmt: skip
 
 ANY = math.inf
 MOST = 6  # candidates: where none is clean, compiling more of them would only cost time
 
-# At most so many programs of a kernel that leaves one row of partial sums for each. Constants, so that sums do not
-# depend on how many multiprocessors there are; enough of them to keep every one's memory pipeline full.
-PROGRAMS = {"bias_gelu": 2048, "layer_norm": 1024, "norm_pool": 2048}
+REGISTERS = 65536  # of a multiprocessor
 
 
 def architecture() -> int:
@@ -48,9 +48,20 @@ def operands(dtype: torch.dtype, tf32: bool) -> str:
     return ("tf32" if tf32 else "ieee") if dtype == torch.float32 else "half"
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs that fill a multiprocessor each run at once; where there is no GPU, an H100's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def at_once(device: torch.device, tile: Mapping[str, int]) -> int:
+    """How many programs run at once: as many as there are of a kernel that leaves a row of sums for each.
+
+    More would leave most of a GPU idle behind the last of them. Their registers are counted by ``tile``'s bound, so
+    that GPUs of one kind add up in one order, whatever the compiler makes of it.
+    """
+    registers = 32 * tile["num_warps"] * tile.get("maxnreg", 255)
+    return multiprocessors(device) * max(1, REGISTERS // registers)
 
 
 # --- block_attention --------------------------------------------------------------------------------------------------
@@ -367,13 +378,21 @@ def norm_pool(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]
     pixels = max(4 if padded <= 512 else 2, 512 // padded)
     whole = {"TILE_PIXELS": max(8, pixels), "num_warps": 8 if padded >= 128 else 4}
     cut = {"TILE_PIXELS": pixels, "num_warps": max(4, pixels * padded // 128)}
-    return whole, {**whole, "maxnreg": 128}, *_or_more_warps(cut, kernel == "bwd")
+    if kernel == "bwd":
+        return {**whole, "maxnreg": 128}, {**whole, "maxnreg": 255}, *_or_more_warps(cut, 96)
+    return whole, {**whole, "maxnreg": 128}, *_or_more_warps(cut)
 
 
-def _or_more_warps(tile: dict[str, int], bounded: bool) -> tuple[dict[str, int], ...]:
-    """The tile, then with twice the warps. Bounded: left alone, the compiler spills a little to have more warps."""
+def _or_more_warps(tile: dict[str, int], registers: int | None = None) -> tuple[dict[str, int], ...]:
+    """The tile, then with more registers, then with twice the warps.
+
+    Left alone, the compiler spills a little to have more warps; and of what leaves a row of sums for each program
+    nobody would know how many run at once.
+    """
     wider = {**tile, "num_warps": 2 * tile["num_warps"]}
-    return ({**tile, "maxnreg": 96}, {**tile, "maxnreg": 128}, {**wider, "maxnreg": 96}) if bounded else (tile, wider)
+    if registers is None:
+        return tile, wider
+    return {**tile, "maxnreg": registers}, {**tile, "maxnreg": 128}, {**wider, "maxnreg": registers}
 
 
 # --- add_layer_norm, layer_norm_mean, bias_gelu -----------------------------------------------------------------------
@@ -385,11 +404,12 @@ def layer_norm(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...
     """Whole rows in a tile, and warps: eight values for each thread, which half precision loads at once."""
     padded = max(16, next_power_of_2(channels))
     tile = {"TILE_ROWS": max(1, 1024 // padded), "TILE_C": padded, "num_warps": max(4, padded // 256)}
-    return _or_more_warps(tile, kernel == "add_layer_norm_bwd")
+    return _or_more_warps(tile, {"add_layer_norm_fwd": None, "add_layer_norm_bwd": 96}.get(kernel, 64))
 
 
 def bias_gelu(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]:
     """16 values for each thread: with 8 each takes a third more instructions. 128 columns are whole cache lines, and
     divide the widths of MLPs."""
     columns = min(128, max(16, next_power_of_2(channels)))
-    return _or_more_warps({"TILE_ROWS": 2048 // columns, "TILE_C": columns, "num_warps": 4}, bounded=False)
+    tile = {"TILE_ROWS": 2048 // columns, "TILE_C": columns, "num_warps": 4}
+    return _or_more_warps(tile, 80 if kernel == "bwd" else None)

@@ -197,7 +197,7 @@ def add_layer_norm_bwd(
     def run(tile, start):
         tile_rows = tile["TILE_ROWS"]
         # With 32 rows or more to a program the partial sums are a small part of what is moved.
-        tiles = cdiv(max(32, cdiv(rows, _configs.PROGRAMS["layer_norm"])), tile_rows)
+        tiles = cdiv(max(32, cdiv(rows, _configs.at_once(total.device, tile))), tile_rows)
         programs = cdiv(rows, tiles * tile_rows)
         partial = torch.empty((programs, sums, C), dtype=torch.float32, device=total.device)
         start(

@@ -136,7 +136,7 @@ def bias_gelu_bwd(
     def run(tile, start):
         tile_rows, column_tiles = tile["TILE_ROWS"], cdiv(C, tile["TILE_C"])
         # With 32 rows or more to a program the partial sums are a small part of what is moved.
-        most = cdiv(_configs.PROGRAMS["bias_gelu"], column_tiles)
+        most = max(1, _configs.at_once(x.device, tile) // column_tiles)
         tiles = cdiv(max(32, cdiv(rows, most)) if need_dbias else tile_rows, tile_rows)
         programs = cdiv(rows, tiles * tile_rows)
         partial = torch.empty((programs, C), dtype=torch.float32, device=x.device) if need_dbias else None

@@ -124,11 +124,11 @@ def _layer_norm_mean_bwd_kernel(
         tl.store(dx_ptr + offsets, round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _parts(batch: int, tokens: int, rows: int) -> tuple[int, int]:
-    """How many programs share an image's tokens, and how many tiles of ``rows`` each of them has."""
+def _parts(batch: int, tokens: int, rows: int, programs: int) -> tuple[int, int]:
+    """How many of the ``programs`` share an image's tokens, and how many tiles of ``rows`` each of them has."""
     all_tiles = cdiv(tokens, rows)
     # Fewer than four tiles in a part would make the parts' sums as much work as the tokens.
-    most = min(cdiv(all_tiles, 4), cdiv(_configs.PROGRAMS["layer_norm"], batch))
+    most = min(cdiv(all_tiles, 4), max(1, programs // batch))
     tiles = cdiv(all_tiles, most)
     return cdiv(all_tiles, tiles), tiles
 
@@ -157,7 +157,7 @@ def layer_norm_mean_fwd(
     x, affine, outs = x.contiguous(), (weight.contiguous(), bias.contiguous()), (out, normed_mean)
 
     def run(tile, start):
-        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
+        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"], _configs.at_once(x.device, tile))
         partial = None if parts == 1 else torch.empty((B, parts, C), dtype=torch.float32, device=x.device)
         start(
             _layer_norm_mean_fwd_kernel, B * parts,
@@ -189,7 +189,7 @@ def layer_norm_mean_bwd(
     dout, x, weight = dout.contiguous(), x.contiguous(), weight.contiguous()
 
     def run(tile, start):
-        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"])
+        parts, tiles = _parts(B, tokens, tile["TILE_ROWS"], _configs.at_once(x.device, tile))
         start(
             _layer_norm_mean_bwd_kernel, B * parts,
             dout, x, (mean, rstd), weight, dx, tokens, parts, tiles, C, **tile,

@@ -398,7 +398,7 @@ def norm_pool_bwd(
     dout, rows, norm = dout.contiguous(), _pixels(y), Norm(conv_bias, norm_weight, None, 0.0)
 
     def run(tile, start):
-        tiles = cdiv(cdiv(pixels, tile["TILE_PIXELS"]), _configs.PROGRAMS["norm_pool"])
+        tiles = cdiv(cdiv(pixels, tile["TILE_PIXELS"]), _configs.at_once(y.device, tile))
         programs = cdiv(pixels, tile["TILE_PIXELS"] * tiles)
         partial = torch.empty((programs, 3, C), dtype=torch.float32, device=y.device)
         start(

@@ -70,7 +70,7 @@ def test_is_as_accurate_as_pytorch(shape, options, dtypes):
 @pytest.mark.parametrize("programs", [1, 2, 8])
 def test_any_number_of_programs_shares_the_rows(programs, monkeypatch):
     """Few walk over many tiles each."""
-    monkeypatch.setitem(_configs.PROGRAMS, "layer_norm", programs)
+    monkeypatch.setattr(_configs, "at_once", lambda *_: programs)
     check(*draw((4, 83, 48)))
 
 

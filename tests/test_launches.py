@@ -17,7 +17,12 @@ import triton
 from helpers.common import ROOT, run_python
 from nest_fast.kernels import _configs, _launch, _layer_configs
 from nest_fast.kernels._attention import Spec
-from nest_fast.kernels.bias_gelu import bias_gelu_fwd
+from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd
+from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from nest_fast.kernels.layer_norm_mean import layer_norm_mean_fwd
+from nest_fast.kernels.norm_pool import norm_pool_bwd
+
+FP32 = torch.float32
 
 # One process launches them all.
 pytestmark = pytest.mark.xdist_group("launches")
@@ -120,6 +125,33 @@ def test_every_launch_has_a_choice():
         for channels in (16, 96, 128):
             assert 2 <= len(_layer_configs.projection_mlp(channels, architecture)) <= 6
             assert 2 <= len(_layer_configs.norm_attention(channels, architecture)) <= 6
+
+
+@pytest.mark.parametrize("multiprocessors", [46, 108, 132])
+def test_programs_that_leave_sums_run_at_once(monkeypatch, multiprocessors):
+    """No second wave of them with little to do; and where there is work for all, few multiprocessors have none."""
+    started = {}
+
+    def start(kernel, programs, *args, **tile):
+        started[kernel.fn.__name__] = programs, tile
+
+    monkeypatch.setattr(_configs, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(_launch, "_choose", lambda table, shape, x, run: table(*shape, 90)[0])
+    monkeypatch.setattr(_launch, "_start", start)
+    monkeypatch.setattr(_launch, "CHOSEN", {})
+    for C, rows in itertools.product((96, 384, 1536, 2048, 4096), (1, 5_000, 50_000, 803_000)):
+        x, row = (torch.empty(*shape, device="meta") for shape in ((1, rows, C), (1, rows)))
+        add_layer_norm_bwd(x, x, x, row, row, None, x[0, 0], FP32, FP32, False)
+        bias_gelu_bwd(x, x, x[0, 0], False, True)
+        layer_norm_mean_fwd(x, x[0, 0], x[0, 0], 1e-6, FP32)
+        if C <= 1024:
+            y, argmax = torch.empty(1, rows, 4, C, device="meta"), torch.empty(1, dtype=torch.uint8, device="meta")
+            norm_pool_bwd(x, y, None, x[0, 0], row, row, argmax, (2, 2), True)
+        for kernel, (programs, tile) in started.items():
+            at_once = _configs.at_once(x.device, tile)
+            assert programs <= at_once, kernel
+            assert programs > 0.8 * at_once or rows < 100_000 or kernel == "_layer_norm_mean_join_kernel", kernel
+    assert len(started) == 5
 
 
 @pytest.mark.gpu
