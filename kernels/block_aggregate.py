@@ -155,7 +155,7 @@ def _max_pool(ring_ptr, window_row, i, j, c, mask, first_column, image, SPEC: tl
     return best, argmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "share"])
 def _block_aggregate_fwd_kernel(
     x,  # Blocks (B, T, N, C)
     weight_ptr,  # (C', 3, 3, C)
@@ -165,7 +165,9 @@ def _block_aggregate_fwd_kernel(
     ring_ptr,  # (programs, ROWS + 2, COLUMNS, C'): normalised pixels, row h of a program at h % (ROWS + 2)
     saved,  # when training: y (B, H, W, C'); mean, rstd (B, H, W) float32; argmax (B, T', N', C') uint8
     image,  # Image
-    walk,  # Walk
+    pairs,  # of Walk, whose batch makes no other kernel
+    share,
+    side,  # tiles and windows of Walk
     C_IN: tl.constexpr,
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
@@ -177,7 +179,7 @@ def _block_aggregate_fwd_kernel(
     COLUMNS: tl.constexpr = TILE.COLUMNS
     RING: tl.constexpr = TILE.ROWS + 2
     y_ptr, mean_ptr, rstd_ptr, argmax_ptr = saved
-    pairs, share, tiles, windows = walk
+    tiles, windows = side
     half = image.height // 2
     first = tl.program_id(0) // tiles * share
     stop = tl.minimum(first + share, pairs)
@@ -304,7 +306,7 @@ def block_aggregate_fwd(
         spec = Spec(C, channel_pieces(C, config.tile_c), 0 if same else 1, training)
         start(
             _block_aggregate_fwd_kernel, programs,
-            blocks, weight, norm, pos_embed, out, ring, saved, image, walk,
+            blocks, weight, norm, pos_embed, out, ring, saved, image, walk.pairs, walk.share, walk[2:],
             C_IN=C_in, SPEC=spec, TILE=tile, num_warps=config.num_warps, maxnreg=config.maxnreg,
         )  # fmt: skip
 

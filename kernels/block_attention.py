@@ -199,26 +199,27 @@ def _block_attention_bwd_kernel(
         store_queries(dq, index, piece(QUERY_PIECES, i), dqs[i] * scale, SPEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def _block_attention_dbias_kernel(
     dout,  # View
     qkv,  # three Views; k and v have q's heads
     out,  # View
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
-    dbias_ptr,  # (SPLITS, heads, N, N) float32
+    dbias_ptr,  # (splits, heads, N, N) float32
     addends,  # as above
     scale,
-    sizes,  # T, heads, B * T, and the cut of an image
+    sizes,  # T, heads, and the cut of an image
+    blocks,  # B * T
+    splits,
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
-    """One program: dS of a tile of BLOCK_M queries by BLOCK_N keys under a head, summed over every SPLITS-th block."""
+    """One program: dS of a tile of BLOCK_M queries by BLOCK_N keys under a head, summed over every splits-th block."""
     N: tl.constexpr = SPEC.N
     M_TILES: tl.constexpr = triton.cdiv(N, BLOCK_M)
     N_TILES: tl.constexpr = triton.cdiv(N, BLOCK_N)
-    T, heads, blocks, cut = sizes
+    T, heads, cut = sizes
     q, k, v = qkv
     pid = tl.program_id(0)
     head = (pid // (M_TILES * N_TILES) % heads).to(tl.int64)
@@ -226,7 +227,7 @@ def _block_attention_dbias_kernel(
     m = pid // N_TILES % M_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(split, blocks, SPLITS):
+    for block in range(split, blocks, splits):
         index = (block // T, block % T, head, cut)
         key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(load_queries(q, index, m, SPEC), key, index, m, n, addends, scale, SPEC)
@@ -396,8 +397,8 @@ def block_attention_bwd(
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)
         start(
             _block_attention_dbias_kernel, splits * heads * tiles_each,
-            dout_view, qkv, out_view, lse, partial, added, scale, (given.T, heads, blocks, given.cut),
-            SPEC=one_head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits, **_options(config),
+            dout_view, qkv, out_view, lse, partial, added, scale, (given.T, heads, given.cut), blocks, splits,
+            SPEC=one_head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
         )  # fmt: skip
         return partial
 

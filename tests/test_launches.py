@@ -67,6 +67,12 @@ def test_a_tensor_at_an_odd_address_is_not_taken_for_an_aligned_one():
     assert cases()["add_layer_norm_fwd, unaligned"]["unpromised"] == 1  # x
 
 
+def test_a_graph_of_one_batch_has_the_kernels_of_every_other():
+    """One call of any batch compiles and loads what a capture of another needs: numbers that change with it are not
+    compiled in, nor whether 16 divides them."""
+    assert {kernel: more for kernel, (_, more) in launches()["variants"].items() if more} == {}
+
+
 def test_no_kernel_is_left_out():
     decorated = set()
     for path in (ROOT / "kernels").glob("*.py"):
@@ -74,6 +80,7 @@ def test_no_kernel_is_left_out():
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 decorated.add(node.name)
     assert {kernel for row in cases().values() for kernel in row["kernels"]} == decorated
+    assert set(launches()["variants"]) == decorated
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------

@@ -336,6 +336,55 @@ def launched_again(stub, differ):
     return heard
 
 
+# --- how many kernels there are for batches of any size ---------------------------------------------------------------
+
+BATCHES = (1, 2, 3, 16, 48, 512)  # one, and numbers that 16 does and does not divide
+
+
+def batches(B):
+    """Every launcher on a batch of B."""
+    x, vector, row = empty(B, 4, 4, 32), empty(32), empty(B, 4, 4, dtype=FP32)
+    qkv, proj, fc1, fc2 = empty(96, 32), empty(32, 32), empty(128, 32), empty(32, 128)
+    norm = vector, vector, 1e-6
+    for adds in (False, True):
+        attention_fwd(B=B, adds=adds)
+        attention_bwd(B=B, adds=adds)
+    attention_fwd(B=B, N=40, dtype=FP32)
+    attention_bwd(B=B, N=40, dtype=FP32)
+    add_layer_norm_fwd(x, x, empty(B), vector, *norm, BF16, BF16)
+    add_layer_norm_bwd(x, x, x, row, row, empty(B), vector, BF16, BF16, True)
+    bias_gelu_fwd(x, vector, BF16, False)
+    bias_gelu_bwd(x, x, vector, False, True)
+    tokens = empty(B, 300, 32)
+    outs = layer_norm_mean_fwd(tokens, *norm, BF16)
+    layer_norm_mean_bwd(empty(B, 32), tokens, *outs[1:], vector)
+    linear_fwd(x, fc1, None, "gelu")
+    linear_fwd(empty(B, 5, 31), empty(67, 31), None, "gelu")
+    norm_linear_fwd(x, *norm, qkv, None)
+    norm_attention_fwd(x, *norm, qkv, None, 2, 0.25)
+    linear_sum_fwd(x, proj, None, x, 1.0)
+    mlp_layer_fwd(x, *norm, fc1, None, False, fc2, None, 1.0)
+    projection_mlp_fwd(x, x, proj, None, 1.0, *norm, fc1, None, False, fc2, None, 1.0)
+    floats = [vector.float() for _ in range(3)]
+    y, pos_embed = empty(B, 8, 8, 32), empty(1, 1, 16, 32)
+    outs = norm_pool_fwd(y, *floats, pos_embed, (4, 4), 1e-6, False, True)
+    norm_pool_bwd(outs[0], y, *floats[:2], *outs[1:], (4, 4), False)
+    weight = empty(32, 32, 3, 3)
+    block_aggregate_fwd(empty(B, 4, 16, 32), weight, *floats, pos_embed, (2, 2), (4, 4), (4, 4), 1e-6, False, True)
+
+
+def variants(stub):
+    """Of each kernel for how many sorts of arguments it was compiled, and so many more with other batches."""
+    compiled = {}
+    for B in BATCHES:
+        with stub.recording() as launches:
+            batches(B)
+        for launch in launches:
+            compiled.setdefault(launch.name, {}).setdefault(B, set()).add(launch.compiled.hash)
+    first = BATCHES[0]
+    return {name: [len(of[first]), len(set.union(*of.values()) - of[first])] for name, of in compiled.items()}
+
+
 # --- which candidate is taken -----------------------------------------------------------------------------------------
 
 
@@ -399,8 +448,8 @@ def main():
                 "unpromised": sum(unpromised(launch) for launch in launches),
                 "missing": sum(x is not None and x.data_ptr() not in arrived for x in (*case.given, *case.returned)),
             }
-        found = choices(stub)
-    print(json.dumps({"cases": rows, "choices": found}))
+        found, kernels = choices(stub), variants(stub)
+    print(json.dumps({"cases": rows, "choices": found, "variants": kernels}))
 
 
 if __name__ == "__main__":
