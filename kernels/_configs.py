@@ -297,7 +297,7 @@ def attention(kernel: str, spec: Spec, dtype: torch.dtype, *shape_and_architectu
 
 class AggregationConfig(NamedTuple):
     """A tile of the convolution: ``tile_pixels`` by ``tile_c`` output channels at most, ``tile_k`` input channels a
-    step; then ``tile_windows`` are pooled at once, of which more cost registers.
+    step.
 
     ``maxnreg``: a bound that keeps the compiler from spilling a little to have more warps; None leaves it alone.
     """
@@ -307,7 +307,6 @@ class AggregationConfig(NamedTuple):
     tile_c: int
     num_stages: int
     maxnreg: int | None = None
-    tile_windows: int = 4
     num_warps: int = 8
 
 

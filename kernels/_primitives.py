@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "LN2", "LOG2E", "both", "cdiv", "channel_pieces", "dot", "exp2", "fma", "load", "load_row", "next_power_of_2",
-    "normalise", "piece", "pieces", "round_to", "tiles_and_tail", "zeros",
+    "LN2", "LOG2E", "both", "cdiv", "channel_pieces", "dot", "exp2", "fma", "load", "load_row", "maximum",
+    "next_power_of_2", "normalise", "piece", "pieces", "round_to", "tiles_and_tail", "zeros",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,6 +44,15 @@ def exp2(x):
     if _INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def maximum(x, y):
+    """The larger of both, in their dtype; NaN where one is. The interpreter knows no order of bfloat16."""
+    if _INTERPRETED:
+        larger = tl.maximum(x.to(tl.float32), y.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+        return larger.to(x.dtype)
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, next_power_of_2, piece, round_to, zeros
+from nest_fast.kernels._primitives import (
+    cdiv,
+    channel_pieces,
+    dot,
+    load,
+    maximum,
+    next_power_of_2,
+    piece,
+    round_to,
+    zeros,
+)
 from nest_fast.kernels.norm_pool import (
     Norm,
     Spec,
@@ -61,13 +71,15 @@ class Walk(NamedTuple):
 
 class Tile(NamedTuple):
     """``ROWS`` x ``COLUMNS`` pixels are convolved at once, ``K`` input channels a step, ``STAGES`` steps in flight;
-    ``WINDOWS`` are pooled at once. TF32: of float32 matmuls; OFFSET, the integer that holds an offset in x."""
+    ``WINDOWS`` x ``CHANNELS`` are pooled at once. TF32: of float32 matmuls; OFFSET, the integer that holds an offset in
+    x."""
 
     ROWS: int
     COLUMNS: int
     K: int
     STAGES: int
     WINDOWS: int
+    CHANNELS: int
     TF32: bool
     OFFSET: tl.dtype
 
@@ -133,9 +145,11 @@ def _conv3x3(x, weight_ptr, b, h, w, exists, image, C_IN: tl.constexpr, SPEC: tl
 
 @triton.jit
 def _max_pool(ring_ptr, window_row, i, j, c, mask, first_column, image, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """Maxima [TILE_WINDOWS, size] of windows (i, j) for channels c, and where in the window, as max_pool2d has them."""
+    """Maxima [TILE_WINDOWS, TILE_CHANNELS] of windows (i, j) for channels c, and when training where in the window, as
+    max_pool2d has them."""
     RING: tl.constexpr = TILE.ROWS + 2
-    best = tl.full([i.shape[0], c.shape[0]], float("-inf"), tl.float32)
+    dtype: tl.constexpr = tl.float32 if SPEC.TRAINING else ring_ptr.dtype.element_ty
+    best = tl.full([i.shape[0], c.shape[0]], float("-inf"), tl.float32).to(dtype)
     # The first place that exists, should nothing be larger than -inf.
     argmax = tl.zeros([i.shape[0], c.shape[0]], tl.int32)
     if SPEC.PAD:
@@ -146,13 +160,15 @@ def _max_pool(ring_ptr, window_row, i, j, c, mask, first_column, image, SPEC: tl
             w = 2 * j - SPEC.PAD + left
             exists = (h >= 0) & (h < image.height) & (w >= 0) & (w < image.width)
             slot = (2 * window_row - SPEC.PAD + up + RING) % RING * TILE.COLUMNS + w - first_column
-            source = ring_ptr + slot[:, None] * SPEC.C + c[None, :]  # [TILE_WINDOWS, size]
-            x = tl.load(source, mask=mask & exists[:, None], other=float("-inf")).to(tl.float32)
-            replaces = (x > best) | (x != x)
-            best = tl.where(replaces, x, best)
+            source = ring_ptr + slot[:, None] * SPEC.C + c[None, :]  # [TILE_WINDOWS, TILE_CHANNELS]
+            x = tl.load(source, mask=mask & exists[:, None], other=float("-inf")).to(dtype)
             if SPEC.TRAINING:
+                replaces = (x > best) | (x != x)
+                best = tl.where(replaces, x, best)
                 argmax = tl.where(replaces, 3 * up + left, argmax)
-    return best, argmax
+            else:
+                best = maximum(best, x)
+    return best.to(tl.float32), argmax
 
 
 @triton.jit(do_not_specialize=["pairs", "share"])
@@ -178,6 +194,7 @@ def _block_aggregate_fwd_kernel(
     PAD: tl.constexpr = SPEC.PAD
     COLUMNS: tl.constexpr = TILE.COLUMNS
     RING: tl.constexpr = TILE.ROWS + 2
+    CHUNKS: tl.constexpr = (C + TILE.CHANNELS - 1) // TILE.CHANNELS
     y_ptr, mean_ptr, rstd_ptr, argmax_ptr = saved
     tiles, windows = side
     half = image.height // 2
@@ -225,15 +242,17 @@ def _block_aggregate_fwd_kernel(
             in_share &= (j < first_window + windows) & (j < image.width // 2)
             i = tl.maximum(window_row, 0) % half
             window = pooled_offset(image, (tl.maximum(window_row, 0) // half).to(tl.int64), i, j, C)
-            for n in tl.static_range(len(PIECES)):
-                c = piece(PIECES, n)
-                mask = in_share[:, None] & (c < C)[None, :]
-                best, argmax = _max_pool(ring_ptr, window_row, i, j, c, mask, first_column, image, SPEC, TILE)
-                offsets = window[:, None] + c[None, :]  # [TILE_WINDOWS, size]
+            for n in tl.static_range(CHUNKS):
+                pooled = n * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)  # [TILE_CHANNELS]
+                mask = in_share[:, None]
+                if C % TILE.CHANNELS:
+                    mask = mask & (pooled < C)[None, :]
+                best, argmax = _max_pool(ring_ptr, window_row, i, j, pooled, mask, first_column, image, SPEC, TILE)
+                offsets = window[:, None] + pooled[None, :]  # [TILE_WINDOWS, TILE_CHANNELS]
                 if SPEC.TRAINING:
                     tl.store(argmax_ptr + offsets, argmax.to(tl.uint8), mask=mask)
                 if pos_ptr is not None:
-                    best += load(pos_ptr, pooled_offset(image, 0, i, j, C)[:, None] + c[None, :], mask)
+                    best += load(pos_ptr, pooled_offset(image, 0, i, j, C)[:, None] + pooled[None, :], mask)
                 tl.store(out_ptr + offsets, round_to(best, out_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # before the rows just read are overwritten
 
@@ -248,6 +267,15 @@ def cut(pairs: int, width: int, pixels: int, programs: int) -> tuple[int, int, W
     share = cdiv(pairs * tiles, programs)
     share = cdiv(share + 1, rows // 2) * (rows // 2) - 1  # with the pair that it repeats it fills whole tiles
     return rows, columns, Walk(pairs, share, tiles, windows)
+
+
+def pool_tile(windows: int, channels: int, threads: int, training: bool) -> tuple[int, int]:
+    """How many of a tile's ``windows`` and of the channels are pooled at once: 8 values for each thread, which half
+    precision loads at once; when training 4, since their places take registers, too."""
+    values = (4 if training else 8) * threads
+    divisor = channels & -channels  # the largest power of two that divides them
+    chunk = min(divisor if divisor >= 64 else next_power_of_2(channels), 256, values)
+    return min(windows, values // chunk), chunk
 
 
 def block_aggregate_fwd(
@@ -300,9 +328,8 @@ def block_aggregate_fwd(
         rows, columns, walk = cut(B * (H // 2), W, config.tile_pixels, multiprocessors)
         programs = cdiv(walk.pairs, walk.share) * walk.tiles
         ring = torch.empty((programs, rows + 2, columns, C), dtype=x.dtype, device=x.device)
-        tile = Tile(
-            rows, columns, config.tile_k, config.num_stages, config.tile_windows, operands == "tf32", offset,
-        )  # fmt: skip
+        pooled = pool_tile(rows * columns // 4, C, 32 * config.num_warps, training)
+        tile = Tile(rows, columns, config.tile_k, config.num_stages, *pooled, operands == "tf32", offset)
         spec = Spec(C, channel_pieces(C, config.tile_c), 0 if same else 1, training)
         start(
             _block_aggregate_fwd_kernel, programs,

@@ -26,6 +26,7 @@ from helpers.aggregation import (
 from helpers.common import CPP_ISA, DEVICE, DTYPES, ISAS, guarded, in_double, instructions, saved_bytes, with_threads
 from nest_fast import reference
 from nest_fast.kernels import _configs
+from nest_fast.kernels import block_aggregate as fused_kernel
 from nest_fast.ops import block_aggregate
 from nest_fast.ops.block_aggregate import IMPLS
 from nest_fast.testing import gradients, relative_error
@@ -199,11 +200,13 @@ def test_of_any_shape_in_triton(impl_and_isa, **shape):
     ids=str,
 )
 def test_of_any_shape_in_triton_with_small_tiles(monkeypatch, B, block, C, C_out, dtype, padding, missing):
-    """Four columns by two rows, 64 channels: tiles beside and below each other, and one more for the last channels."""
+    """Four columns by two rows, 64 channels: tiles beside and below each other, and one more for the last channels; one
+    window and 32 channels are pooled at once."""
     if DEVICE == "cpu":
-        config = _configs.AggregationConfig(tile_pixels=8, tile_k=128, tile_c=64, num_stages=1, tile_windows=2)
+        config = _configs.AggregationConfig(tile_pixels=8, tile_k=128, tile_c=64, num_stages=1)
         monkeypatch.setattr(_configs, "block_aggregate", lambda *_: (config,))
         monkeypatch.setattr(_configs, "multiprocessors", lambda _: 5)
+        monkeypatch.setattr(fused_kernel, "pool_tile", lambda *_: (1, 32))
     check_any_shape("triton", B, (1, 1), block, C, C_out, dtype, padding, missing, seed=0)
 
 

@@ -126,7 +126,7 @@ def for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What is shipped runs in tests of its own.
     """
-    fused = _configs.AggregationConfig(tile_pixels=512, tile_k=128, tile_c=512, num_stages=1, tile_windows=128)
+    fused = _configs.AggregationConfig(tile_pixels=512, tile_k=128, tile_c=512, num_stages=1, num_warps=64)
     monkeypatch.setattr(_configs, "norm_pool", lambda *_: ({"TILE_PIXELS": 128, "num_warps": 4},))
     monkeypatch.setattr(_configs, "block_aggregate", lambda *_: (fused,))
     monkeypatch.setattr(_configs, "multiprocessors", lambda _: 2)
