@@ -12,21 +12,39 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nest_fast.kernels import _configs
 
-__all__ = ["CHOSEN", "fields", "launch", "measured", "name", "recorded"]
+__all__ = ["CHOSEN", "Copied", "fields", "launch", "measured", "name", "recorded"]
 
 # (table, shape, device) -> configuration.
 CHOSEN: dict[tuple[Callable, tuple, torch.device], Any] = {}
 # device -> name of a table and a shape -> fields of the configuration that was measured to be the fastest.
 _MEASURED: dict[torch.device, Mapping[str, Any]] = {}
 _RECORDING = threading.local()  # its "heard", where this thread's launches are recorded
+
+
+class Copied(NamedTuple):
+    """An argument of a launch: a dense matrix that the copy engine reads or writes by tiles. A descriptor arrives.
+
+    Made where it is launched, since who records a launch has to know its tensors.
+    """
+
+    matrix: Tensor
+    tile: tuple[int, int]
+
+
+def _arrive(args: Sequence[Any]) -> Sequence[Any]:
+    """What a kernel gets."""
+    if not any(type(x) is Copied for x in args):
+        return args
+    return [TensorDescriptor.from_tensor(x.matrix, [*x.tile]) if type(x) is Copied else x for x in args]
 
 
 def name(table: Callable, shape: tuple) -> str:
@@ -73,7 +91,7 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 
 def _run(kernel: Any, programs: int, args: tuple, constants: Mapping[str, Any]) -> Any:
-    return kernel.run(*args, grid=(programs,), warmup=False, **constants, **_OPTIONS)
+    return kernel.run(*_arrive(args), grid=(programs,), warmup=False, **constants, **_OPTIONS)
 
 
 def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
@@ -91,7 +109,7 @@ def _start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         if start is None:
             _run(kernel, programs, args, constants)
         else:
-            start(*args, *last)
+            start(*_arrive(args), *last)
 
     heard(again, args)
 
@@ -143,7 +161,7 @@ def _spills(config: Any, run: Callable[..., Any], errors: list[Exception]) -> fl
 
     def compile_only(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         try:
-            compiled = kernel.warmup(*args, grid=(programs,), **constants, **_OPTIONS)
+            compiled = kernel.warmup(*_arrive(args), grid=(programs,), **constants, **_OPTIONS)
             _ = compiled.run  # loads it, which is refused if its shared memory, threads or registers do not fit
             spills.append(compiled.n_spills)
         except (triton.TritonError, RuntimeError) as error:

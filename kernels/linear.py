@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
-from nest_fast.kernels._launch import launch
+from nest_fast.kernels._launch import Copied, launch
 from nest_fast.kernels._primitives import cdiv, dot, load_row, round_to
 
 __all__ = ["linear_fwd"]
@@ -151,8 +150,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
         if config.copies:
             programs = min(programs, _configs.multiprocessors(x.device))
             sides = (tile.ROWS, tile.K), (tile.OUT, tile.K), (tile.ROWS, tile.OUT)
-            flat = x.view(rows, K), weight, out.view(rows, outputs)
-            operands = tuple(TensorDescriptor.from_tensor(t, [*side]) for t, side in zip(flat, sides, strict=True))
+            operands = tuple(map(Copied, (x.view(rows, K), weight, out.view(rows, outputs)), sides))
         start(
             _linear_kernel, programs,
             *operands[:2], bias, operands[2], rows, SPEC=spec, TILE=tile, num_warps=config.num_warps,

@@ -66,6 +66,17 @@ def as_written(module, x):
         return module(x)
 
 
+def test_a_tape_has_its_own_tensors_copied():
+    """The descriptors of a launch are of the tensors that are given now."""
+    net, images = model(dtype=torch.float16), twins.image(dtype=torch.float16)
+    with _tuned.forced(mlp_layer="parts", projection_mlp="parts", linear="triton"):
+        first = run(net, images)
+        assert None not in _tape.TAPES.values()
+        again = run(net, 2 * images)
+        assert not torch.equal(again, first)
+        assert torch.equal(again, as_written(net, 2 * images))
+
+
 @pytest.mark.parametrize("kind", ["NesT", "timm's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_tape_computes_what_the_layers_do(kind, dtype, computed):
