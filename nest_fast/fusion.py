@@ -503,7 +503,8 @@ def _operation(x: Tensor, half: Half, branch_scale: Scale, impl: str = "auto") -
 def _mlp(x: Tensor, half: Half, branch_scale: Scale, impl: str) -> Tensor:
     norm, (fc1, act, fc2) = half.norm, half.inside(LINEAR, ACTIVATION)
     fc2_weight, packed = frozen.kept(half.body, x, half.weights, lambda: scaled(fc2.weight, half))
-    return mlp_layer(
+    return _tape.call(
+        mlp_layer,
         *(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2_weight, scaled(fc2.bias, half)),
         activation=_activation(act, half),
         post_norm=half.post_norm,
@@ -565,7 +566,8 @@ def attention(
         return given() if is_made else given, scaled(_head_major(proj.weight, options), half)
 
     (qkv_weight, proj_weight), packed = frozen.kept(body, x, half.weights, make, options, is_made)
-    return attention_layer(
+    return _tape.call(
+        attention_layer,
         *(x, norm.weight, norm.bias, qkv_weight, qkv_bias, proj_weight, scaled(proj.bias, half)),
         num_heads=options.num_heads,
         multi_query=options.multi_query,

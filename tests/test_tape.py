@@ -1,5 +1,6 @@
 """What is written down of a chain of layers on a GPU and done again, and when it is not."""
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -11,10 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import nest_fast
 from helpers import twins
 from helpers.pretend_gpu import pretend_gpu
 from nest_fast import fusion, modules
 from nest_fast.ops import _tape, _tuned
+from nest_fast.testing import import_timm
+
+import_timm()
+from timm.models.swin_transformer import SwinTransformerBlock  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: nothing to pretend")
 
@@ -175,6 +181,42 @@ def test_in_other_modes_layers_are_computed_as_they_are_written(mode, computed):
     with torch.no_grad(), pretend_gpu(listens=False, autocast=autocast), contexts.get(mode, torch.no_grad)():
         chain(x)
     assert len(computed) == 2
+
+
+@pytest.mark.parametrize("where", ["a GPU", "a CPU", "a CPU, frozen"])
+def test_a_sub_layer_by_itself_is_on_tape_too(where, monkeypatch):
+    """Swin's, with shifted windows and a bias, which is made anew in every call."""
+    called = []
+    for name in ("attention_layer", "mlp_layer"):
+        own = getattr(fusion, name)
+        monkeypatch.setattr(fusion, name, lambda *args, own=own, **options: called.append(1) or own(*args, **options))
+    torch.manual_seed(1)
+    block = SwinTransformerBlock(16, (8, 8), num_heads=2, window_size=4, shift_size=2).eval()
+    plain = copy.deepcopy(block)
+    nest_fast.accelerate(block)
+    if where == "a CPU, frozen":
+        nest_fast.freeze(block)
+
+    def run(module, x):
+        with pretend_gpu(listens=False) if where == "a GPU" else contextlib.nullcontext(), torch.no_grad():
+            return module(x)
+
+    for _ in range(3):
+        x = torch.randn(2, 8, 8, 16)
+        called.clear()
+        out = run(block, x)
+        torch.testing.assert_close(out, run(plain, x))
+    assert called == []
+    with torch.no_grad():
+        block.attn.relative_position_bias_table.add_(torch.randn_like(block.attn.relative_position_bias_table))
+        block.mlp.fc1.weight.mul_(2)
+    plain.load_state_dict(block.state_dict())
+    torch.testing.assert_close(run(block, x), run(plain, x))
+    assert not torch.equal(run(block, x), out)
+    assert called == ([1] if where == "a CPU, frozen" else [])  # which packs fc1 anew
+    block.shift_size, block.attn_mask = (0, 0), None
+    plain.shift_size, plain.attn_mask = (0, 0), None
+    torch.testing.assert_close(run(block, x), run(plain, x))
 
 
 def test_what_is_measured_later_counts(computed):

@@ -15,26 +15,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from nest_fast.ops import _modes, _tuned
 
-__all__ = ["again", "modes"]
+__all__ = ["again", "call", "modes"]
 
 MAX_TAPES = 1024  # after which no more are written: some 10 KB each
 # By key; None: what was done could not be written down.
 TAPES: dict[Hashable, Callable[..., Any] | None] = {}
+_ORDINARY = frozenset((Tensor, nn.Parameter))
 _written = -1  # at this _tuned.age()
 
 # Functions of their arguments alone, which write none of them.
 _PURE = frozenset(
     (
-        *(F.linear, F.layer_norm, torch.layer_norm, F.scaled_dot_product_attention, torch._addmm_activation),
-        *(torch.empty, Tensor.new_empty, Tensor.contiguous, Tensor.to, Tensor.add, torch.addcmul, Tensor.mul),
+        *(F.linear, F.layer_norm, torch.layer_norm, F.scaled_dot_product_attention, torch._addmm_activation, F.gelu),
+        *(torch.empty, Tensor.new_empty, Tensor.contiguous, Tensor.to, Tensor.float),
+        *(Tensor.add, torch.addcmul, Tensor.mul),
         *(Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze),
-        *(Tensor.transpose, Tensor.permute, Tensor.t, Tensor.expand, Tensor.expand_as, Tensor.split_with_sizes),
+        *(Tensor.transpose, Tensor.permute, Tensor.t, Tensor.expand, Tensor.expand_as, Tensor.split),
+        *(Tensor.split_with_sizes, Tensor.unbind),
     )
 )
 # Questions about a tensor's kind, with answers that are no tensors.
@@ -49,7 +52,8 @@ _QUESTIONS = frozenset(
 def modes(x: Tensor) -> Hashable | None:
     """What is on, a part of a key; None where nothing is done again: a mode changes it, or somebody looks on."""
     if (
-        _modes.is_eager()
+        type(x) in _ORDINARY
+        and _modes.is_eager()
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0
         and not _modes.under_autocast(x)
@@ -59,6 +63,29 @@ def modes(x: Tensor) -> Hashable | None:
     ):
         return torch.backends.cuda.matmul.fp32_precision
     return None
+
+
+def call(function: Callable[..., Any], x: Tensor, *tensors: Tensor | None, **options: Any) -> Any:
+    """``function(x, *tensors, **options)`` of an operation; options are tensors, dicts of them, and what has a hash."""
+    on = modes(x)
+    if on is None:
+        return function(x, *tensors, **options)
+    given, settings = [x, *tensors], []
+    for option in options.values():
+        if isinstance(option, Tensor):
+            given.append(option)
+        elif isinstance(option, dict):
+            if not option:  # it is filled now
+                return function(x, *tensors, **options)
+            given += option.values()
+        else:
+            settings.append(option)
+    key = on, function, *options, *settings
+    compute = partial(function, x, *tensors, **options)
+    if not x.is_cuda:
+        return again(key, given, compute)
+    with torch.cuda.device_of(x):
+        return again(key, given, compute)
 
 
 def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
@@ -93,7 +120,18 @@ def _kind(x: Tensor | None) -> Hashable:
     """What a tape depends on of a tensor."""
     if x is None:
         return None
-    return _DTYPE_AND_SHAPE(x), x.stride(), x.get_device(), x.data_ptr() & 15, x.is_neg()
+    # The address is asked for in a way that does not count as writing, which memory that is copied on write would show.
+    return _DTYPE_AND_SHAPE(x), x.stride(), x.get_device(), torch._C._data_address(x) & 15, x.is_neg()  # type: ignore[attr-defined]
+
+
+def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what has no gradient now; autograd's Python costs more than an operation on little."""
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 class _Unknown(Exception):
@@ -116,7 +154,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         made = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
-        if function in _PURE:
+        if function in _PURE or getattr(function, "namespace", "") == "nest_fast":
             if not all(id(x) in self.nodes for x in made):  # or it returned what it was given
                 self.write(function, args, kwargs or {}, out)
         elif made or getattr(function, "__name__", "") not in _QUESTIONS:
@@ -131,6 +169,8 @@ class _Recorder(TorchFunctionMode):
             return compute()
 
     def write(self, function: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        if isinstance(function, torch._ops.OpOverload):
+            function = _below_autograd(function)
         try:
             node = self.graph.call_function(function, self.slots(args), self.slots(kwargs))
         except _Unknown:
