@@ -188,7 +188,10 @@ def sources(architecture: int, case: Shipped) -> str:
     how one is chosen, and how its figures are read.
     """
     told: list = []
-    names = {("nest_fast.kernels._launch", "launch"), *(("kernel_resources", own) for own in ("compiling", "figures"))}
+    names = {
+        *(("nest_fast.kernels._launch", own) for own in ("_choose", "_OPTIONS")),
+        *(("kernel_resources", own) for own in ("compiling", "figures")),
+    }
 
     def start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         names.add((kernel.fn.__module__, kernel.fn.__name__))
