@@ -411,4 +411,4 @@ def bias_gelu(kernel: str, channels: int, *_: Any) -> tuple[dict[str, int], ...]
     divide the widths of MLPs."""
     columns = min(128, max(16, next_power_of_2(channels)))
     tile = {"TILE_ROWS": 2048 // columns, "TILE_C": columns, "num_warps": 4}
-    return _or_more_warps(tile, 80 if kernel == "bwd" else None)
+    return _or_more_warps(tile, 72 if kernel == "bwd" else None)
