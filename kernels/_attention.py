@@ -16,8 +16,8 @@ from nest_fast.kernels._windows import pads, regions, rows
 
 __all__ = [
     "Spec", "exp_scores", "load_keys", "load_lse", "load_queries", "load_vector", "online_softmax_update",
-    "program_index", "row_dot", "scores", "softmax_weights", "store_attention", "store_keys", "store_queries",
-    "with_length",
+    "program_index", "row_dot", "scaled_keys", "scaled_queries", "scores", "softmax_weights", "store_attention",
+    "store_dkeys", "store_dqueries", "store_keys", "store_queries",
 ]  # fmt: skip
 
 
@@ -139,13 +139,83 @@ def store_keys(x, index, n, value, SPEC: tl.constexpr):
     tl.store(pointers, round_to(value, x[0].dtype.element_ty), mask=exists)
 
 
+# --- q and k as they are multiplied: of cosines every row has a length ------------------------------------------------
+
+# A scale is a number; of cosines, when that is 1, one for each head (heads,), or None; and where their gradients go.
+# 1e-12 is the shortest vector that F.normalize makes long.
+_SHORTEST = tl.constexpr(1e-24)
+
+
 @triton.jit
-def with_length(x, length):
+def _length(scale, index):
+    """Of the queries of a head."""
+    return tl.load(scale[1] + index[2]).to(tl.float32)
+
+
+@triton.jit
+def _with_length(x, length):
     """Rows x [rows, HEAD_DIM] of this length, in x's dtype; rows of zeros stay."""
     wide = x.to(tl.float32)
     # An exact root or quotient takes registers that keys on chip want.
-    factor = length * tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), 1e-24))
+    factor = length * tl.rsqrt(tl.maximum(tl.sum(wide * wide, 1), _SHORTEST))
     return round_to(wide * factor[:, None], x.dtype)
+
+
+@triton.jit
+def _length_gradients(x, dy, length):
+    """Of _with_length, whose result has the gradient dy: those of x [rows, HEAD_DIM] and of the length [rows]."""
+    wide = x.to(tl.float32)
+    squares = tl.sum(wide * wide, 1)
+    factor = tl.rsqrt(tl.maximum(squares, _SHORTEST))
+    unit = wide * factor[:, None]
+    along = tl.sum(unit * dy, 1)
+    kept = tl.where(squares > _SHORTEST, along, 0.0)  # a shorter x is divided by a constant
+    return (dy - unit * kept[:, None]) * (length * factor)[:, None], along
+
+
+@triton.jit
+def scaled_queries(x, index, m, scale, SPEC: tl.constexpr):
+    """load_queries of what is multiplied by keys."""
+    query = load_queries(x, index, m, SPEC)
+    if scale[1] is not None:
+        query = _with_length(query, _length(scale, index))
+    return query
+
+
+@triton.jit
+def scaled_keys(x, index, n, scale, SPEC: tl.constexpr):
+    """load_keys of what is multiplied by queries."""
+    key = load_keys(x, index, n, SPEC)
+    if scale[1] is not None:
+        key = _with_length(key, 1.0)
+    return key
+
+
+@triton.jit
+def store_dqueries(dx, x, index, m, dquery, scale, SPEC: tl.constexpr):
+    """Store the gradient of x at queries m, which scaled_queries gave, of its products with keys; returns that of the
+    length, summed, or 0."""
+    dlength = 0.0
+    if scale[1] is not None:
+        dquery, each = _length_gradients(load_queries(x, index, m, SPEC), dquery, _length(scale, index))
+        dlength = tl.sum(each, 0)
+    else:
+        dquery *= scale[0]
+    store_queries(dx, index, m, dquery, SPEC)
+    return dlength
+
+
+@triton.jit
+def store_dkeys(dx, x, index, n, dkey, scale, SPEC: tl.constexpr):
+    """Store the gradient of x at keys n, which scaled_keys gave."""
+    if scale[1] is not None:
+        dkey, _ = _length_gradients(load_keys(x, index, n, SPEC), dkey, 1.0)
+    else:
+        dkey *= scale[0]
+    store_keys(dx, index, n, dkey, SPEC)
+
+
+# --- scores and softmax -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -162,7 +232,7 @@ def _bounded(x):
 def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of q [BLOCK_M, HEAD_DIM] and k [BLOCK_N, HEAD_DIM] but for a factor, and that factor.
 
-    They are ``scale * q @ k^T + bias[head] + mask[t % groups]``, and -inf beyond the last key. addends are bias
+    They are ``scale[0] * q @ k^T + bias[head] + mask[t % groups]``, and -inf beyond the last key. addends are bias
     ``(heads, N, N)`` or None, mask ``(groups, N, N)``, bool as uint8, or None, and groups. Instead of a mask, with
     REGIONS, there is Swin's, compared here.
 
@@ -172,6 +242,7 @@ def scores(q, k, index, m, n, addends, scale, SPEC: tl.constexpr):
     """
     N: tl.constexpr = SPEC.N
     bias_ptr, mask_ptr, groups = addends
+    scale = scale[0]
     _, t, head, cut = index
     token = m if SPEC.HEADS == 1 else m % N
     exists = (m < SPEC.HEADS * N)[:, None] & (n < N)[None, :]

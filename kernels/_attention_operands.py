@@ -11,7 +11,10 @@ from torch import Tensor
 from nest_fast.kernels._attention import Spec
 from nest_fast.kernels._windows import Cut, cut, sizes
 
-__all__ = ["Addends", "Problem", "View", "addends", "dense", "kinds", "operands", "problem", "sum_pads", "view"]
+__all__ = [
+    "Addends", "Problem", "Scale", "View", "addends", "dense", "kinds", "operands", "problem", "scales_of", "sum_pads",
+    "view",
+]  # fmt: skip
 
 # A View is a (B, T, N, heads, HEAD_DIM) tensor whose last dimension is dense, with its other strides; and of keys and
 # values in windows that reach beyond an image, the same for what is there. Launching takes a NamedTuple apart in 2 us
@@ -19,6 +22,9 @@ __all__ = ["Addends", "Problem", "View", "addends", "dense", "kinds", "operands"
 View = tuple[Tensor | int, ...]
 
 Addends = tuple[Tensor | None, Tensor | None, int]
+
+# A number; of cosines those of the heads, or None; and where a backward's programs leave parts of their gradients.
+Scale = tuple[float, Tensor | None, Tensor | None]
 
 
 class Problem(NamedTuple):
@@ -102,8 +108,14 @@ def addends(bias: Tensor | None, mask: Tensor | None) -> Addends:
     return None if bias is None else bias.contiguous(), mask, 1 if mask is None else mask.shape[0]
 
 
-def kinds(added: Addends, *keys: View) -> tuple[bool | torch.dtype | None, ...]:
-    """What the kernels are compiled for beside a Spec: what is added, and which of the views have padding."""
+def scales_of(scale: float, scales: Tensor | None, gradients: Tensor | None = None) -> Scale:
+    return scale, None if scales is None else scales.contiguous(), gradients
+
+
+def kinds(added: Addends, scales: Tensor | None, *keys: View) -> tuple[bool | str | torch.dtype | None, ...]:
+    """What the kernels are compiled for beside a Spec: what is added, which of the views have padding, and whether
+    by cosines."""
     bias, mask, _ = added
     padded = [len(view) > 5 for view in keys]
-    return bias is None, None if mask is None else mask.dtype, *(padded if any(padded) else ())
+    by_cosines = () if scales is None else ("cosine",)
+    return bias is None, None if mask is None else mask.dtype, *(padded if any(padded) else ()), *by_cosines

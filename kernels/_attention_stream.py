@@ -18,12 +18,14 @@ from nest_fast.kernels._attention import (
     online_softmax_update,
     program_index,
     row_dot,
+    scaled_keys,
+    scaled_queries,
     scores,
     softmax_weights,
     store_attention,
+    store_dkeys,
+    store_dqueries,
     store_keys,
-    store_queries,
-    with_length,
 )
 from nest_fast.kernels._primitives import dot, round_to
 
@@ -40,7 +42,7 @@ def block_attention_fwd_stream_kernel(
     out,  # View
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
-    scale,  # a number; of cosines, when that is 1, one for each head (heads,), or None
+    scale,  # as in _attention
     blocks,  # T; sequences of a block; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,18 +56,13 @@ def block_attention_fwd_stream_kernel(
     index = (b, t, program // M_TILES * SPEC.HEADS, cut)
     sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
-    scale, lengths = scale
-    if lengths is not None:
-        query = with_length(query, tl.load(lengths + index[2]).to(tl.float32))
+    query = scaled_queries(q, index, m, scale, SPEC)  # [BLOCK_M, HEAD_DIM]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for start in range(0, SPEC.N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
-        if lengths is not None:
-            key = with_length(key, 1.0)
+        key = scaled_keys(k, index, n, scale, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)
         p, alpha, row_max, row_sum = online_softmax_update(s, factor, row_max, row_sum, query.dtype, SPEC)
         acc = dot(round_to(p, query.dtype), load_keys(v, index, n, SPEC), acc * alpha[:, None], SPEC.TF32)
@@ -95,7 +92,7 @@ def block_attention_dq_stream_kernel(
     index = (b, t, program // M_TILES * SPEC.HEADS, cut)
     m = (program % M_TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence = (tl.program_id(0) // M_TILES).to(tl.int64)
-    query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
+    query = scaled_queries(q, index, m, scale, SPEC)  # [BLOCK_M, HEAD_DIM]
     d = load_queries(dout, index, m, SPEC)
     delta = row_dot(d, load_queries(out, index, m, SPEC))  # [BLOCK_M]
     tl.store(delta_ptr + sequence * (SPEC.HEADS * SPEC.N) + m, delta, mask=m < SPEC.HEADS * SPEC.N)
@@ -103,12 +100,14 @@ def block_attention_dq_stream_kernel(
     acc = tl.zeros(query.shape, tl.float32)  # [BLOCK_M, HEAD_DIM]
     for start in range(0, SPEC.N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
+        key = scaled_keys(k, index, n, scale, SPEC)  # [BLOCK_N, HEAD_DIM]
         s, factor = scores(query, key, index, m, n, addends, scale, SPEC)  # [BLOCK_M, BLOCK_N]
         dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.TF32)
         ds = softmax_weights(s, factor, lse, key.dtype, SPEC) * (dp - delta[:, None])
         acc = dot(round_to(ds, key.dtype), key, acc, SPEC.TF32)
-    store_queries(dq, index, m, acc * scale, SPEC)
+    dlength = store_dqueries(dq, q, index, m, acc, scale, SPEC)
+    if scale[1] is not None:
+        tl.store(scale[2] + tl.program_id(0), dlength)
 
 
 @triton.jit
@@ -134,13 +133,13 @@ def block_attention_dkv_stream_kernel(
     index = (b, t, program // N_TILES * SPEC.HEADS, cut)
     n = (program % N_TILES).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     sequence = (tl.program_id(0) // N_TILES).to(tl.int64)
-    key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
+    key = scaled_keys(k, index, n, scale, SPEC)  # [BLOCK_N, HEAD_DIM]
     value = load_keys(v, index, n, SPEC)
     dkey = tl.zeros(key.shape, tl.float32)
     dvalue = tl.zeros(key.shape, tl.float32)
     for start in range(0, SPEC.HEADS * SPEC.N, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
+        query = scaled_queries(q, index, m, scale, SPEC)  # [BLOCK_M, HEAD_DIM]
         d = load_queries(dout, index, m, SPEC)
         lse = load_lse(lse_ptr, sequence, m, SPEC)  # [BLOCK_M]
         delta = load_vector(delta_ptr, sequence, m, SPEC)
@@ -149,5 +148,5 @@ def block_attention_dkv_stream_kernel(
         dvalue = dot(tl.trans(round_to(p, key.dtype)), d, dvalue, SPEC.TF32)
         dp = dot(d, tl.trans(value), None, SPEC.TF32)
         dkey = dot(tl.trans(round_to(p * (dp - delta[:, None]), key.dtype)), query, dkey, SPEC.TF32)
-    store_keys(dk, index, n, dkey * scale, SPEC)
+    store_dkeys(dk, k, index, n, dkey, scale, SPEC)
     store_keys(dv, index, n, dvalue, SPEC)

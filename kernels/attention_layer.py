@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nest_fast.kernels import _attention, _configs, _layer_configs
 from nest_fast.kernels._attention import program_index, store_queries
-from nest_fast.kernels._attention_operands import view
+from nest_fast.kernels._attention_operands import scales_of, view
 from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import cdiv, channel_pieces, load, piece, round_to, tiles_and_tail
 from nest_fast.kernels._rows import Linear, Norm, linear, load_normed, own_rows
@@ -152,7 +152,7 @@ def _norm_attention_fwd_kernel(
     qkv,  # Linear (3 C, C)
     out,  # View of (B, T, N, heads, HEAD_DIM)
     lse_ptr,  # (B, T, heads, N) float32
-    scale,
+    scale,  # as in _attention
     blocks,  # T, heads and no cut of an image
     SPEC: tl.constexpr,
     CUT: tl.constexpr,  # Resident
@@ -183,11 +183,9 @@ def _norm_attention_fwd_kernel(
     addends = (None, None, 1)
     if M_TILES[1]:
         start = M_TILES[0] * BLOCK_M
-        _attend(start, M_TILES[1], out, keys, values, out, lse_ptr, index, addends, (scale, None), SPEC, KEY_PIECES)
+        _attend(start, M_TILES[1], out, keys, values, out, lse_ptr, index, addends, scale, SPEC, KEY_PIECES)
     for tile in range(M_TILES[0]):
-        _attend(
-            tile * BLOCK_M, BLOCK_M, out, keys, values, out, lse_ptr, index, addends, (scale, None), SPEC, KEY_PIECES
-        )
+        _attend(tile * BLOCK_M, BLOCK_M, out, keys, values, out, lse_ptr, index, addends, scale, SPEC, KEY_PIECES)
 
 
 def norm_attention_fwd(
@@ -227,7 +225,7 @@ def norm_attention_fwd(
         resident = Resident(C, *pieces, config.block_m, tiles_and_tail(N, config.block_m))
         start(
             _norm_attention_fwd_kernel, B * T * num_heads,
-            x, norm, qkv, view(out), lse, float(scale), (T, num_heads, None),
+            x, norm, qkv, view(out), lse, scales_of(float(scale), None), (T, num_heads, None),
             SPEC=spec, CUT=resident, num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
 

@@ -27,14 +27,16 @@ from nest_fast.kernels._attention import (
     load_queries,
     program_index,
     row_dot,
+    scaled_keys,
+    scaled_queries,
     scores,
     softmax_weights,
     store_attention,
+    store_dkeys,
+    store_dqueries,
     store_keys,
-    store_queries,
-    with_length,
 )
-from nest_fast.kernels._attention_operands import addends, dense, kinds, operands, problem, sum_pads, view
+from nest_fast.kernels._attention_operands import addends, dense, kinds, operands, problem, scales_of, sum_pads, view
 from nest_fast.kernels._attention_stream import (
     block_attention_dkv_stream_kernel,
     block_attention_dq_stream_kernel,
@@ -58,10 +60,7 @@ def _attend(
 ):  # fmt: skip
     """out and lse of BLOCK_M queries from start on, over keys and values that are on chip: all scores at once."""
     m = start + tl.arange(0, BLOCK_M)
-    scale, lengths = scale
-    query = load_queries(q, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
-    if lengths is not None:
-        query = with_length(query, tl.load(lengths + index[2]).to(tl.float32))
+    query = scaled_queries(q, index, m, scale, SPEC)  # [BLOCK_M, HEAD_DIM]
     all_scores = ()
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for i in tl.static_range(len(KEY_PIECES)):
@@ -89,7 +88,7 @@ def _block_attention_fwd_kernel(
     out,  # View
     lse_ptr,  # (B, T, heads, N) float32, or (B, T, heads, N, 2) with addends
     addends,  # bias (heads, N, N) or None; mask (groups, N, N) or None; groups
-    scale,  # a number; of cosines, when that is 1, one for each head (heads,), or None
+    scale,  # as in _attention
     blocks,  # T; programs for a block, of HEADS heads each; the cut of an image into blocks, or None
     SPEC: tl.constexpr,
     KEY_PIECES: tl.constexpr,  # (start, size) of each
@@ -105,10 +104,7 @@ def _block_attention_fwd_kernel(
     values = ()
     for i in tl.static_range(len(KEY_PIECES)):
         n = piece(KEY_PIECES, i)
-        key = load_keys(k, index, n, SPEC)  # [size, HEAD_DIM]
-        if scale[1] is not None:
-            key = with_length(key, 1.0)
-        keys += (key,)
+        keys += (scaled_keys(k, index, n, scale, SPEC),)  # [size, HEAD_DIM]
         values += (load_keys(v, index, n, SPEC),)
     # The short tile goes first: after the loop, its copy of keys and values would have to live through it.
     if M_TILES[1]:
@@ -131,7 +127,7 @@ def _tile_of_keys(
     k, v = kv
     dk, dv = dkv
     n = start + tl.arange(0, BLOCK_N)
-    key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
+    key = scaled_keys(k, index, n, scale, SPEC)  # [BLOCK_N, HEAD_DIM]
     value = load_keys(v, index, n, SPEC)
     dkey = tl.zeros(key.shape, tl.float32)  # [BLOCK_N, HEAD_DIM]
     dvalue = tl.zeros(key.shape, tl.float32)
@@ -146,7 +142,7 @@ def _tile_of_keys(
         ds = round_to(p * (dp - deltas[i][:, None]), key.dtype)
         dkey = dot(tl.trans(ds), queries[i], dkey, SPEC.TF32)
         new_dqs += (dot(ds, key, dqs[i], SPEC.TF32),)
-    store_keys(dk, index, n, dkey * scale, SPEC)
+    store_dkeys(dk, k, index, n, dkey, scale, SPEC)
     store_keys(dv, index, n, dvalue, SPEC)
     return new_dqs
 
@@ -182,7 +178,7 @@ def _block_attention_bwd_kernel(
         d = load_queries(dout, index, m, SPEC)  # [size, HEAD_DIM]
         deltas += (row_dot(d, load_queries(out, index, m, SPEC)),)  # [size]
         lses += (load_lse(lse_ptr, tl.program_id(0).to(tl.int64), m, SPEC),)
-        queries += (load_queries(q, index, m, SPEC),)
+        queries += (scaled_queries(q, index, m, scale, SPEC),)
         douts += (d,)
         dqs += (tl.zeros(d.shape, tl.float32),)
     held = (queries, douts, lses, deltas)
@@ -195,8 +191,11 @@ def _block_attention_bwd_kernel(
         dqs = _tile_of_keys(
             i * BLOCK_N, BLOCK_N, held, dqs, (k, v), (dk, dv), index, addends, scale, SPEC, QUERY_PIECES
         )  # fmt: skip
+    dlength = 0.0
     for i in tl.static_range(len(QUERY_PIECES)):
-        store_queries(dq, index, piece(QUERY_PIECES, i), dqs[i] * scale, SPEC)
+        dlength += store_dqueries(dq, q, index, piece(QUERY_PIECES, i), dqs[i], scale, SPEC)
+    if scale[1] is not None:
+        tl.store(scale[2] + tl.program_id(0), dlength)
 
 
 @triton.jit(do_not_specialize=["blocks", "splits"])
@@ -229,8 +228,8 @@ def _block_attention_dbias_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(split, blocks, splits):
         index = (block // T, block % T, head, cut)
-        key = load_keys(k, index, n, SPEC)  # [BLOCK_N, HEAD_DIM]
-        s, factor = scores(load_queries(q, index, m, SPEC), key, index, m, n, addends, scale, SPEC)
+        query, key = scaled_queries(q, index, m, scale, SPEC), scaled_keys(k, index, n, scale, SPEC)
+        s, factor = scores(query, key, index, m, n, addends, scale, SPEC)
         lse = load_lse(lse_ptr, block * heads + head, m, SPEC)
         p = softmax_weights(s, factor, lse, key.dtype, SPEC)  # [BLOCK_M, BLOCK_N]
         d = load_queries(dout, index, m, SPEC)  # [BLOCK_M, HEAD_DIM]
@@ -280,7 +279,7 @@ def block_attention_fwd(
         scale: factor of ``q @ k^T``.
         pad_k, pad_v: ``(1 or pads, heads or 1, head_dim)``, what k and v are where windows reach beyond the image, row
             by row of the padded image, or for all of it; zeros if None.
-        scales: ``(heads,)``, factors of the cosines of q and k; ``scale`` is 1 then, and there is no backward.
+        scales: ``(heads,)``, factors of the cosines of q and k; ``scale`` is 1 then.
         windows: the numbers of ``nest_fast.windows``; none, or all of them 0, for blocks. Windows that are shifted have
             Swin's mask where ``mask`` is None.
 
@@ -297,7 +296,7 @@ def block_attention_fwd(
         return out, lse
     spec, programs, added = given.spec, given.programs, addends(bias, mask)
     qkv = operands(given, q, k, v, pad_k, pad_v)
-    args = (qkv, view(out), lse, added, (scale, None if scales is None else scales.contiguous()), given.blocks)
+    args = (qkv, view(out), lse, added, scales_of(scale, scales), given.blocks)
 
     def run(config, start):
         if config.resident == "keys":
@@ -312,7 +311,7 @@ def block_attention_fwd(
                 SPEC=spec, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
             )  # fmt: skip
 
-    shape = ("fwd", spec, q.dtype, *kinds(added, qkv[1]), *(() if scales is None else ("cosine",)))
+    shape = ("fwd", spec, q.dtype, *kinds(added, scales, qkv[1]))
     launch(_configs.attention, shape, q, run)
     return out, lse
 
@@ -332,27 +331,30 @@ def block_attention_bwd(
     pad_v: Tensor | None = None,
     windows: Sequence[int] = (),
     need_dpads: bool = False,
+    scales: Tensor | None = None,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of block_attention_fwd. No atomics: the same input gives the same bits.
 
     Args:
         dout: shape and dtype of out, any strides.
-        q, k, v, bias, mask, scale, pad_k, pad_v, windows: as the forward took them; out, lse: as it returned them.
+        q, k, v, bias, mask, scale, pad_k, pad_v, windows, scales: as the forward took them, but of cosines k has q's
+            heads; out, lse: as it returned them.
         need_dbias: whether to compute the gradient of bias (a kernel of its own, which reads everything again).
         need_dpads: whether to compute those of pad_k and pad_v.
         grads: tensors to write dq, dk and dv into, such as views of one packed gradient; last dimensions dense.
 
     Returns:
-        dq, dk, dv (contiguous unless given), dbias, contiguous and in bias's dtype, or None, and the gradients of pad_k
-        and pad_v one behind the other ``(2, 1 or pads, heads or 1, head_dim)``, or None.
+        dq, dk, dv (contiguous unless given), dbias, contiguous and in bias's dtype, or None, the gradients of pad_k and
+        pad_v one behind the other ``(2, 1 or pads, heads or 1, head_dim)``, or None, and that of scales, float32, or
+        None.
     """
     given = problem(q, k, bias, mask, scale, windows)
     dq, dk, dv = grads or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else None
     dpads = pad_k.new_zeros((2, *pad_k.shape)) if need_dpads and pad_k is not None else None
     if q.numel() == 0:
-        return dq, dk, dv, dbias, dpads
+        return dq, dk, dv, dbias, dpads, None if scales is None else scales.new_zeros(scales.shape, dtype=torch.float32)
     spec, programs, added = given.spec, given.programs, addends(bias, mask)
     qkv = operands(given, q, k, v, pad_k, pad_v)
     dout_view, out_view = view(dense(dout)), view(dense(out))
@@ -360,9 +362,12 @@ def block_attention_bwd(
     if dpads is not None and given.pads:
         padding = k.new_empty((2, given.B, 1, given.pads, *k.shape[3:]))
     dkv = (view(dk), view(dv)) if padding is None else (view(dk, padding[0]), view(dv, padding[1]))
-    rest = (added, scale, given.blocks)
 
     def run(config, start):
+        # Of the gradient of a head's scale each program that has queries of it leaves a part.
+        tiles = 1 if config.resident == "queries" else cdiv(given.queries, config.block_m)
+        parts = None if scales is None else torch.empty((programs, tiles), dtype=torch.float32, device=q.device)
+        rest = (added, scales_of(scale, scales, parts), given.blocks)
         if config.resident == "queries":
             start(
                 _block_attention_bwd_kernel, programs,
@@ -370,23 +375,25 @@ def block_attention_bwd(
                 SPEC=spec, QUERY_PIECES=_pieces(given.queries, config.block_m), BLOCK_N=config.block_n,
                 N_TILES=tiles_and_tail(given.N, config.block_n), **_options(config),
             )  # fmt: skip
-            return
+            return parts
         delta = torch.empty(given.lse[:4], dtype=torch.float32, device=q.device)
-        tiles = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
+        constants = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
         start(
-            block_attention_dq_stream_kernel, programs * cdiv(given.queries, config.block_m),
-            dout_view, qkv, out_view, (lse, delta), view(dq), *rest, **tiles,
+            block_attention_dq_stream_kernel, programs * tiles,
+            dout_view, qkv, out_view, (lse, delta), view(dq), *rest, **constants,
         )  # fmt: skip
         start(
             block_attention_dkv_stream_kernel, programs * cdiv(given.N, config.block_n),
-            dout_view, qkv, (lse, delta), dkv, *rest, **tiles,
+            dout_view, qkv, (lse, delta), dkv, *rest, **constants,
         )  # fmt: skip
+        return parts
 
-    launch(_configs.attention, ("bwd", spec, q.dtype, *kinds(added, qkv[1], *dkv)), q, run)
+    parts = launch(_configs.attention, ("bwd", spec, q.dtype, *kinds(added, scales, qkv[1], *dkv)), q, run)
+    dscales = None if parts is None else parts.unflatten(0, (-1, given.per_block)).sum((0, 2))
     if dpads is not None and padding is not None:
         dpads = sum_pads(padding, dpads)
     if dbias is None:
-        return dq, dk, dv, None, dpads
+        return dq, dk, dv, None, dpads, dscales
     one_head = spec._replace(HEADS=1)
 
     def run_dbias(config, start):
@@ -397,10 +404,11 @@ def block_attention_bwd(
         partial = torch.empty((splits, heads, N, N), dtype=torch.float32, device=q.device)
         start(
             _block_attention_dbias_kernel, splits * heads * tiles_each,
-            dout_view, qkv, out_view, lse, partial, added, scale, (given.T, heads, given.cut), blocks, splits,
+            dout_view, qkv, out_view, lse, partial, added, scales_of(scale, scales),
+            (given.T, heads, given.cut), blocks, splits,
             SPEC=one_head, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
         )  # fmt: skip
         return partial
 
-    partial = launch(_configs.attention, ("dbias", one_head, q.dtype, *kinds(added, qkv[1])), q, run_dbias)
-    return dq, dk, dv, partial.sum(0).to(dbias.dtype), dpads
+    partial = launch(_configs.attention, ("dbias", one_head, q.dtype, *kinds(added, scales, qkv[1])), q, run_dbias)
+    return dq, dk, dv, partial.sum(0).to(dbias.dtype), dpads, dscales

@@ -287,13 +287,13 @@ def _launch_attention(case: Case) -> None:
     q, k, v = packed.split([heads, case.kv_heads, case.kv_heads], 3)
     bias = empty(heads, N, N) if case.biased else None
     mask = empty(T, N, N, dtype=torch.bool) if case.biased and not windows else None
+    scale, scales = (1.0, empty(heads)) if case.cosine else (0.125, None)
     if case.kind == "fwd":
-        by_cosines = (1.0, *pads, empty(heads)) if case.cosine else (0.125, *pads, None)
-        block_attention_fwd(q, k, v, bias, mask, *by_cosines, windows)
+        block_attention_fwd(q, k, v, bias, mask, scale, *pads, scales, windows)
     else:
         out, lse = empty(*q.shape), empty(B, T, heads, N, *(2,) * case.biased, dtype=torch.float32)
-        kept = out, q, k, v, out, lse, bias, mask, 0.125
-        block_attention_bwd(*kept, case.biased, *pads, windows, pads[0] is not None)
+        kept = out, q, k, v, out, lse, bias, mask, scale
+        block_attention_bwd(*kept, case.biased, *pads, windows, pads[0] is not None, scales)
 
 
 def _launch_sub_layer(case: SubLayer) -> None:
@@ -412,7 +412,9 @@ CUTS = [
     *(Case(kind, 196, 92, "bf16", cut="padded") for kind in ("fwd", "bwd")),
     *(Case(kind, 197, 64, "bf16") for kind in ("fwd", "bwd")),
 ]
-COSINES = [Case("fwd", N, 32, "bf16", biased=True, cut="windows", cosine=True) for N in (64, 256)]
+COSINES = [
+    Case(kind, N, 32, "bf16", biased=True, cut="windows", cosine=True) for kind in ("fwd", "bwd") for N in (64, 256)
+]
 _WIDTHS = ((96, 192, 4), (128, 256, 4), (192, 384, 2), (256, 512, 2))  # C, C', edge of the grid of blocks
 _LAUNCHES = (("fwd", "bf16"), ("train", "bf16"), ("train", "tf32"), ("train", "fp32"), ("norm-pool", "bf16"))
 AGGREGATIONS = [

@@ -436,6 +436,13 @@ def test_swins_second_version_has_its_cosines_in_the_kernel():
         assert relative_error(out, double(x.double())) <= 2 * allowed + torch.finfo(x.dtype).eps
 
 
+def test_swins_second_version_trains_with_its_cosines_in_the_kernel():
+    """Every gradient, the scales' of the heads among them."""
+    x = torch.randn(2, 3, 16, 16)
+    with mock.patch.object(reference, "with_length", side_effect=AssertionError("q and k are written again")):
+        assert_computes_what_timm_does(lambda: swin_v2().train(), x, {"block_attention_triton": 3})
+
+
 @pytest.mark.parametrize(
     ("make", "size", "dtype"), [(swin, 20, torch.float16), (swin_v2, 16, torch.float32)], ids=["swin", "swin v2"]
 )

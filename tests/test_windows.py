@@ -1,6 +1,7 @@
 """windows, and attention_layer inside them: against Swin as its authors wrote it, and timm's blocks."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -395,6 +396,14 @@ IMAGES = {
     "sam": ((10, 14), (14, 14), (0, 0), {}, 1, 1, 80, "bf16"),
     "small": ((3, 3), (2, 2), (1, 1), {}, 1, 1, 16, "fp32"),
 }
+# Swin v2's windows; with fp32 their tokens stream by.
+COSINES = {
+    "49 tokens, padded": ((6, 7), (7, 7), (3, 3), {}, 2, 2, 32, "fp32"),
+    "64 tokens": ((8, 16), (8, 8), (4, 4), {}, 2, 2, 32, "fp16"),
+    "144 tokens": ((12, 12), (12, 12), (0, 0), {}, 2, 2, 32, "bf16"),
+    "256 tokens": ((16, 16), (16, 16), (0, 0), {}, 1, 1, 32, "bf16"),
+    "a shared key head": ((8, 4), (4, 4), (0, 0), {}, 2, 1, 16, "fp32"),
+}
 
 
 def images(size, window, shift, options, heads, kv_heads, head_dim, dtype, each_pad=False, B=2, bias=True, pads=True):
@@ -441,13 +450,41 @@ def test_triton_attends_where_the_tokens_are(name):
     assert_attends(tensors, dout, cut)
 
 
-@pytest.mark.parametrize("name", ["shifted", "padded last", "one window"])
+@pytest.mark.parametrize("name", ["shifted", "padded last", "one window", *COSINES])
 def test_triton_attends_by_cosines(name):
-    """In the kernel without gradients, from normalised q and k with them; padding is normalised too."""
-    tensors, dout, cut = images(*IMAGES[name], each_pad=name == "one window")
-    tensors.append(1 + 4 * torch.rand(tensors[0].shape[2]).to(dout.dtype))
+    """And the gradients of q and k before they have their lengths, of padding's, and of each head's scale."""
+    tensors, dout, cut = images(*{**IMAGES, **COSINES}[name], each_pad=name == "one window", B=2 - (name in COSINES))
+    tensors.append((1 + 9 * torch.rand(tensors[0].shape[2])).to(dout.dtype))
     for douts in (dout, None):
         assert_attends(tensors, douts, cut, cosine=True)
+
+
+def test_triton_normalises_q_and_k_itself():
+    """Where gradients are wanted, too."""
+    (q, k, v, bias, *_), dout, cut = images(*IMAGES["small"])
+    scale = torch.ones(1, requires_grad=True)
+    with mock.patch.object(reference, "with_length", side_effect=AssertionError("q and k are written again")):
+        out = block_attention(q.requires_grad_(), k, v, scale=scale, cosine=True, bias=bias, windows=cut, impl="triton")
+        out.backward(dout)
+    assert q.grad.isfinite().all()
+    assert scale.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("edge", "dtype"), [(4, "fp32"), (5, "fp32"), (5, "bf16")], ids=str)
+def test_triton_by_cosines_of_rows_too_short_to_be_made_long(edge, dtype):
+    """F.normalize divides them by 1e-12, which is all that their gradients follow from; held on chip, and streamed."""
+    tensors, dout, cut = images((edge, edge), (edge, edge), (0, 0), {}, 1, 1, 16, dtype, B=1)
+    q, k = (x.clone() for x in tensors[:2])
+    q[:, :3], k[:, 5:7] = 0.0, 0.0
+    q[:, 1, :, 4] = k[:, 6, :, 2] = 1e-13
+    tensors = [q, k, *tensors[2:], torch.tensor([3.0], dtype=dout.dtype)]
+    assert_attends(tensors, dout, cut, cosine=True)
+    ours, plain = (attended(tensors, dout, cut, impl, cosine=True) for impl in ("triton", "reference"))
+    golden = attended(in_double(tensors), dout.double(), cut, "reference", cosine=True)
+    for name, short in (("q", slice(0, 3)), ("k", slice(5, 7))):
+        for rows in (short, slice(7, None)):  # the others vanish beside them
+            error, allowed = (relative_error(x[name][:, rows], golden[name][:, rows]) for x in (ours, plain))
+            assert error <= 1.25 * allowed + 4 * torch.finfo(dout.dtype).eps, name
 
 
 def test_triton_takes_a_mask_in_the_place_of_swins():
@@ -478,13 +515,16 @@ def test_triton_in_windows_stays_inside_its_buffers():
     for name in ("padded last", "one window"):
         tensors, dout, cut = images(*IMAGES[name], each_pad=name == "one window")
         numbers = cut.to_numbers(cut)
+        scale, factors = (1.0, torch.rand(1)) if name == "one window" else (0.25, None)
 
-        def everything(copy, tensors=tensors, dout=dout, numbers=numbers):
+        def everything(copy, tensors=tensors, dout=dout, numbers=numbers, scale=scale, factors=factors):
             q, k, v, bias, pad_k, pad_v = (copy(x) for x in tensors)
             q, k, v, d = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), copy(dout).unsqueeze(1)
-            out, lse = block_attention_fwd(q, k, v, bias, None, 0.25, pad_k, pad_v, None, numbers)
-            kept = q, k, v, out, lse, bias, None, 0.25, True
-            return out, lse, *block_attention_bwd(d, *kept, pad_k, pad_v, numbers, True)
+            scales = copy(factors)
+            out, lse = block_attention_fwd(q, k, v, bias, None, scale, pad_k, pad_v, scales, numbers)
+            kept = q, k, v, out, lse, bias, None, scale, True
+            grads = block_attention_bwd(d, *kept, pad_k, pad_v, numbers, True, scales)
+            return out, lse, *(x for x in grads if x is not None)
 
         assert_stays_inside_its_buffers(everything)
 
@@ -496,13 +536,12 @@ def test_triton_in_windows_is_what_opcheck_expects():
     pads, numbers = (pad_k.requires_grad_(), pad_v), cut.to_numbers(cut)
     given = q, k.requires_grad_(), v, bias.requires_grad_(), None, 0.25, *pads, None, numbers
     torch.library.opcheck(forward, given)
-    by_cosines = (*_detached(*given[:5]), 1.0, *_detached(*pads), torch.rand(1), numbers)
-    torch.library.opcheck(forward, by_cosines, test_utils=("test_schema", "test_faketensor"))
-    with torch.no_grad():
-        kept = q, k, v, *forward(*given), bias, None, 0.25
-    rest = *pads, numbers
-    for needed in (True, False):
-        torch.library.opcheck(backward, tuple(_detached(dout, *kept, needed, *rest, needed)))
+    by_cosines = *given[:5], 1.0, *pads, torch.rand(1).requires_grad_(), numbers
+    torch.library.opcheck(forward, by_cosines)
+    for needed, these in ((False, given), (True, by_cosines)):
+        with torch.no_grad():
+            kept = q, k, v, *forward(*these), bias, None, these[5]
+        torch.library.opcheck(backward, tuple(_detached(dout, *kept, needed, *pads, numbers, needed, these[8])))
 
 
 def _detached(*given):

@@ -45,8 +45,8 @@ def block_attention(
             ``(B, H * W, heads, head_dim)``.
         k, v: as ``q``, or with one head that all heads of ``q`` share (multi-query).
         scale: factor of the scores; ``head_dim ** -0.5`` if None. With ``cosine`` a tensor ``(heads,)``.
-        cosine: q and k of every head have length 1 before they are multiplied (Swin v2). "triton" makes them so itself
-            where no gradients are wanted.
+        cosine: q and k of every head have length 1 before they are multiplied (Swin v2). "triton" makes them so
+            itself, but where gradients are wanted and heads of q share a key head.
         bias: ``(heads, N, N)``, any floating-point dtype, added to the scores of every block (a relative position
             bias).
         mask: ``(groups, N, N)`` with ``groups`` dividing T: block ``t`` takes ``mask[t % groups]``, added where it is
@@ -86,7 +86,7 @@ def block_attention(
     elif impl in BACKENDS:
         BACKENDS[impl].require("block_attention", given)
     if isinstance(scale, Tensor):
-        if impl != "triton" or _modes.wants_gradients(given):
+        if impl != "triton" or (k.shape[-2] != q.shape[-2] and _modes.wants_gradients(given)):
             q, k = reference.with_length(q, scale.unsqueeze(-1)), reference.with_length(k)
             pad_k, factors = None if pad_k is None else reference.with_length(pad_k), None
         scale = 1.0
@@ -357,17 +357,18 @@ _CPP_BWD = operation(
 
 
 def _triton_gradients(kept, dout):
-    if kept.dtypes["scales"] is not None:
-        raise RuntimeError("scales: expected None where gradients are wanted, got a tensor")
     need_dpads = kept.pad_k is not None and (kept.needed["pad_k"] or kept.needed["pad_v"])
     pads = kept.pad_k, kept.pad_v
-    found, (dpads,) = _gradients(kept, dout.contiguous(), _TRITON_BWD, *pads, kept.windows, need_dpads)
+    more = *pads, kept.windows, need_dpads, kept.scales
+    found, (dpads, dscales) = _gradients(kept, dout.contiguous(), _TRITON_BWD, *more)
+    found["scales"] = None if kept.scales is None else dscales
     return {**found, **(dict(zip(("pad_k", "pad_v"), dpads, strict=True)) if need_dpads else {})}
 
 
-def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias, pad_k, pad_v, windows, need_dpads):
+def _triton_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias, pad_k, pad_v, windows, need_dpads, scales):
     dpads = pad_k.new_empty((2, *pad_k.shape)) if need_dpads else nothing_like(q)
-    return *_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias), dpads
+    dscales = nothing_like(q) if scales is None else scales.new_empty(scales.shape, dtype=torch.float32)
+    return *_bwd_fake(dout, q, k, v, out, lse, bias, mask, scale, need_dbias), dpads, dscales
 
 
 _TRITON = operation(
@@ -375,15 +376,15 @@ _TRITON = operation(
     " Tensor? pad_v, Tensor? scales, SymInt[] windows) -> (Tensor out, Tensor lse)",
     launch="block_attention.block_attention_fwd",
     fake=_fwd_fake,
-    saved=("q", "k", "v", "bias", "mask", "pad_k", "pad_v", "out", "lse"),
+    saved=("q", "k", "v", "bias", "mask", "pad_k", "pad_v", "scales", "out", "lse"),
     gradients=_triton_gradients,
     vmap=(3, 9),
     flops=_flops,
 )
 _TRITON_BWD = operation(
     "block_attention_triton_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"
-    " Tensor? mask, float scale, bool need_dbias, Tensor? pad_k, Tensor? pad_v, SymInt[] windows, bool need_dpads)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dpads)",
+    " Tensor? mask, float scale, bool need_dbias, Tensor? pad_k, Tensor? pad_v, SymInt[] windows, bool need_dpads,"
+    " Tensor? scales) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dpads, Tensor dscales)",
     launch="block_attention.block_attention_bwd",
     fake=_triton_bwd_fake,
     backward_of="block_attention",

@@ -103,6 +103,16 @@ def cosines(N=16, dtype=BF16, *, programs):
     return Case((*given[:4], given[-1]), block_attention_fwd(*given), [programs])
 
 
+def cosines_bwd(N=16, dtype=BF16, *, programs):
+    """Its dbias and dscales are summed of what kernels wrote."""
+    q, k, v = empty(2, 4, N, 9, 16, dtype=dtype).split(3, 3)
+    out, lse = empty(*q.shape, dtype=dtype), empty(2, 4, 3, N, 2, dtype=FP32)
+    given = out, q, k, v, out, lse, empty(3, N, N), None
+    scales = empty(3)
+    grads = block_attention_bwd(*given, 1.0, True, None, None, (), False, scales)
+    return Case((*given[:-1], scales), grads[:3], [*programs])
+
+
 def far_apart():
     """A stride of 2^31 elements, in memory that nobody touches."""
     x = torch.empty(2**31 + 64, dtype=BF16)
@@ -225,6 +235,8 @@ CASES = {
     "block_attention_fwd, streaming": lambda: attention_fwd(N=40, dtype=FP32, programs=48),
     "block_attention_fwd, cosines": lambda: cosines(programs=24),
     "block_attention_fwd, cosines, streaming": lambda: cosines(40, FP32, programs=48),
+    "block_attention_bwd, cosines": lambda: cosines_bwd(programs=(24, 24)),
+    "block_attention_bwd, cosines, streaming": lambda: cosines_bwd(40, FP32, programs=(48, 72, 216)),
     "block_attention_fwd, windows": lambda: windows_fwd(False),
     "block_attention_fwd, padded windows": lambda: windows_fwd(True),
     "block_attention_bwd, padded windows": windows_bwd,
