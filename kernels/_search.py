@@ -56,4 +56,4 @@ def _attention(kernel: str, spec: Any) -> list[AttentionConfig]:
         for n in (16, 32, 64)
         for stages in (1, 2)
     ]
-    return keep + stream
+    return keep + stream if spec.N <= 256 else stream

@@ -269,8 +269,8 @@ def block_attention_fwd(
     """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head. Checks nothing.
 
     Args:
-        q: ``(B, T, N, heads, head_dim)``, float32, float16 or bfloat16, N up to MAX_SEQ, head_dim up to MAX_HEAD_DIM;
-            any strides, but a last dimension that is not dense is copied. With ``windows``
+        q: ``(B, T, N, heads, head_dim)``, float32, float16 or bfloat16, head_dim up to MAX_HEAD_DIM; more tokens than
+            MAX_SEQ stream by; any strides, but a last dimension that is not dense is copied. With ``windows``
             ``(B, 1, H * W, heads, head_dim)``, an image, T and N being those of its windows.
         k, v: as q, or with one head.
         bias: ``(heads, N, N)``, floating point, added to the scores of every block.

@@ -94,6 +94,7 @@ def tell_layer(
     halves: Callable[[Any], Sequence[fusion.Half]],
     blocks: Callable[[Any], tuple[int, int]] | None = None,
     by_parts: Callable[[Any], int] | None = None,
+    windowed: bool = False,
     chains: bool = False,
 ) -> Iterator[Row]:
     """The two sub-layers of a layer.
@@ -103,6 +104,7 @@ def tell_layer(
         halves: the sub-layers of ``layer``.
         blocks: T and N of its attention, where the model's position embedding does not say.
         by_parts: of attention that is one operation after the other: how many dimensions that adds to a head.
+        windowed: whether its attention is given the windows of an image, which has several, or a bias.
         chains: whether :func:`nest_fast.fusion.run_layers` runs it.
     """
     both = halves(layer)
@@ -113,7 +115,7 @@ def tell_layer(
         why = fusion.everywhere(x) or half.why_not(x)
         options = half.known[type(half.body)].options if type(half.body) in half.known else None
         extra_dim = by_parts(layer) if by_parts and options and not why else 0
-        attention = _plan.attention(x, options(half.body).num_heads, extra_dim) if options else None
+        attention = _plan.attention(x, options(half.body).num_heads, extra_dim, windowed) if options else None
         if why:
             plan = _called(why, None if half.operation else attention)  # there its library's attention is called
         elif by_parts and attention:

@@ -408,12 +408,15 @@ WINDOWS = [Case(kind, N, 32, "bf16", biased=True) for kind in ("fwd", "bwd") for
 # Windows where they are in the image: Swin's, its second version's, and SAM's, whose heads have 28 dimensions more.
 CUTS = [
     *(Case(kind, N, 32, "bf16", biased=True, cut="windows") for kind in ("fwd", "bwd") for N in (49, 64, 144, 256)),
+    *(Case(kind, 576, 32, "bf16", biased=True, cut="windows") for kind in ("fwd", "bwd")),
     *(Case(kind, 49, 32, "bf16", biased=True, cut="padded") for kind in ("fwd", "bwd")),
     *(Case(kind, 196, 92, "bf16", cut="padded") for kind in ("fwd", "bwd")),
     *(Case(kind, 197, 64, "bf16") for kind in ("fwd", "bwd")),
 ]
 COSINES = [
-    Case(kind, N, 32, "bf16", biased=True, cut="windows", cosine=True) for kind in ("fwd", "bwd") for N in (64, 256)
+    Case(kind, N, 32, "bf16", biased=True, cut="windows", cosine=True)
+    for kind in ("fwd", "bwd")
+    for N in (64, 256, 576)
 ]
 _WIDTHS = ((96, 192, 4), (128, 256, 4), (192, 384, 2), (256, 512, 2))  # C, C', edge of the grid of blocks
 _LAUNCHES = (("fwd", "bf16"), ("train", "bf16"), ("train", "tf32"), ("train", "fp32"), ("norm-pool", "bf16"))

@@ -436,11 +436,28 @@ def test_swins_second_version_has_its_cosines_in_the_kernel():
         assert relative_error(out, double(x.double())) <= 2 * allowed + torch.finfo(x.dtype).eps
 
 
-def test_swins_second_version_trains_with_its_cosines_in_the_kernel():
-    """Every gradient, the scales' of the heads among them."""
-    x = torch.randn(2, 3, 16, 16)
+def swin_v2_of_large_windows():
+    """18 x 18 tokens in one window of 324, as Swin v2 has them of 576 at 384 pixels."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 36, "patch_size": 2, "embed_dim": 16, "depths": (1,), "num_heads": (1,), "window_size": 18}
+    return varied(timm_models.swin_transformer_v2.SwinTransformerV2(**sizes, num_classes=7))
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "size", "dtype", "layers"),
+    [(swin_v2, 2, 16, torch.float32, 3), (swin_v2_of_large_windows, 1, 36, torch.float16, 1)],
+    ids=["small", "large windows"],
+)
+def test_swins_second_version_trains_with_its_cosines_in_the_kernel(make, batch, size, dtype, layers):
+    """Every gradient, the scales' of the heads among them; windows of more tokens than fit on chip stream by."""
+
+    def model():
+        return make().to(dtype).train()
+
+    x = torch.randn(batch, 3, size, size, dtype=dtype)
     with mock.patch.object(reference, "with_length", side_effect=AssertionError("q and k are written again")):
-        assert_computes_what_timm_does(lambda: swin_v2().train(), x, {"block_attention_triton": 3})
+        told = assert_computes_what_timm_does(model, x, {"block_attention_triton": layers})
+    assert all(row.how.endswith("block_attention: Triton") for row in told if row.what == "attn sub-layer")
 
 
 @pytest.mark.parametrize(

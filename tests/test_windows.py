@@ -395,6 +395,7 @@ IMAGES = {
     "one window": ((5, 6), (7, 7), (6, 6), {}, 1, 1, 32, "fp16"),
     "sam": ((10, 14), (14, 14), (0, 0), {}, 1, 1, 80, "bf16"),
     "small": ((3, 3), (2, 2), (1, 1), {}, 1, 1, 16, "fp32"),
+    "over 256 tokens": ((16, 16), (16, 17), (0, 8), {}, 1, 1, 32, "bf16"),
 }
 # Swin v2's windows; with fp32 their tokens stream by.
 COSINES = {
@@ -446,7 +447,8 @@ def assert_attends(tensors, dout, cut, slack=4, **options):
 @pytest.mark.parametrize("name", IMAGES)
 def test_triton_attends_where_the_tokens_are(name):
     """Values and every gradient, that of padding among them."""
-    tensors, dout, cut = images(*IMAGES[name], each_pad=name in ("sam", "one window"), B=1 if name == "sam" else 2)
+    B = 1 if name in ("sam", "over 256 tokens") else 2
+    tensors, dout, cut = images(*IMAGES[name], each_pad=name in ("sam", "one window"), B=B)
     assert_attends(tensors, dout, cut)
 
 

@@ -92,7 +92,10 @@ ADAPTER = Adapter(
     known=_KNOWN,
     told={
         SpatialBlock: partial(
-            tell_layer, halves=lambda layer: _there(_spatial_halves(layer, layer.window_size)), blocks=_blocks
+            tell_layer,
+            halves=lambda layer: _there(_spatial_halves(layer, layer.window_size)),
+            blocks=_blocks,
+            windowed=True,
         ),
         ChannelBlock: partial(tell_layer, halves=lambda layer: _there(_channel_halves(layer)), blocks=_blocks),
     },

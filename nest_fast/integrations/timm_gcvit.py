@@ -78,5 +78,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(GlobalContextVitBlock,),
     known=_KNOWN,
-    told={GlobalContextVitBlock: partial(tell_layer, halves=_halves, blocks=_blocks)},
+    told={GlobalContextVitBlock: partial(tell_layer, halves=_halves, blocks=_blocks, windowed=True)},
 )

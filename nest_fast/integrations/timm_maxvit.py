@@ -92,5 +92,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(PartitionAttentionCl,),
     known=_KNOWN,
-    told={PartitionAttentionCl: partial(tell_layer, halves=_halves, blocks=_blocks)},
+    told={PartitionAttentionCl: partial(tell_layer, halves=_halves, blocks=_blocks, windowed=True)},
 )

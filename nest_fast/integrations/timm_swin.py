@@ -75,5 +75,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(SwinTransformerBlock,),
     known=_KNOWN,
-    told={SwinTransformerBlock: partial(tell_layer, halves=_halves, blocks=_blocks)},
+    told={SwinTransformerBlock: partial(tell_layer, halves=_halves, blocks=_blocks, windowed=True)},
 )

@@ -89,5 +89,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(SwinTransformerV2Block,),
     known=_KNOWN,
-    told={SwinTransformerV2Block: partial(tell_layer, halves=_halves, blocks=_blocks)},
+    told={SwinTransformerV2Block: partial(tell_layer, halves=_halves, blocks=_blocks, windowed=True)},
 )

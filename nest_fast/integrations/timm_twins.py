@@ -54,5 +54,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(Block,),
     known=_KNOWN,
-    told={Block: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks)},
+    told={Block: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks, windowed=True)},
 )

@@ -129,7 +129,7 @@ ADAPTER = Adapter(
     classes=(SwinTransformerBlock, SwinTransformerBlockV2),
     known=_KNOWN,
     told={
-        SwinTransformerBlock: partial(tell_layer, halves=_halves, blocks=_blocks),
-        SwinTransformerBlockV2: partial(tell_layer, halves=_halves_v2, blocks=_blocks),
+        SwinTransformerBlock: partial(tell_layer, halves=_halves, blocks=_blocks, windowed=True),
+        SwinTransformerBlockV2: partial(tell_layer, halves=_halves_v2, blocks=_blocks, windowed=True),
     },
 )

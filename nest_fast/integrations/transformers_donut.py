@@ -94,5 +94,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(DonutSwinLayer,),
     known=_KNOWN,
-    told={DonutSwinLayer: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks)},
+    told={DonutSwinLayer: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks, windowed=True)},
 )

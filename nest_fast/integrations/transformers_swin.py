@@ -147,5 +147,7 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(SwinLayer,),
     known=_KNOWN,
-    told={SwinLayer: partial(tell_layer, halves=partial(_halves, size=(1, 1), weights=[]), blocks=_blocks)},
+    told={
+        SwinLayer: partial(tell_layer, halves=partial(_halves, size=(1, 1), weights=[]), blocks=_blocks, windowed=True)
+    },
 )

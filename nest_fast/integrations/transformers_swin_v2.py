@@ -106,5 +106,5 @@ def _blocks(layer: Any) -> tuple[int, int]:
 ADAPTER = Adapter(
     classes=(Swinv2Layer,),
     known=_KNOWN,
-    told={Swinv2Layer: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks)},
+    told={Swinv2Layer: partial(tell_layer, halves=partial(_halves, size=(1, 1)), blocks=_blocks, windowed=True)},
 )

@@ -18,6 +18,7 @@ from nest_fast.ops.block_attention import choose as choose_attention
 from nest_fast.ops.blockify import BACKENDS as PATCHES
 from nest_fast.ops.linear import Given as LinearGiven
 from nest_fast.ops.linear import choose as choose_linear
+from nest_fast.reference import Windows
 
 Plan = tuple[str, str]  # the operation and its kernels; what keeps it from faster ones
 
@@ -52,11 +53,15 @@ def linear(x: Tensor, weights: Iterable[Tensor | None]) -> str:
     return "linear by oneDNN" if impl == "onednn" else "linear by plain PyTorch"
 
 
-def attention(x: Tensor, num_heads: int, extra_dim: int = 0) -> Plan:
-    """For block_attention inside ``x`` ``(B, T, N, C)``, the heads of which have ``extra_dim`` more dimensions."""
+def attention(x: Tensor, num_heads: int, extra_dim: int = 0, windowed: bool = False) -> Plan:
+    """For block_attention inside ``x`` ``(B, T, N, C)``, the heads of which have ``extra_dim`` more dimensions.
+
+    ``windowed``: the blocks are windows of an image that has several, or a bias.
+    """
     head_dim = max(x.shape[-1] // num_heads, 1) + extra_dim
     q = x.new_empty(1).expand(*x.shape[:-1], num_heads, head_dim)
-    given = AttentionGiven(q, q, q, None, None, 0.0, q.shape[2])
+    N = q.shape[2]
+    given = AttentionGiven(q, q, q, None, None, 0.0, N, Windows((2 * N, 1), (N, 1)) if windowed else None)
     impl = choose_attention(given, say=False)
     best = "triton" if x.is_cuda else "cpp"
     why = [] if impl == best else ATTENTION[best].why_not(given)

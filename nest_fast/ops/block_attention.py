@@ -186,6 +186,12 @@ class Given(NamedTuple):
     scale: Tensor | None = None
 
 
+def _may_stream(given: Given) -> bool:
+    """Whether "triton" takes more tokens than fit on chip: in windows that the library's attention would want copied,
+    or whose bias its fastest kernels do not take."""
+    return given.windows is not None and (given.windows.blocks > 1 or given.bias is not None)
+
+
 NO_GRADIENT_OF_A_MASK = ("it has no gradient of a mask", lambda given: _modes.wants_gradients((given.mask,)))
 BACKENDS = {
     "cpp": Backend(
@@ -200,7 +206,8 @@ BACKENDS = {
         "triton",
         (
             *_backends.TRITON_MATMUL,
-            ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256),
+            ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256 and not _may_stream(given)),
+            ("N = {given.tokens} tokens are over 1024", lambda given: given.tokens > 1024 and _may_stream(given)),
             (lambda given: f"head_dim {given.q.shape[-1]} is over 128", lambda given: given.q.shape[-1] > 128),
             ("it has no dropout", lambda given: given.dropout_p),
             NO_GRADIENT_OF_A_MASK,
