@@ -177,6 +177,8 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=32, keys=32, head_dim=128, block_m=32, block_n=32, num_warps=4, resident="queries"),
         _row(queries=64, keys=64, head_dim=128, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=256, keys=16, head_dim=64, block_m=64, block_n=64, num_warps=4, resident="queries"),
+        # Tiles of 64 keys would take all columns of tensor memory, and a multiprocessor had one program.
+        _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=16, num_warps=4, resident="queries"),
         _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=64, num_warps=4, resident="queries"),
         _row(queries=208, keys=208, head_dim=32, block_m=64, block_n=32, num_warps=4, resident="queries"),
         _row(queries=ANY, keys=16, head_dim=128, block_m=64, block_n=16, num_warps=4, resident=None),
