@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from nest_fast.kernels._configs import row_architecture
 
 __all__ = [
-    "LINEAR", "MATMUL", "MLP", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig", "MatmulConfig", "MlpConfig",
-    "ResidentConfig", "linear", "linear_rows", "mlp_layer", "norm_attention", "projection_mlp",
+    "LINEAR", "MATMUL", "MLP", "MLP_BWD_ROWS", "MLP_BWD_WEIGHTS", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig",
+    "MatmulConfig", "MlpConfig", "ResidentConfig", "linear", "linear_rows", "mlp_layer", "mlp_layer_bwd_rows",
+    "mlp_layer_bwd_weights", "norm_attention", "projection_mlp",
 ]  # fmt: skip
 
 
@@ -78,6 +79,44 @@ PROJECTION_MLP: dict[int, list[tuple[int, MlpConfig]]] = {
     100: [
         (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
         (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+}
+
+# As of PROJECTION_MLP: the gradients of the MLP, first of its rows, then of its weights, of which a program has tile_h
+# features.
+MLP_BWD_ROWS: dict[int, list[tuple[int, MlpConfig]]] = {
+    80: [
+        (128, MlpConfig(tile_rows=128, tile_h=32, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2, tile_c=32)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=8, num_stages=2)),
+    ],
+    90: [
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=64)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    100: [
+        (96, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=32)),
+        (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=128, tile_h=32, num_warps=8, num_stages=2, tile_c=32)),
+    ],
+}
+MLP_BWD_WEIGHTS: dict[int, list[tuple[int, MlpConfig]]] = {
+    80: [
+        (128, MlpConfig(tile_rows=32, tile_h=64, num_warps=4, num_stages=2)),
+        (128, MlpConfig(tile_rows=32, tile_h=64, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=32, tile_h=32, num_warps=4, num_stages=2)),
+        (128, MlpConfig(tile_rows=16, tile_h=32, num_warps=4, num_stages=2)),
+    ],
+    90: [
+        (96, MlpConfig(tile_rows=64, tile_h=128, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=64, tile_h=64, num_warps=4, num_stages=2)),
+        (128, MlpConfig(tile_rows=32, tile_h=128, num_warps=8, num_stages=2)),
+    ],
+    100: [
+        (128, MlpConfig(tile_rows=64, tile_h=128, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=32, tile_h=128, num_warps=8, num_stages=2)),
+        (128, MlpConfig(tile_rows=32, tile_h=64, num_warps=4, num_stages=2)),
     ],
 }
 
@@ -184,6 +223,14 @@ def mlp_layer(channels: int, operands: str, *shape_and_architecture: Any) -> tup
 
 def projection_mlp(channels: int, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
     return _candidates(PROJECTION_MLP[row_architecture(shape_and_architecture[-1])], channels)
+
+
+def mlp_layer_bwd_rows(channels: int, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
+    return _candidates(MLP_BWD_ROWS[row_architecture(shape_and_architecture[-1])], channels)
+
+
+def mlp_layer_bwd_weights(channels: int, *shape_and_architecture: Any) -> tuple[MlpConfig, ...]:
+    return _candidates(MLP_BWD_WEIGHTS[row_architecture(shape_and_architecture[-1])], channels)
 
 
 def linear_rows(channels: int, operands: str, *shape_and_architecture: Any) -> tuple[LinearConfig, ...]:

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nest_fast.kernels._primitives import dot, load_row, piece, round_to
+from nest_fast.kernels._primitives import dot, load, load_row, piece, round_to
 
 __all__ = [
-    "Linear", "Norm", "is_whole", "layer_norm", "linear", "load_normed", "load_rows", "load_weight", "own_rows",
-    "round_all", "row_mask",
+    "Linear", "Norm", "Scale", "add_bias", "is_whole", "layer_norm", "linear", "load_normed", "load_rows",
+    "load_scaled", "load_weight", "own_rows", "round_all", "row_mask", "scaled", "store_rows",
 ]  # fmt: skip
 
 
@@ -38,6 +38,22 @@ class Linear(NamedTuple):
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None) -> Linear:
         return cls(weight.contiguous(), bias if bias is None else bias.contiguous())
+
+
+class Scale(NamedTuple):
+    """What is added to rows is multiplied by ``factor``, or, where there are ``samples`` ``(B,)``, by that of a row's
+    sample, of ``rows`` rows."""
+
+    factor: float
+    samples: Tensor | None
+    rows: int
+
+    @classmethod
+    def of(cls, factor: float, samples: Tensor | None, rows: int) -> Scale:
+        """Of so many rows in all."""
+        if samples is None:
+            return cls(float(factor), None, 1)
+        return cls(1.0, samples.contiguous(), rows // samples.shape[0])
 
 
 @triton.jit
@@ -71,6 +87,47 @@ def load_rows(x_ptr, m, exists, C: tl.constexpr, PIECES: tl.constexpr):
         source = x_ptr + m[:, None] * C + piece(PIECES, n)[None, :]
         rows = rows + (tl.load(source, mask=row_mask(exists, n, C, PIECES), other=0.0),)
     return rows
+
+
+@triton.jit
+def store_rows(out_ptr, rows, m, exists, C: tl.constexpr, PIECES: tl.constexpr):
+    """float32 rows [ROWS, size] for every piece, to where :func:`load_rows` has them."""
+    for n in tl.static_range(len(PIECES)):
+        target = out_ptr + m[:, None] * C + piece(PIECES, n)[None, :]
+        tl.store(target, round_to(rows[n], out_ptr.dtype.element_ty), mask=row_mask(exists, n, C, PIECES))
+
+
+@triton.jit
+def add_bias(rows, bias_ptr, scale, C: tl.constexpr, PIECES: tl.constexpr):
+    """``rows + scale * bias`` of float32 rows, [ROWS, size] for every piece; no bias is 0, no scale 1."""
+    sums = ()
+    for n in tl.static_range(len(PIECES)):
+        row = rows[n]
+        if bias_ptr is not None:
+            bias = load_row(bias_ptr, piece(PIECES, n), C)
+            row += bias if scale is None else scale * bias
+        sums = sums + (row,)
+    return sums
+
+
+@triton.jit
+def scaled(x, scale, row, exists):
+    """x [ROWS, size] times the Scale of its rows."""
+    if scale.samples is not None:
+        x *= load(scale.samples, row // scale.rows, exists)[:, None]
+    else:
+        x *= scale.factor
+    return x
+
+
+@triton.jit
+def load_scaled(x_ptr, scale, first, m, exists, C: tl.constexpr, PIECES: tl.constexpr):
+    """Rows first + m times their Scale, as load_rows has them, in float32."""
+    rows = load_rows(x_ptr + first * C, m, exists, C, PIECES)
+    products = ()
+    for n in tl.static_range(len(PIECES)):
+        products = products + (scaled(rows[n].to(tl.float32), scale, first + m, exists),)
+    return products
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The MLP sub-layer in one Triton kernel: ``x + scale fc2(gelu(fc1(layer_norm(x))))``, forward alone.
+"""The MLP sub-layer in one Triton kernel: ``x + scale fc2(gelu(fc1(layer_norm(x))))``; gradients: _mlp_gradients.
 
 Maths: 16 C^2 FLOP a row for 4 C hidden features, on the matrix units, and as many GELUs. Floor of a row in half
 precision: 4 C bytes, x read and out written; what is hidden stays on chip. The weights, 16 C^2 bytes, stream by once
@@ -20,8 +20,21 @@ from torch import Tensor
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, load_row, piece, round_to, zeros
-from nest_fast.kernels._rows import Linear, Norm, is_whole, linear, load_normed, load_weight, own_rows, row_mask
+from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, piece, round_to, zeros
+from nest_fast.kernels._rows import (
+    Linear,
+    Norm,
+    Scale,
+    add_bias,
+    is_whole,
+    linear,
+    load_normed,
+    load_weight,
+    own_rows,
+    row_mask,
+    scaled,
+    store_rows,
+)
 
 __all__ = ["mlp_layer_fwd"]
 
@@ -85,7 +98,7 @@ def _mlp_layer_fwd_kernel(
     fc2,  # Linear (C, HIDDEN)
     out_ptr,  # (rows, C)
     rows,
-    scale,  # of what is added to x
+    scale,  # Scale of what is added to x
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -93,18 +106,15 @@ def _mlp_layer_fwd_kernel(
     PIECES: tl.constexpr = SPEC.PIECES
     first, m, exists = own_rows(rows, TILE.ROWS)
     x_ptr += first * SPEC.C
-    out_ptr += first * SPEC.C
     normed = load_normed(x_ptr, norm, m, exists, SPEC.C, PIECES)
     acc = add_mlp(zeros(PIECES, TILE.ROWS), normed, fc1, fc2, None, SPEC, TILE)
+    branch = add_bias(acc, fc2.bias, None, SPEC.C, PIECES)
+    out = ()
     for n in tl.static_range(len(PIECES)):
-        c = piece(PIECES, n)
-        mask = row_mask(exists, n, SPEC.C, PIECES)
-        offsets = m[:, None] * SPEC.C + c[None, :]  # [TILE_ROWS, size]
-        branch = acc[n]
-        if fc2.bias is not None:
-            branch += load_row(fc2.bias, c, SPEC.C)
-        out = load(x_ptr, offsets, mask) + scale * branch
-        tl.store(out_ptr + offsets, round_to(out, out_ptr.dtype.element_ty), mask=mask)
+        offsets = m[:, None] * SPEC.C + piece(PIECES, n)[None, :]  # [TILE_ROWS, size]
+        x = load(x_ptr, offsets, row_mask(exists, n, SPEC.C, PIECES))
+        out = out + (x + scaled(branch[n], scale, first + m, exists),)
+    store_rows(out_ptr + first * SPEC.C, out, m, exists, SPEC.C, PIECES)
 
 
 def mlp_layer_fwd(
@@ -118,6 +128,7 @@ def mlp_layer_fwd(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     branch_scale: float,
+    sample_scale: Tensor | None = None,
 ) -> Tensor:
     """``x + branch_scale * fc2(gelu(fc1(layer_norm(x))))``. Checks nothing.
 
@@ -129,7 +140,7 @@ def mlp_layer_fwd(
             is multiplied as torch's matmuls do.
         tanh: whether tanh stands in for the normal distribution in the GELU.
         fc2_weight, fc2_bias: ``(C, hidden)`` and ``(C,)`` or None, in x's dtype.
-        branch_scale: factor of what is added to x.
+        branch_scale: factor of what is added to x; sample_scale: in its place one for each sample ``(B,)``, or None.
 
     Returns:
         ``(..., C)`` in x's dtype.
@@ -142,15 +153,16 @@ def mlp_layer_fwd(
     operands = _configs.operands(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
     norm = Norm.dense(norm_weight, norm_bias, eps)
     fc1, fc2 = Linear.dense(fc1_weight, fc1_bias), Linear.dense(fc2_weight, fc2_bias)
-    x, formula = x.contiguous(), gelu_of(tanh, x.dtype)
+    x, formula, scale = x.contiguous(), gelu_of(tanh, x.dtype), Scale.of(branch_scale, sample_scale, rows)
 
     def run(config, start):
         spec = Spec(C, channel_pieces(C, config.tile_c), hidden, formula)
         tile = Tile(config.tile_rows, config.tile_h, config.num_stages, operands == "tf32")
         start(
             _mlp_layer_fwd_kernel, cdiv(rows, config.tile_rows),
-            x, norm, fc1, fc2, out, rows, float(branch_scale), SPEC=spec, TILE=tile, num_warps=config.num_warps,
+            x, norm, fc1, fc2, out, rows, scale, SPEC=spec, TILE=tile, num_warps=config.num_warps,
         )  # fmt: skip
 
-    launch(_layer_configs.mlp_layer, (C, operands, hidden, tanh, x.dtype, norm_weight.dtype), x, run)
+    shape = (C, operands, hidden, tanh, x.dtype, norm_weight.dtype, sample_scale is None)
+    launch(_layer_configs.mlp_layer, shape, x, run)
     return out

@@ -20,17 +20,18 @@ from torch import Tensor
 from nest_fast.kernels import _layer_configs
 from nest_fast.kernels._gelu import gelu_of
 from nest_fast.kernels._launch import launch
-from nest_fast.kernels._primitives import cdiv, channel_pieces, load_row, piece, round_to
+from nest_fast.kernels._primitives import cdiv, channel_pieces, piece
 from nest_fast.kernels._rows import (
     Linear,
     Norm,
+    add_bias,
     is_whole,
     layer_norm,
     linear,
     load_rows,
     own_rows,
     round_all,
-    row_mask,
+    store_rows,
 )
 from nest_fast.kernels.mlp_layer import Spec, Tile, add_mlp
 
@@ -76,14 +77,7 @@ def _projection_mlp_fwd_kernel(
     total = _projected(x, attended, proj, proj_scale, SPEC, TILE)
     normed, _, _ = layer_norm(total, norm, SPEC.C, PIECES, True)
     acc = add_mlp(total, round_all(normed, dtype), fc1, fc2, branch_scale, SPEC, TILE)
-    for n in tl.static_range(len(PIECES)):
-        c = piece(PIECES, n)
-        out = acc[n]
-        if fc2.bias is not None:
-            bias = load_row(fc2.bias, c, SPEC.C)
-            out += bias if branch_scale is None else branch_scale * bias
-        offsets = m[:, None] * SPEC.C + c[None, :]  # [TILE_ROWS, size]
-        tl.store(out_ptr + offsets, round_to(out, dtype), mask=row_mask(exists, n, SPEC.C, PIECES))
+    store_rows(out_ptr, add_bias(acc, fc2.bias, branch_scale, SPEC.C, PIECES), m, exists, SPEC.C, PIECES)
 
 
 def projection_mlp_fwd(

@@ -214,12 +214,13 @@ def _linear_sum(x, weight, bias, residual, scale) -> Tensor:
 
 
 def _mlp_layer_triton(
-    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale
+    x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale, sample_scale=None
 ) -> Tensor:
     y = F.gelu(
         _norm_linear(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias), approximate="tanh" if tanh else "none"
     )
-    return _linear_sum(y, fc2_weight, fc2_bias, x, branch_scale)
+    scale = branch_scale if sample_scale is None else sample_scale.view(-1, *(1,) * (x.dim() - 1))
+    return _linear_sum(y, fc2_weight, fc2_bias, x, scale)
 
 
 def _projection_mlp(x, attended, proj_weight, proj_bias, proj_scale, *mlp) -> Tensor:

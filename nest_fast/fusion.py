@@ -524,7 +524,10 @@ def chosen(x: Tensor, half: Half, weights: Sequence[Tensor] | None = None) -> st
         return "parts"
     weights = weights_of(half) if weights is None else weights
     if half.written.role == "mlp":
-        return chosen_mlp(x, *weights, half.post_norm)
+    drops = _drop_rate(half) != 0.0
+        return chosen_mlp(x, *weights, half.post_norm, x.new_empty(x.shape[0]) if drops else None)
+    if drops:  # attention's kernels have one factor for all samples
+        return "parts"
     options = half.written.options(half.body)  # type: ignore[misc]
     return chosen_attention(x, weights, options.num_heads, options.multi_query, half.post_norm)
 
@@ -737,9 +740,10 @@ def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | No
     if impl == "triton":
         return _projected(_sum(x, branch, scale), first, second, *weights, impl), None, None
     for half, given in zip(pair, weights, strict=True):
-        impl = chosen(x, half, given) if _drop_rate(half) == 0.0 else "parts"
+        impl = chosen(x, half, given)
         if impl == "triton":
-            x, branch, scale = _operation(_sum(x, branch, scale), half, 1.0, impl), None, None
+            own = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else 1.0
+            x, branch, scale = _operation(_sum(x, branch, scale), half, own, impl), None, None
             continue
         norm = half.norm
         if branch is None:

@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from nest_fast.kernels import _configs, _launch
+from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
@@ -91,9 +92,9 @@ class Aggregation(NamedTuple):
 
 
 class SubLayer(NamedTuple):
-    """A launch of a sub-layer's kernel to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
-    "projection-mlp"; "norm-linear", to 3 C columns, "linear-sum", to C, or "norm-attention", of heads of 32; or fc1 and
-    its GELU, "linear-gelu" or "linear-tanh"."""
+    """Launches of a sub-layer's kernels to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
+    "mlp-train", all its gradients with a factor for each sample; "projection-mlp"; "norm-linear", to 3 C columns,
+    "linear-sum", to C, or "norm-attention", of heads of 32; or fc1 and its GELU, "linear-gelu" or "linear-tanh"."""
 
     kind: str
     C: int
@@ -319,6 +320,9 @@ def _launch_sub_layer(case: SubLayer) -> None:
     if case.kind == "projection-mlp":
         projection_mlp_fwd(x, x, empty(C, C), empty(C), 1.0, *norm, *fc1, False, *fc2, 1.0)
         return
+    if case.kind == "mlp-train":
+        mlp_layer_bwd(x, x, *norm, *fc1, False, fc2[0], 1.0, empty(8), [True] * 4)
+        return
     mlp_layer_fwd(x, *norm, *fc1, case.kind == "mlp-tanh", *fc2, 1.0)
 
 
@@ -432,11 +436,11 @@ SUB_LAYERS = [
         for dtype in ("bf16", "tf32", "fp32")
         for C in (96, 128, 192, 256)
     ),
-    *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention") for C in (96, 128)),
+    *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention", "mlp-train") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
     *(SubLayer("linear-gelu", C, "bf16") for C in (100, 256, 384, 512)),
     SubLayer("linear-tanh", 384, "fp16"),
-    *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum")),
+    *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum", "mlp-train")),
 ]
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
 PASSES = [

@@ -133,6 +133,8 @@ def test_every_launch_has_a_choice():
             assert 2 <= len(_layer_configs.linear(can_copy, architecture)) <= 6
         for channels in (16, 96, 128):
             assert 2 <= len(_layer_configs.projection_mlp(channels, architecture)) <= 6
+            assert 2 <= len(_layer_configs.mlp_layer_bwd_rows(channels, architecture)) <= 6
+            assert 2 <= len(_layer_configs.mlp_layer_bwd_weights(channels, architecture)) <= 6
             assert 2 <= len(_layer_configs.norm_attention(channels, architecture)) <= 6
 
 

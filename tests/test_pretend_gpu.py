@@ -113,13 +113,43 @@ def test_without_gradients_in_half_precision_an_mlp_is_one_kernel(kind):
     assert relative_error(out, golden) <= 2 * relative_error(plain, golden) + torch.finfo(torch.float16).eps
 
 
-def test_an_mlp_of_which_samples_are_dropped_is_not_one_kernel():
-    """Of two layers the second drops samples, in training."""
+def test_an_mlp_of_which_samples_are_dropped_is_one_kernel():
+    """Of two layers the second drops samples, in training; its kernel has a factor for each."""
     model = MODELS["NesT"](drop_path_rate=0.5).half().train()
-    with pretend_gpu() as calls, torch.no_grad():
-        model(twins.image(dtype=torch.float16))
+    x = twins.image(dtype=torch.float16)
+    outs = []
+    for forced in ({}, {"mlp_layer": "parts"}):
+        torch.manual_seed(3)
+        with pretend_gpu() as calls, torch.no_grad(), _tuned.forced(**forced):
+            outs.append(model(x))
+        counted = Counter(name for name, _ in calls)
+        kernels = counted["mlp_layer_triton_fwd"], counted["bias_gelu_triton_fwd"]
+        assert kernels == ((0, 2) if forced else (2, 0))
+    assert relative_error(*outs) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["timm's", "NesT"])
+def test_an_mlp_that_was_measured_with_gradients_keeps_its_input_alone(kind):
+    """In a chain of layers, the second of which drops samples. By the rules it has its parts."""
+
+    def model():
+        return MODELS[kind](drop_path_rate=0.5).half().train()
+
+    fast, plain, double = model(), as_reference(model()), as_reference(model().double())
+    if kind == "timm's":
+        nest_fast.accelerate(fast)
+    x, layers = twins.image(dtype=torch.float16), sum(SMALLER["depths"])
+    expected, golden = twins.run(plain, x), twins.run(double, x.double())
+    with pretend_gpu() as calls, _tuned.forced(mlp_layer="triton"):
+        got = twins.run(fast, x)
     counted = Counter(name for name, _ in calls)
-    assert (counted["mlp_layer_triton_fwd"], counted["bias_gelu_triton_fwd"]) == (1, 1)
+    assert counted["mlp_layer_triton_fwd"] == counted["mlp_layer_triton_bwd"] == layers
+    assert not counted["bias_gelu_triton_fwd"]
+    assert relative_error(got.out[0], golden.out[0]) <= 2 * relative_error(expected.out[0], golden.out[0]) + 0.002
+    for name, exact in golden.grads.items():
+        # A twentieth of these is the max-pools', which take another of two nearly equal values.
+        theirs = relative_error(expected.grads[name], exact)
+        assert relative_error(got.grads[name], exact) <= 2 * theirs + 0.1, name
 
 
 def test_which_mlps_are_one_kernel_where_nothing_was_measured():
@@ -131,7 +161,9 @@ def test_which_mlps_are_one_kernel_where_nothing_was_measured():
         ({"capability": (10, 0)}, "parts", ("triton", "parts")),
         ({"C": 256}, "parts", ("triton", "parts")),
         ({"dtype": torch.float32}, "parts", ("triton", "parts")),
+        ({"gradients": True, "C": 128}, "parts", ("triton", "parts")),
         ({"gradients": True}, "parts", ("parts",)),
+        ({"gradients": True, "C": 96, "dtype": torch.float32}, "parts", ("parts",)),
         ({"C": 257}, "parts", ("parts",)),
         ({"capability": (7, 5)}, "parts", ("parts",)),
     ):

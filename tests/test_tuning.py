@@ -10,6 +10,7 @@ import torch
 
 import nest_fast
 from helpers.common import run_python
+from helpers.layer_tests import mlp_inputs
 from helpers.pretend_gpu import pretend_gpu
 from nest_fast.kernels import _launch
 from nest_fast.ops import _extension, _tuned
@@ -274,6 +275,41 @@ def test_a_chain_takes_the_sub_layers_that_were_measured(monkeypatch):
         ["bias_gelu"] * 2,
         ["norm_linear", "mlp_layer"] * 2,
         ["norm_linear", "projection_mlp"] * 2,
+    ]
+
+
+def test_an_mlp_with_gradients_is_held_against_float64_and_taken(monkeypatch):
+    """With a factor for each sample, as a chain has it where stochastic depth drops some."""
+    gpu = torch.device("cuda", 0)
+
+    def timed(call):
+        call()
+        return 0.5 if call.args[1] == "triton" else 1.0
+
+    monkeypatch.setattr("nest_fast.tuning._gpu_timer", lambda device: timed)
+    monkeypatch.setattr("nest_fast.tuning.ROUNDS", 2)
+    monkeypatch.setattr(_tuned, "configurations", lambda key, wide: [])
+    monkeypatch.setattr(_tuned, "write", lambda *_: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    torch.manual_seed(0)
+    tensors, _ = mlp_inputs(4, 1, 5, 16, 24, dtype=torch.float16)
+    x, scale, weights = tensors[0], torch.tensor([0.0, 2.0, 2.0, 0.0]).half(), [t.requires_grad_() for t in tensors[1:]]
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return nest_fast.mlp_layer(x, *weights, branch_scale=scale)
+
+    try:
+        with pretend_gpu() as calls:
+            rows = {row.what.partition(" ")[0]: row for row in nest_fast.tune(Layer(), x, progress=False).rows}
+            calls.clear()
+            Layer()(x).sum().backward()
+    finally:
+        _tuned.set_choices(gpu, _tuned.Choices())
+    assert (rows["mlp_layer"].taken, rows["mlp_layer"].refused) == ("triton", ())
+    assert [name for name, _ in calls if name.startswith("mlp_layer")] == [
+        "mlp_layer_triton_fwd",
+        "mlp_layer_triton_bwd",
     ]
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _checks, _flops, _gpu, _layer, _layout, _modes, _packed, _tuned
-from nest_fast.ops._backends import Backend
-from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward, no_gradients
-from nest_fast.ops._register import operation
+from nest_fast.ops import _backends, _checks, _flops, _gpu, _layer, _layout, _modes, _packed, _tuned
+from nest_fast.ops._backends import Backend, Rules
+from nest_fast.ops._layer import IMPLS, fake_branch_backward, layer_backward
+from nest_fast.ops._register import nothing_like, operation
 from nest_fast.ops.linear import add_linear, linear, linear_gelu
 
 __all__ = ["chosen", "mlp_layer"]
@@ -46,15 +47,17 @@ def mlp_layer(
         activation: "gelu" (exact) or "gelu_tanh".
         post_norm: the LayerNorm is the branch's last step, not its first (Swin v2).
         branch_scale: factor of what is added to x: that of stochastic depth for samples that are kept. A tensor
-            ``(B,)`` has one for each sample, which "reference" takes and, one by one, the parts that "auto" may be.
+            ``(B,)`` has one for each sample, which "reference" and "triton" take and, one by one, the parts that "auto"
+            may be; for "triton" it has no gradient.
         eps: added to the variance.
         packed: where "cpp" keeps its packed weights: a dict, empty at first, given again with the same weights only,
             and without gradients. None: they are packed in every call.
         impl: "auto" takes the best this machine has for these tensors; "reference" is plain PyTorch. "cpp", on a CPU,
             computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
             wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again. "triton" is one kernel
-            on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), for inference, C at most 256 and the LayerNorm
-            first; the hidden activations never leave the chip. Only "auto" may choose.
+            on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), for C at most 256 and the LayerNorm first; the
+            hidden activations never leave the chip. Its gradients are two kernels more, which know x alone and make the
+            rest anew, in half precision for C at most 128. Only "auto" may choose.
 
     Returns:
         ``(…, C)``.
@@ -76,7 +79,8 @@ def mlp_layer(
         )
     if impl == "triton":
         tanh = activation == "gelu_tanh"
-        return _TRITON(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale)
+        scales = (1.0, branch_scale) if isinstance(branch_scale, Tensor) else (branch_scale, None)
+        return _TRITON(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, *scales)
     if impl == "cpp":
         dtype = _modes.autocast_dtype(x)
         fc1_weight, fc2_weight = (_layout.dense_rows(weight.to(dtype)) for weight in (fc1_weight, fc2_weight))
@@ -154,16 +158,35 @@ class Given(NamedTuple):
 
 TOO_LARGE = ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31)
 CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
+GRADIENT_CHANNELS = 128  # of which a program holds the gradients in registers, beside their input
 
+_FOR_GRADIENTS: Rules = (
+    ("its gradients are in half precision", lambda given: given.x.dtype == torch.float32),
+    *_layer.at_most(GRADIENT_CHANNELS),
+    (
+        "branch_scale wants a gradient",
+        lambda given: given.branch_scale is not None and given.branch_scale.requires_grad,
+    ),
+)
 BACKENDS = {
     **_layer.BACKENDS,
-    "triton": Backend("triton", (*_layer.BACKENDS["triton"].rules, TOO_LARGE)),
+    "triton": Backend(
+        "triton",
+        (
+            *_backends.TRITON_LAYER,
+            ("the LayerNorm comes last", lambda given: given.post_norm),
+            *_layer.at_most(_layer.MAX_CHANNELS),
+            TOO_LARGE,
+            *_backends.where(_modes.wants_gradients, _FOR_GRADIENTS),
+        ),
+    ),
 }
 # Where nothing was measured, "auto" on a GPU keeps these rules, or is "parts".
 _AUTO_ON_GPU = Backend(
     "triton",
     (
         *BACKENDS["triton"].rules,
+        ("its gain with gradients is not certain", _modes.wants_gradients),
         ("its gain in float32 is not certain", lambda given: given[0].dtype == torch.float32),
         (
             lambda given: f"its gain with C = {given[0].shape[-1]} channels, over {CERTAIN_CHANNELS}, is not certain",
@@ -183,7 +206,8 @@ def choose(given: Given) -> str:
 
 
 def chosen(*given: Any) -> str:
-    """What "auto" is, to be given as ``impl``, of the first seven arguments and ``post_norm``."""
+    """What "auto" is, to be given as ``impl``, of the first seven arguments, ``post_norm`` and a ``branch_scale``
+    for each sample."""
     return _tuned.Chosen(choose(Given(*given)))
 
 
@@ -217,12 +241,49 @@ def _bwd_flops(dout, x, hidden, fc1, activation, fc2, *_, out_shape=None):
     return _flops.linear_gradients(x, fc1, dx, dfc1) + _flops.linear_gradients(hidden, fc2, hidden, dfc2)
 
 
-def _triton_fake(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, branch_scale):
+def _triton_fake(x, *_):
     return x.new_empty(x.shape)
+
+
+def _triton_bwd_fake(dout, x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, scale, scales, output_mask):
+    before, wants_fc1, wants_fc2, wants_bias = output_mask
+    shapes = (2, x.shape[-1]), fc1.shape, fc1.shape[:1], fc2.shape, x.shape[-1:]
+    wanted = before, wants_fc1, wants_fc1, wants_fc2, wants_bias
+    sums = (x.new_empty(shape if want else 0, dtype=torch.float32) for shape, want in zip(shapes, wanted, strict=True))
+    return x.new_empty(x.shape) if before else nothing_like(x), *sums
+
+
+def _triton_gradients(kept, dout):
+    before, fc1, fc2, bias = wanted = [
+        any(kept.needed[name] for name in names)
+        for names in (("x", "norm_weight", "norm_bias"), ("fc1_weight", "fc1_bias"), ("fc2_weight",), ("fc2_bias",))
+    ]
+    norm, linear_1 = (kept.norm_weight, kept.norm_bias, kept.eps), (kept.fc1_weight, kept.fc1_bias)
+    scales = kept.branch_scale, kept.sample_scale
+    dx, dnorm, dfc1, dfc1_bias, dfc2, dfc2_bias = _TRITON_BWD(
+        dout, kept.x, *norm, *linear_1, kept.tanh, kept.fc2_weight, *scales, wanted
+    )
+    found: dict[str, Tensor | None] = {}
+    if before:
+        found |= {"x": dx, "norm_weight": dnorm[0], "norm_bias": dnorm[1]}
+    if fc1:
+        found |= {"fc1_weight": dfc1, "fc1_bias": dfc1_bias}
+    if fc2:
+        found["fc2_weight"] = dfc2
+    if bias:
+        found["fc2_bias"] = dfc2_bias
+    return {name: grad for name, grad in found.items() if kept.needed[name]}
 
 
 def _triton_flops(x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, *_, out_shape=None):
     return _flops.linear(x, fc1) + _flops.linear((*x[:-1], fc1[0]), fc2)
+
+
+def _triton_bwd_flops(dout, x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, *_, out_shape=None):
+    dx, _, dfc1, _, dfc2, _ = out_shape
+    hidden = (*x[:-1], fc1[0])
+    through_fc2 = hidden if math.prod(dx) + math.prod(dfc1) else (0,)
+    return _flops.linear_gradients(x, fc1, dx, dfc1) + _flops.linear_gradients(hidden, fc2, through_fc2, dfc2)
 
 
 _CPP = operation(
@@ -243,9 +304,20 @@ _CPP_BWD = operation(
 )
 _TRITON = operation(
     "mlp_layer_triton_fwd(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
-    " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale) -> Tensor",
+    " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, Tensor? sample_scale=None)"
+    " -> Tensor",
     launch="mlp_layer.mlp_layer_fwd",
     fake=_triton_fake,
-    gradients=no_gradients,
+    saved=("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "sample_scale"),
+    gradients=_triton_gradients,
     flops=_triton_flops,
+)
+_TRITON_BWD = operation(
+    "mlp_layer_triton_bwd(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
+    " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, float branch_scale, Tensor? sample_scale, bool[4] output_mask)"
+    " -> (Tensor dx, Tensor dnorm, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
+    launch="_mlp_gradients.mlp_layer_bwd",
+    fake=_triton_bwd_fake,
+    backward_of="mlp_layer",
+    flops=_triton_bwd_flops,
 )

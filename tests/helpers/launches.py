@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import stub_driver
 
 from nest_fast.kernels import _configs, _launch
+from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
@@ -195,6 +196,22 @@ def projection_mlp(biases, norm_dtype=BF16):
     proj_bias, fc1_bias, fc2_bias = (empty(24), empty(72), empty(24)) if biases else (None, None, None)
     given = (empty(3, 50, 24), empty(3, 50, 24), proj, proj_bias, *norm, fc1, fc1_bias, fc2, fc2_bias)
     out = projection_mlp_fwd(*given[:4], 0.7, *norm, 1e-6, fc1, fc1_bias, biases, fc2, fc2_bias, 1.7)
+def mlp_layer_of_samples():
+    given = (empty(3, 50, 24), empty(24), empty(24), empty(72, 24), empty(72), empty(24, 72), empty(24), empty(3))
+    x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, samples = given
+    out = mlp_layer_fwd(x, norm_weight, norm_bias, 1e-6, fc1, fc1_bias, True, fc2, fc2_bias, 1.0, samples)
+    return Case(given, (out,), [2])
+
+
+def mlp_layer_gradients(samples, mask, programs):
+    """Rows in tiles of 128, then features in tiles of 128 and stripes of 64 rows."""
+    x, norm, fc1, fc2 = empty(3, 50, 24), (empty(24), empty(24)), empty(72, 24), empty(24, 72)
+    fc1_bias = empty(72) if samples is None else None
+    given = (empty(3, 50, 24), x, *norm, fc1, fc1_bias, fc2, samples)
+    grads = mlp_layer_bwd(given[0], x, *norm, 1e-6, fc1, fc1_bias, True, fc2, 1.7, samples, mask)
+    return Case(given, grads[:1], programs)  # the others are summed of what a kernel wrote
+
+
     return Case(given, (out,), [2])
 
 
@@ -273,6 +290,10 @@ CASES = {
     "block_aggregate_fwd, training": aggregate,
 }
 
+    "mlp_layer_fwd, of samples": mlp_layer_of_samples,
+    "mlp_layer_bwd": lambda: mlp_layer_gradients(None, [True] * 4, [2, 3]),
+    "mlp_layer_bwd, of samples": lambda: mlp_layer_gradients(empty(3), [True, False, True, False], [2, 3]),
+    "mlp_layer_bwd, of what is before fc1": lambda: mlp_layer_gradients(empty(3), [True, False, False, False], [2]),
 
 # --- what arrived -----------------------------------------------------------------------------------------------------
 
@@ -376,6 +397,8 @@ def batches(B):
     norm_attention_fwd(x, *norm, qkv, None, 2, 0.25)
     linear_sum_fwd(x, proj, None, x, 1.0)
     mlp_layer_fwd(x, *norm, fc1, None, False, fc2, None, 1.0)
+    mlp_layer_fwd(x, *norm, fc1, None, False, fc2, None, 1.0, empty(B))
+    mlp_layer_bwd(x, x, *norm, fc1, None, False, fc2, 1.0, empty(B), [True] * 4)
     projection_mlp_fwd(x, x, proj, None, 1.0, *norm, fc1, None, False, fc2, None, 1.0)
     floats = [vector.float() for _ in range(3)]
     y, pos_embed = empty(B, 8, 8, 32), empty(1, 1, 16, 32)

@@ -25,7 +25,7 @@ OPERATIONS = {
     "blockify": ("test_blockify",),  # and unblockify, patchify
     "layer_norm_mean": ("test_layer_norm_mean",),
     "linear": ("test_linear", "test_linear_kernel"),
-    "mlp_layer": ("test_mlp_layer", "test_mlp_layer_kernel"),
+    "mlp_layer": ("test_mlp_layer", "test_mlp_layer_kernel", "test_mlp_layer_gradients"),
     "norm_pool": ("test_norm_pool",),
     "projection_mlp": ("test_projection_mlp",),
 }
