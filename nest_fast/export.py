@@ -51,6 +51,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.norm_pool_cpp_fwd.default: _norm_pool,
         ops.norm_pool_triton_fwd.default: _norm_pool,
         ops.bias_gelu_triton_fwd.default: _bias_gelu,
+        ops.gelu_linear_triton_fwd.default: _gelu_linear,
         ops.add_layer_norm_triton_fwd.default: _add_layer_norm,
         ops.layer_norm_mean_triton_fwd.default: _layer_norm_mean,
     }
@@ -261,6 +262,10 @@ def _place_in_window(index: Tensor, width: int, padding: int) -> Tensor:
     row, column = (2 * torch.arange(n, device=index.device) - padding for n in index.shape[2:])
     place = 3 * (index // width - row[:, None]) + index % width - column
     return place.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _gelu_linear(x, bias, tanh, weight, weight_bias) -> Tensor:
+    return F.linear(_bias_gelu(x, bias, x.dtype, tanh), weight, weight_bias)
 
 
 def _bias_gelu(x: Tensor, bias: Tensor | None, dtype: torch.dtype, tanh: bool) -> Tensor:

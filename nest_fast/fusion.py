@@ -36,6 +36,7 @@ from nest_fast.ops import (
     patchify,
     projection_mlp,
 )
+from nest_fast.ops._gelu_linear import gelu_linear
 from nest_fast.ops._layer import add_branch
 from nest_fast.ops._modes import TENSORS, autocast_dtype, is_eager, under_autocast, wants_gradients
 from nest_fast.ops.attention_layer import attended
@@ -523,8 +524,8 @@ def chosen(x: Tensor, half: Half, weights: Sequence[Tensor] | None = None) -> st
     if not x.is_cuda or half.operation is not None:
         return "parts"
     weights = weights_of(half) if weights is None else weights
-    if half.written.role == "mlp":
     drops = _drop_rate(half) != 0.0
+    if half.written.role == "mlp":
         return chosen_mlp(x, *weights, half.post_norm, x.new_empty(x.shape[0]) if drops else None)
     if drops:  # attention's kernels have one factor for all samples
         return "parts"
@@ -683,8 +684,11 @@ def is_one_for_each(pos_embed: Any, shape: tuple[int, ...]) -> bool:
 # --- layers in a chain ------------------------------------------------------------------------------------------------
 
 
-def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
-    """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one."""
+def run_layers(x: Tensor, encoder: Any, known: Known, keep_gelu: bool = True) -> Tensor:
+    """Pre-norm layers, one after the other; chained where they are eager on a GPU and nobody listens to one.
+
+    ``keep_gelu``: whether a chain keeps the MLPs' activations for the gradient, or makes them again.
+    """
     if not is_chained(x) or everywhere(x) or why_not(x, (("the encoder", encoder, SEQUENTIAL),), known):
         return encoder(x)
     layers = list(encoder)
@@ -694,7 +698,7 @@ def run_layers(x: Tensor, encoder: Any, known: Known) -> Tensor:
     both = [half for pair in pairs for half in pair]
     fused = [half.why_not(x) is None for half in both]
     if all(fused):
-        return chained(x, pairs)
+        return chained(x, pairs, keep_gelu)
     for half, is_fused in zip(both, fused, strict=True):
         x = _fused(x, half) if is_fused else _call(x, half)
     return x
@@ -705,19 +709,19 @@ def is_chained(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
-def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
+def chained(x: Tensor, layers: Iterable[Sequence[Half]], keep_gelu: bool = True) -> Tensor:
     """Layers one after the other, of both sub-layers each: each residual sum in the pass of the LayerNorm after it.
 
-    What has kernels of its own, a sub-layer or a layer from its projection on, takes a sum that is complete and returns
-    one.
+    ``keep_gelu`` is as of :func:`run_layers`. What has kernels of its own, a sub-layer or a layer from its projection
+    on, takes a sum that is complete and returns one.
     """
     state: _Chained = (x, None, None)
-    modes = _tape.modes(x)
+    modes, keep_gelu = _tape.modes(x), keep_gelu or not torch.is_grad_enabled()
     # In which the matmul after each pass wants its input.
     dtype = autocast_dtype(x) if under_autocast(x) else None
     with torch.cuda.device_of(x):
         for pair in layers:
-            compute = partial(chained_layer, state, pair, dtype)
+            compute = partial(chained_layer, state, pair, dtype, keep_gelu)
             if modes is None or any(map(_drop_rate, pair)):
                 state = compute()
                 continue
@@ -731,7 +735,7 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]]) -> Tensor:
 _Chained = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | None) -> _Chained:
+def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | None, keep_gelu: bool) -> _Chained:
     """A layer of a chain, of two sub-layers."""
     x, branch, scale = state
     first, second = pair
@@ -752,7 +756,7 @@ def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | No
             x, y = add_layer_norm(
                 x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
             )
-        branch = _branch(y, half, dtype)
+        branch = _branch(y, half, dtype, keep_gelu)
         scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
     return x, branch, scale
 
@@ -791,9 +795,12 @@ def _sum(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> Tensor:
     return x if branch is None else add_branch(x, branch, 1.0 if scale is None else scale)
 
 
-def _branch(y: Tensor, half: Half, dtype: torch.dtype | None) -> Tensor:
+def _branch(y: Tensor, half: Half, dtype: torch.dtype | None, keep_gelu: bool) -> Tensor:
     body = half.body
     if half.written.role == "attention":
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
-    hidden = linear_gelu(y, body.fc1.weight, body.fc1.bias, _activation(body.act, half), dtype)
-    return F.linear(hidden, body.fc2.weight, body.fc2.bias)
+    fc1, fc2, activation = body.fc1, body.fc2, _activation(body.act, half)
+    if not keep_gelu:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return gelu_linear(F.linear(y, fc1.weight), fc1.bias, fc2.weight, fc2.bias, approximate=approximate)
+    return F.linear(linear_gelu(y, fc1.weight, fc1.bias, activation, dtype), fc2.weight, fc2.bias)

@@ -39,7 +39,7 @@ from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
-from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_linear_bwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
@@ -338,6 +338,8 @@ def _launch_pass(case: Pass) -> None:
         tanh = case.kind.endswith("tanh")
         bias_gelu_fwd(x, vector, dtype, tanh)
         bias_gelu_bwd(x, x, vector, tanh, True)
+    elif case.kind == "gelu-linear":
+        gelu_linear_bwd(x, x, vector, False, empty(case.C, case.C), [True] * 4)
     elif case.kind == "add-layer-norm-fwd":
         add_layer_norm_fwd(x, x, scale, vector, vector, vector, 1e-6, dtype, dtype)
     elif case.kind == "add-layer-norm-bwd":
@@ -445,6 +447,7 @@ SUB_LAYERS = [
 # The tiles of the models' narrowest, middle and widest rows: in the middle, what holds most in registers.
 PASSES = [
     *(Pass(f"bias-gelu-{approximate}", 384) for approximate in ("none", "tanh")),
+    Pass("gelu-linear", 384),
     *(Pass("add-layer-norm-bwd", C) for C in (96, 384, 1536)),
     *(
         Pass(kind, C)

@@ -143,6 +143,7 @@ def decomposition_cases():
     image = r(1, 4, 4, 5), r(7, 5, 3, 3), r(7), r(7), r(7), r(1, 1, 4, 7), (2, 2), (2, 2), (2, 2), 1e-6
     yield OPS.block_aggregate_triton_fwd, (*image, False, True)
     yield OPS.bias_gelu_triton_fwd, (r(2, 3, 8), r(8), dtype, True)
+    yield OPS.gelu_linear_triton_fwd, (r(2, 3, 8), r(8), True, r(5, 8), r(5))
     yield OPS.add_layer_norm_triton_fwd, (*r(2, 2, 3, 8), r(2), r(8), r(8), r(8), 1e-6, dtype, dtype)
     yield OPS.layer_norm_mean_triton_fwd, (r(2, 3, 4, 8), r(8), r(8), 1e-6, dtype)
 

@@ -35,7 +35,7 @@ ALLOWED = {
 # kernel cuts its work has tests of its own.
 SHARED = {
     "frozen": {"ops._modes"},
-    "fusion": {"ops._layer", "ops._modes", "ops._tape"},
+    "fusion": {"ops._gelu_linear", "ops._layer", "ops._modes", "ops._tape"},
     "modules": {"ops._checks"},
     "nest": {"ops._checks"},
     "explanation": {"ops._plan"},

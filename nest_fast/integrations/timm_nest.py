@@ -74,8 +74,10 @@ class Nest(Fast, timm_nest.Nest):
 
 
 def _run_layers(level: Any, x: Tensor) -> Tensor:
-    encoder = level.transformer_encoder
-    return checkpoint_seq(encoder, x) if level.grad_checkpointing else fusion.run_layers(x, encoder, _KNOWN)
+    encoder, recomputed = level.transformer_encoder, level.grad_checkpointing
+    if not recomputed or recomputed == "gelu":  # as nest_fast.NesT has it
+        return fusion.run_layers(x, encoder, _KNOWN, keep_gelu=not recomputed)
+    return checkpoint_seq(encoder, x)
 
 
 def _padding(pool: Any) -> str:

@@ -128,7 +128,7 @@ def parameters(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple]], optio
     norm(weights["norm_weight"][0], weights["norm_bias"][0], x, "norm_")  # type: ignore[arg-type]
 
 
-def choice(name: str, value: object, expected: tuple[str, ...]) -> None:
+def choice(name: str, value: object, expected: tuple[object, ...]) -> None:
     if value not in expected:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, expected))}, got {value!r}")
 

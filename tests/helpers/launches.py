@@ -19,7 +19,7 @@ from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
-from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
+from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_linear_bwd
 from nest_fast.kernels.block_aggregate import block_aggregate_fwd
 from nest_fast.kernels.block_attention import block_attention_bwd, block_attention_fwd
 from nest_fast.kernels.layer_norm_mean import layer_norm_mean_bwd, layer_norm_mean_fwd
@@ -145,6 +145,13 @@ def bias_gelu_gradients(bias, programs):
     return Case(given, bias_gelu_bwd(*given, True, bias is not None)[:1], [programs])
 
 
+def gelu_linear_gradients():
+    """The kernel has x and bias; dout goes through a matmul first."""
+    given = (empty(5, 70, 136), empty(136))
+    grads = gelu_linear_bwd(empty(5, 70, 40), *given, True, empty(40, 136), [True] * 4)
+    return Case(given, grads[:1], [2 * 11])
+
+
 def layer_norm_mean(tokens, programs):
     given = (empty(3, tokens, 24), empty(24), empty(24))
     return Case(given, layer_norm_mean_fwd(*given, 1e-6, BF16), programs)
@@ -189,13 +196,6 @@ def mlp_layer(biases, norm_dtype=BF16):
     return Case(given, (out,), [2])
 
 
-def projection_mlp(biases, norm_dtype=BF16):
-    """As mlp_layer's."""
-    norm, proj = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(24, 24)
-    fc1, fc2 = empty(72, 24), empty(24, 72)
-    proj_bias, fc1_bias, fc2_bias = (empty(24), empty(72), empty(24)) if biases else (None, None, None)
-    given = (empty(3, 50, 24), empty(3, 50, 24), proj, proj_bias, *norm, fc1, fc1_bias, fc2, fc2_bias)
-    out = projection_mlp_fwd(*given[:4], 0.7, *norm, 1e-6, fc1, fc1_bias, biases, fc2, fc2_bias, 1.7)
 def mlp_layer_of_samples():
     given = (empty(3, 50, 24), empty(24), empty(24), empty(72, 24), empty(72), empty(24, 72), empty(24), empty(3))
     x, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias, samples = given
@@ -212,6 +212,13 @@ def mlp_layer_gradients(samples, mask, programs):
     return Case(given, grads[:1], programs)  # the others are summed of what a kernel wrote
 
 
+def projection_mlp(biases, norm_dtype=BF16):
+    """As mlp_layer's."""
+    norm, proj = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(24, 24)
+    fc1, fc2 = empty(72, 24), empty(24, 72)
+    proj_bias, fc1_bias, fc2_bias = (empty(24), empty(72), empty(24)) if biases else (None, None, None)
+    given = (empty(3, 50, 24), empty(3, 50, 24), proj, proj_bias, *norm, fc1, fc1_bias, fc2, fc2_bias)
+    out = projection_mlp_fwd(*given[:4], 0.7, *norm, 1e-6, fc1, fc1_bias, biases, fc2, fc2_bias, 1.7)
     return Case(given, (out,), [2])
 
 
@@ -268,6 +275,7 @@ CASES = {
     "bias_gelu_fwd, without bias": lambda: bias_gelu(None),
     "bias_gelu_bwd": lambda: bias_gelu_gradients(empty(136), 2 * 11),
     "bias_gelu_bwd, without bias": lambda: bias_gelu_gradients(None, 2 * 22),
+    "gelu_linear_bwd": gelu_linear_gradients,
     "layer_norm_mean_fwd": lambda: layer_norm_mean(100, [3]),
     "layer_norm_mean_fwd, in parts": lambda: layer_norm_mean(300, [9, 3]),
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
@@ -282,6 +290,10 @@ CASES = {
     "linear_fwd, by pointers": lambda: linear(empty(67), "gelu_tanh", 67),
     "mlp_layer_fwd": lambda: mlp_layer(True),
     "mlp_layer_fwd, without biases": lambda: mlp_layer(False, FP32),
+    "mlp_layer_fwd, of samples": mlp_layer_of_samples,
+    "mlp_layer_bwd": lambda: mlp_layer_gradients(None, [True] * 4, [2, 3]),
+    "mlp_layer_bwd, of samples": lambda: mlp_layer_gradients(empty(3), [True, False, True, False], [2, 3]),
+    "mlp_layer_bwd, of what is before fc1": lambda: mlp_layer_gradients(empty(3), [True, False, False, False], [2]),
     "projection_mlp_fwd": lambda: projection_mlp(True),
     "projection_mlp_fwd, without biases": lambda: projection_mlp(False, FP32),
     "norm_pool_fwd": lambda: norm_pool(True, True),
@@ -290,10 +302,6 @@ CASES = {
     "block_aggregate_fwd, training": aggregate,
 }
 
-    "mlp_layer_fwd, of samples": mlp_layer_of_samples,
-    "mlp_layer_bwd": lambda: mlp_layer_gradients(None, [True] * 4, [2, 3]),
-    "mlp_layer_bwd, of samples": lambda: mlp_layer_gradients(empty(3), [True, False, True, False], [2, 3]),
-    "mlp_layer_bwd, of what is before fc1": lambda: mlp_layer_gradients(empty(3), [True, False, False, False], [2]),
 
 # --- what arrived -----------------------------------------------------------------------------------------------------
 
