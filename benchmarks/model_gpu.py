@@ -2,10 +2,10 @@
 
     python benchmarks/model_gpu.py [--layers] [--beside RUN.json]
 
-Every kernel of a forward pass has its bytes, its FLOPs and, where it is ours, the warp instructions that the compiled
-kernel executes (tests/kernel_resources.json: what stands in its loop counts as often as it is run). From these and
-the GPU's rates follow microseconds, img/s of the models, and, for what others have measured, a predicted time beside
-theirs: how far the model may be trusted.
+Every kernel of a forward pass, and of a layer's training step, has its bytes, its FLOPs and, where it is ours, the warp
+instructions that the compiled kernel executes (tests/kernel_resources.json: what stands in its loop counts as often as
+it is run). From these and the GPU's rates follow microseconds, img/s of the models, and, for what others have measured,
+a predicted time beside theirs: how far the model may be trusted.
 
 The rules, in seconds, and what they were fitted to:
 
@@ -162,6 +162,43 @@ class Compiled:
         config = candidates[row.get("candidate", 0)]
         return _with_loop(row, 4 * C / config.tile_h) * rows / config.tile_rows, config.tile_rows
 
+    def over_rows(self, case: str, kernel: str, rows: float, tile_rows: Callable[[int], int]) -> float:
+        """Its loop walks over the tiles of rows that a program has; of candidate n so many rows each."""
+        row = self.of(case, kernel)
+        return row["in loop"] * row["warps"] * math.ceil(rows / tile_rows(row.get("candidate", 0)))
+
+    def layer_norm_backward(self, rows: float, C: int) -> float:
+        """As :meth:`layer_norm`; the middle width is compiled, too."""
+        width = min((96, 384, 1536), key=lambda width: abs(width - C))
+        tiles = _configs.layer_norm("add_layer_norm_bwd", C)
+        case = f"add-layer-norm-bwd-C{width}-bf16"
+        return self.over_rows(case, "add_layer_norm_bwd", rows, lambda n: tiles[n]["TILE_ROWS"])
+
+    def gelu_backward(self, values: float, case: str) -> float:
+        tiles = _configs.bias_gelu("bwd", 384)
+        rows = values / tiles[0]["TILE_C"]
+        return self.over_rows(f"{case}-C384-bf16", "bias_gelu_bwd", rows, lambda n: tiles[n]["TILE_ROWS"])
+
+    def attention_backward(self, sequences: float, N: int) -> float:
+        """As :meth:`attention`: the loop is over the whole tiles of keys."""
+        row = self.of("bwd-N196-d32-bf16", "block_attention_bwd")
+        table = _configs.ATTENTION["bwd", _configs.row_architecture(self.architectures[0]), "half"]
+        fit = [one.config for one in table if min(one.queries, one.keys) >= 196 and one.head_dim >= 32]
+        trips, _ = tiles_and_tail(196, fit[row.get("candidate", 0)].block_n)
+        return _with_loop(row, trips) * sequences * (N / 196) ** 2
+
+    def mlp_rows_backward(self, rows: float, C: int) -> tuple[float, int]:
+        """As :meth:`mlp`."""
+        candidates = _layer_configs.mlp_layer_bwd_rows(C, self.architectures[0])
+        return self._over_hidden(f"mlp-train-C{C}-bf16", "mlp_layer_bwd_rows", candidates, rows, C)
+
+    def mlp_weights_backward(self, rows: float, C: int) -> tuple[float, int]:
+        """Its loop walks over rows; and how many programs share them."""
+        candidates = _layer_configs.mlp_layer_bwd_weights(C, self.architectures[0])
+        case, kernel = f"mlp-train-C{C}-bf16", "mlp_layer_bwd_weights"
+        slabs = math.ceil(4 * C / candidates[self.of(case, kernel).get("candidate", 0)].tile_h)
+        return self.over_rows(case, kernel, rows, lambda n: candidates[n].tile_rows) * slabs, slabs
+
     def linear(self, kind: str, rows: float, C: int, out: int) -> tuple[float, int]:
         """Its loop walks over the columns of the result; and how many rows a program has."""
         row = self.of(f"{kind}-C{C}-bf16", "linear_rows")
@@ -305,6 +342,73 @@ def projection_mlp(level: Level, batch: int, compiled: Compiled) -> Work:
     instructions, rows = compiled.projection_mlp(M, C)
     again = HALF * 9 * C * C * M / rows
     return Work("projection_mlp", "kernel", 3 * x, 18 * C * C * M, instructions, 4 * C * M, again)
+
+
+# --- and where it is trained ------------------------------------------------------------------------------------------
+
+
+def gradients_of(name: str, M: float, K: float, N: float) -> Iterator[Work]:
+    """Of a matmul: of its input and of its weight, which is as much work each."""
+    yield matmul(f"{name}'s input", M, N, K)
+    yield matmul(f"{name}'s weight", M, K, N)
+
+
+def train_chain(level: Level, batch: int, compiled: Compiled, keep_gelu: bool = True) -> Iterator[Work]:
+    """A training step of a layer of :func:`chain`; where the activation is not kept, the GELU's gradient writes it."""
+    C, M = level.C, batch * level.tokens
+    x = HALF * C * M
+    yield from chain(level, batch, compiled)
+    yield from gradients_of("fc2", M, 4 * C, C)
+    case, units = ("bias-gelu-none", 12) if keep_gelu else ("gelu-linear", 16)
+    instructions = compiled.gelu_backward(4 * C * M, case)
+    yield Work("bias_gelu, backward", "pass", units * x, instructions=instructions)
+    yield from gradients_of("fc1", M, C, 4 * C)
+    norm = Work("add_layer_norm, backward", "pass", 4 * x, instructions=compiled.layer_norm_backward(M, C))
+    yield norm
+    yield from attention_gradients(level, batch, compiled)
+    yield norm
+
+
+def attention_gradients(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """Of qkv, attention and projection."""
+    C, M, N = level.C, batch * level.tokens, level.N
+    x, sequences = HALF * C * M, M / level.N * C / 32
+    yield from gradients_of("projection", M, C, C)
+    instructions = compiled.attention_backward(sequences, N)
+    name, flops = "block_attention, backward", 10 * N**2 * 32 * sequences
+    yield Work(name, "kernel", 8 * x, flops, instructions, N**2 * sequences)
+    yield from gradients_of("qkv", M, C, 3 * C)
+
+
+def train_one_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """A training step where the MLP sub-layer is a kernel, and two backward, which know its input alone."""
+    C, M = level.C, batch * level.tokens
+    x = HALF * C * M
+    yield from with_one_mlp(level, batch, compiled)
+    instructions, rows = compiled.mlp_rows_backward(M, C)
+    again = HALF * 8 * C * C * M / rows
+    name = "mlp_layer, backward, rows"
+    yield Work(name, "kernel", 4 * x, 24 * C * C * M, instructions, 8 * C * M, again)
+    instructions, slabs = compiled.mlp_weights_backward(M, C)
+    name = "mlp_layer, backward, weights"
+    yield Work(name, "kernel", 2 * x, 32 * C * C * M, instructions, 8 * C * M, 2 * x * (slabs - 1))
+    yield from attention_gradients(level, batch, compiled)
+    yield Work("LayerNorm, backward", "pass", 3 * x, instructions=compiled.layer_norm_backward(M, C))
+    yield Work("sum of two gradients", "pass", 3 * x)
+
+
+def train_times() -> list[list[str]]:
+    """Microseconds, and the parts that the forward, the MLP's gradients and the attention's have of them."""
+    lines = []
+    for level in (*MODELS["NesT-T"], *MODELS["NesT-B"]):
+        times = []
+        for gpu in GPUS.values():
+            compiled = Compiled(gpu.architecture)
+            each = [seconds(work, gpu) for work in train_chain(level, BATCH, compiled)]
+            parts = sum(each[:8]), sum(each[8:14]), sum(each[14:])
+            times.append(f"{sum(each) * 1e6:.0f} ({' + '.join(f'{part * 1e6:.0f}' for part in parts)})")
+        lines.append([f"C = {level.C}", *times])
+    return lines
 
 
 def gains(before: Callable, after: Callable, channels: Container[int]) -> list[list[str]]:
@@ -472,6 +576,15 @@ def main() -> None:
         ):
             print(f"\nPredicted gain of projection_mlp's kernel{what}, for the whole layer.\n")
             print(markdown([["level", *GPUS], *gains(with_one_mlp, design, range(129))]))
+        print(
+            "\nPredicted microseconds of a layer's training step, in parts (forward + MLP's gradients + attention's).\n"
+        )
+        print(markdown([["level", *GPUS], *train_times()]))
+        print("\nPredicted gain of mlp_layer's kernels with gradients, for the whole layer's training step.\n")
+        print(markdown([["level", *GPUS], *gains(train_chain, train_one_mlp, range(129))]))
+        print("\nPredicted gain where no activation is kept, for the whole layer's training step.\n")
+        again = functools.partial(train_chain, keep_gelu=False)
+        print(markdown([["level", *GPUS], *gains(train_chain, again, range(513))]))
     if args.beside is not None:
         measured = beside(load(args.beside))
         print("\nMeasured, beside what is predicted for nest_fast's chain of kernels.\n")
