@@ -59,6 +59,7 @@ MLP: dict[tuple[int, str], list[tuple[int, MlpConfig]]] = {
     ],
     (100, "half"): [
         (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
+        (256, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=128)),
         (256, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
     ],
 }
