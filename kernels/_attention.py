@@ -141,7 +141,8 @@ def store_keys(x, index, n, value, SPEC: tl.constexpr):
 
 # --- q and k as they are multiplied: of cosines every row has a length ------------------------------------------------
 
-# A scale is a number; of cosines, when that is 1, one for each head (heads,), or None; and where their gradients go.
+# A scale is a number; of cosines, when that is 1, one for each head (heads,), or None; and where their gradients, those
+# of each query (B, T, heads, N), go.
 # 1e-12 is the shortest vector that F.normalize makes long.
 _SHORTEST = tl.constexpr(1e-24)
 
@@ -192,17 +193,15 @@ def scaled_keys(x, index, n, scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_dqueries(dx, x, index, m, dquery, scale, SPEC: tl.constexpr):
-    """Store the gradient of x at queries m, which scaled_queries gave, of its products with keys; returns that of the
-    length, summed, or 0."""
-    dlength = 0.0
+def store_dqueries(dx, x, index, sequence, m, dquery, scale, SPEC: tl.constexpr):
+    """Store the gradient of x at queries m, which scaled_queries gave, and that of their length."""
     if scale[1] is not None:
-        dquery, each = _length_gradients(load_queries(x, index, m, SPEC), dquery, _length(scale, index))
-        dlength = tl.sum(each, 0)
+        dquery, dlength = _length_gradients(load_queries(x, index, m, SPEC), dquery, _length(scale, index))
+        # A number each: their sum here, of a vector in tensor memory's layout, Triton 3.7 does not compile for sm_100.
+        tl.store(scale[2] + sequence * SPEC.N + m, dlength, mask=m < SPEC.N)
     else:
         dquery *= scale[0]
     store_queries(dx, index, m, dquery, SPEC)
-    return dlength
 
 
 @triton.jit

@@ -105,9 +105,7 @@ def block_attention_dq_stream_kernel(
         dp = dot(d, tl.trans(load_keys(v, index, n, SPEC)), None, SPEC.TF32)
         ds = softmax_weights(s, factor, lse, key.dtype, SPEC) * (dp - delta[:, None])
         acc = dot(round_to(ds, key.dtype), key, acc, SPEC.TF32)
-    dlength = store_dqueries(dq, q, index, m, acc, scale, SPEC)
-    if scale[1] is not None:
-        tl.store(scale[2] + tl.program_id(0), dlength)
+    store_dqueries(dq, q, index, sequence, m, acc, scale, SPEC)
 
 
 @triton.jit

@@ -191,11 +191,9 @@ def _block_attention_bwd_kernel(
         dqs = _tile_of_keys(
             i * BLOCK_N, BLOCK_N, held, dqs, (k, v), (dk, dv), index, addends, scale, SPEC, QUERY_PIECES
         )  # fmt: skip
-    dlength = 0.0
     for i in tl.static_range(len(QUERY_PIECES)):
-        dlength += store_dqueries(dq, q, index, piece(QUERY_PIECES, i), dqs[i], scale, SPEC)
-    if scale[1] is not None:
-        tl.store(scale[2] + tl.program_id(0), dlength)
+        m = piece(QUERY_PIECES, i)
+        store_dqueries(dq, q, index, tl.program_id(0).to(tl.int64), m, dqs[i], scale, SPEC)
 
 
 @triton.jit(do_not_specialize=["blocks", "splits"])
@@ -362,12 +360,11 @@ def block_attention_bwd(
     if dpads is not None and given.pads:
         padding = k.new_empty((2, given.B, 1, given.pads, *k.shape[3:]))
     dkv = (view(dk), view(dv)) if padding is None else (view(dk, padding[0]), view(dv, padding[1]))
+    # Of the gradient of a head's scale each query has a part.
+    each = None if scales is None else torch.empty(given.lse[:4], dtype=torch.float32, device=q.device)
+    rest = (added, scales_of(scale, scales, each), given.blocks)
 
     def run(config, start):
-        # Of the gradient of a head's scale each program that has queries of it leaves a part.
-        tiles = 1 if config.resident == "queries" else cdiv(given.queries, config.block_m)
-        parts = None if scales is None else torch.empty((programs, tiles), dtype=torch.float32, device=q.device)
-        rest = (added, scales_of(scale, scales, parts), given.blocks)
         if config.resident == "queries":
             start(
                 _block_attention_bwd_kernel, programs,
@@ -375,21 +372,20 @@ def block_attention_bwd(
                 SPEC=spec, QUERY_PIECES=_pieces(given.queries, config.block_m), BLOCK_N=config.block_n,
                 N_TILES=tiles_and_tail(given.N, config.block_n), **_options(config),
             )  # fmt: skip
-            return parts
+            return
         delta = torch.empty(given.lse[:4], dtype=torch.float32, device=q.device)
         constants = {"SPEC": spec, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_options(config)}
         start(
-            block_attention_dq_stream_kernel, programs * tiles,
+            block_attention_dq_stream_kernel, programs * cdiv(given.queries, config.block_m),
             dout_view, qkv, out_view, (lse, delta), view(dq), *rest, **constants,
         )  # fmt: skip
         start(
             block_attention_dkv_stream_kernel, programs * cdiv(given.N, config.block_n),
             dout_view, qkv, (lse, delta), dkv, *rest, **constants,
         )  # fmt: skip
-        return parts
 
-    parts = launch(_configs.attention, ("bwd", spec, q.dtype, *kinds(added, scales, qkv[1], *dkv)), q, run)
-    dscales = None if parts is None else parts.unflatten(0, (-1, given.per_block)).sum((0, 2))
+    launch(_configs.attention, ("bwd", spec, q.dtype, *kinds(added, scales, qkv[1], *dkv)), q, run)
+    dscales = None if each is None else each.sum((0, 1, 3))
     if dpads is not None and padding is not None:
         dpads = sum_pads(padding, dpads)
     if dbias is None:
