@@ -153,7 +153,11 @@ from nest_fast.ops import _extension
 assert "blocked for the test" in _extension.cpu_error or "not built" in _extension.cpu_error
 assert not torch.cuda.is_initialized()
 model = nest_fast.NesT(img_size=16, num_levels=2, patch_size=2, embed_dims=32, num_heads=1, depths=1, num_classes=3)
-assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+images = torch.randn(2, 3, 16, 16)
+assert model(images).shape == (2, 3)
+model.eval()
+with torch.no_grad():
+    assert torch.equal(model(images), model(images))
 try:
     nest_fast.block_attention(*torch.randn(3, 1, 1, 4, 1, 32), impl="cpp")
 except RuntimeError as error:

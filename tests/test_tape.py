@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import os
 import weakref
 
 import pytest
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import nest_fast
 from helpers import twins
+from helpers.common import CPP_ISA, run_python
 from helpers.pretend_gpu import pretend_gpu
 from nest_fast import fusion, modules
 from nest_fast.ops import _tape, _tuned
@@ -32,8 +34,10 @@ KINDS = {torch.float32: LAYERS, torch.float16: len(SMALLER["depths"])}
 
 
 @pytest.fixture(autouse=True)
-def no_tapes():
+def no_tapes(monkeypatch):
+    """And what is seen for the first time is written down, too."""
     _tape.TAPES.clear()
+    monkeypatch.setattr(_tape, "is_new", lambda key: False)
 
 
 @pytest.fixture
@@ -279,12 +283,40 @@ def test_a_tensor_that_was_given_twice_is_not_taken_for_one():
     assert torch.equal(_tape.again("key", (x, y), lambda: x.add(y)), x + y)
 
 
+def test_what_is_seen_once_is_not_written_down(monkeypatch):
+    """Images of ever other sizes cost nothing but a key, of which only so many are remembered."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_tape, "MAX_SEEN", 2)
+    _tape.SEEN.clear()
+    counts = []
+    for key in (1, 1, 2, 3, 4, 2, 4):
+        _tape.again(key, (torch.randn(2),), lambda: torch.empty(2))
+        counts.append((len(_tape.TAPES), len(_tape.SEEN)))
+    assert counts == [(0, 1), (1, 0), (1, 1), (1, 2), (1, 2), (1, 2), (2, 1)]
+
+
 def test_there_are_only_so_many(monkeypatch):
     monkeypatch.setattr(_tape, "MAX_TAPES", 3)
     for key, _ in itertools.product(range(5), range(2)):
         x = torch.full((2,), float(key))
         assert torch.equal(_tape.again(key, (x,), lambda x=x: x.add(1)), x + 1)
     assert len(_tape.TAPES) == 3
+
+
+def test_a_cpu_needs_no_triton_for_it():
+    code = """
+import sys, torch, nest_fast
+from nest_fast.ops import _tape
+model = nest_fast.NesT(img_size=16, num_levels=2, patch_size=2, embed_dims=32, num_heads=1, depths=1).eval()
+images = torch.randn(2, 3, 16, 16)
+with torch.no_grad():
+    assert torch.equal(model(images), model(images))
+print(sum(tape is not None for tape in _tape.TAPES.values()), "triton" in sys.modules)
+"""
+    assert run_python("-c", code, env={**os.environ, "TRITON_INTERPRET": "0"}).split() == [
+        "4" if CPP_ISA else "2",
+        "False",
+    ]
 
 
 def test_a_tape_keeps_no_tensor():

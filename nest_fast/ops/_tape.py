@@ -2,13 +2,15 @@
 
 An eager layer of a few images waits for Python: the questions that lead to a kernel cost several times its launch.
 Where all answers are known to be what they were, a :class:`torch.fx.Graph` of PyTorch's functions and of launches
-stands in for the function. It is written by calling the function once, as it is: only of calls whose outputs depend on
-nothing but their arguments, and only of tensors that were given or made on the way; of anything else there is no tape.
+stands in for the function. It is written by calling the function once more, as it is: only of calls whose outputs
+depend on nothing but their arguments, and only of tensors that were given or made on the way; of anything else there is
+no tape. Writing takes some milliseconds, so nothing is written that is seen for the first time.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -19,13 +21,15 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from nest_fast.ops import _modes, _tuned
+from nest_fast.ops import _extension, _modes, _tuned
 
 __all__ = ["again", "call", "modes"]
 
 MAX_TAPES = 1024  # after which no more are written: some 10 KB each
 # By key; None: what was done could not be written down.
 TAPES: dict[Hashable, Callable[..., Any] | None] = {}
+MAX_SEEN = 4096  # of which the oldest is forgotten
+SEEN: dict[Hashable, None] = {}  # keys that were asked for once
 _ORDINARY = frozenset((Tensor, nn.Parameter))
 _written = -1  # at this _tuned.age()
 
@@ -94,7 +98,7 @@ def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[],
     Args:
         key: all that it depends on beside tensors, :func:`modes` included.
         tensors: those that it reads, on the current device.
-        compute: called the first time, and where it does what cannot be written down.
+        compute: called the first two times, and where it does what cannot be written down.
     """
     global _written
     if _written != _tuned.age():
@@ -104,15 +108,27 @@ def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[],
     tape = TAPES.get(key, compute)
     if tape is not None and tape is not compute:
         return tape(*tensors)
-    if tape is None or len(TAPES) >= MAX_TAPES:
+    if tape is None or len(TAPES) >= MAX_TAPES or is_new(key):
         return compute()
     recorder = _Recorder(tensors)
     with recorder:
-        out = recorder.launches(compute)
+        out = recorder.launches(compute, tensors[0] is not None and tensors[0].is_cuda)
     TAPES[key] = recorder.tape(out)
     return out
 
 
+def is_new(key: Hashable) -> bool:
+    """Whether it is asked for the first time, or was not for long."""
+    if key in SEEN:
+        del SEEN[key]
+        return False
+    if len(SEEN) >= MAX_SEEN:
+        SEEN.pop(next(iter(SEEN)), None)
+    SEEN[key] = None
+    return True
+
+
+_LAUNCHES = "nest_fast.kernels._launch"
 _DTYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 
 
@@ -161,8 +177,12 @@ class _Recorder(TorchFunctionMode):
             self.is_whole = False
         return out
 
-    def launches(self, compute: Callable[[], Any]) -> Any:
-        """``compute()``, whose launches are written down, too."""
+    def launches(self, compute: Callable[[], Any], on_gpu: bool) -> Any:
+        """``compute()``, whose launches are written down, too; Triton is imported for a GPU only."""
+        if not (_extension.has_triton and (on_gpu or _LAUNCHES in sys.modules)):
+            out = compute()
+            self.is_whole &= _LAUNCHES not in sys.modules
+            return out
         from nest_fast.kernels import _launch
 
         with _launch.recorded(lambda launch, args: self.write(launch, args, {}, None)):
