@@ -198,6 +198,7 @@ ATTENTION: dict[tuple[str, int, str], list[AttentionRow]] = {
         _row(queries=16, keys=16, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=4, resident=None),
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=4, resident=None),
+        _row(queries=ANY, keys=ANY, head_dim=128, block_m=32, block_n=32, num_warps=2, resident=None),
     ],
     ("dbias", 80, "ieee"): [
         _row(queries=ANY, keys=ANY, head_dim=128, block_m=16, block_n=16, num_warps=8, resident=None),
@@ -342,6 +343,7 @@ AGGREGATION: dict[tuple[int, str], list[AggregationRow]] = {
     (80, "ieee"): [
         _channels(512, tile_pixels=32, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
         _channels(512, tile_pixels=16, tile_k=16, tile_c=128, num_stages=2, maxnreg=255),
+        _channels(512, tile_pixels=32, tile_k=16, tile_c=64, num_stages=2, maxnreg=255),
     ],
     (90, "half"): [
         _channels(192, tile_pixels=128, tile_k=32, tile_c=128, num_stages=3),

@@ -100,6 +100,7 @@ MLP_BWD_ROWS: dict[int, list[tuple[int, MlpConfig]]] = {
         (96, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2, tile_c=32)),
         (128, MlpConfig(tile_rows=128, tile_h=64, num_warps=8, num_stages=2)),
         (128, MlpConfig(tile_rows=128, tile_h=32, num_warps=8, num_stages=2, tile_c=32)),
+        (128, MlpConfig(tile_rows=64, tile_h=32, num_warps=4, num_stages=2)),
     ],
 }
 MLP_BWD_WEIGHTS: dict[int, list[tuple[int, MlpConfig]]] = {

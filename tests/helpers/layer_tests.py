@@ -97,15 +97,20 @@ def test_repeats_bit_by_bit(isa, layer):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_stays_inside_its_buffers(isa, layer, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [*((dtype, None) for dtype in DTYPES.values()), (torch.float32, torch.bfloat16)],
+    ids=[*DTYPES, "fp32 under autocast"],
+)
+def test_stays_inside_its_buffers(isa, layer, dtype, autocast):
     function, tensors, options = layer
     tensors = [t.to(dtype) for t in tensors]
     dout = torch.randn_like(tensors[0])
     results = []
     for where in (guarded, torch.clone):
         leaves = [where(t).requires_grad_() for t in tensors]
-        out = function(*leaves, **options, impl="cpp")
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = function(*leaves, **options, impl="cpp")
         results.append((out, *torch.autograd.grad(out, leaves, where(dout))))
     assert all(map(torch.equal, *results))
     assert not any(x.isnan().any() for x in results[0])
