@@ -76,7 +76,7 @@ def layer() -> dict[str, Peers]:
     ops["add_layer_norm"].choose_pass = ops["bias_gelu"].choose_pass = _as_on_a_gpu
     attention = ops["block_attention"].BACKENDS["triton"]
     ops["block_attention"].choose = lambda given: _as_on_a_gpu("", attention, given)
-    ops["linear"].choose = lambda given: "reference"
+    ops["linear"].choose = lambda given: "parts"
     fusion.run_layers(x, layers, modules.KNOWN)
     launched = {table.__name__ for table, *_ in _launch.CHOSEN}
     assert launched >= {"layer_norm", "attention", "bias_gelu"}, f"not chained: {launched}"

@@ -83,6 +83,20 @@ def test_no_kernel_is_left_out():
     assert set(launches()["variants"]) == decorated
 
 
+def test_the_benchmark_of_host_time_goes_the_way_of_a_gpu():
+    """It puts choices in the place of what asks for a GPU, and says so where a layer is not chained."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import host_time
+host_time.ROUNDS = host_time.CALLS = 1
+host_time.main()
+"""
+    times = json.loads(run_python("-c", code, env={**os.environ, "TRITON_INTERPRET": "0"}))
+    assert set(times) == {"layer", "add_layer_norm", "bias_gelu", "block_attention", "layer_norm_mean"}
+    assert all(len(rounds) == 1 for peers in times.values() for rounds in peers.values())
+
+
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
