@@ -292,15 +292,17 @@ def mlp_layer_bwd(
     wanted = wants_dx, wants_weights, wants_weights and sample_scale is not None
     dx, normed, dbranch = (empty(want, *x.shape, dtype=x.dtype) for want in wanted)
 
+    def compiled_in(config):
+        spec = Spec(C, _pieces(C, config.tile_c), hidden, formula)
+        tile = Tile(config.tile_rows, config.tile_h, config.num_stages, False)
+        return {"SPEC": spec, "TILE": tile, "num_warps": config.num_warps}
+
     def of_rows(config, start):
         programs = cdiv(rows, config.tile_rows)
         sums = empty(wants_dx, programs, 2, C), empty(wants_dbias2, programs, C)
-        spec = Spec(C, _pieces(C, config.tile_c), hidden, formula)
-        tile = Tile(config.tile_rows, config.tile_h, config.num_stages, False)
         start(
             _mlp_layer_bwd_rows_kernel, programs,
-            dout, x, norm, fc1, fc2_weight, scale, (dx, normed, dbranch), sums, rows,
-            SPEC=spec, TILE=tile, num_warps=config.num_warps,
+            dout, x, norm, fc1, fc2_weight, scale, (dx, normed, dbranch), sums, rows, **compiled_in(config),
         )  # fmt: skip
         return sums
 
@@ -314,12 +316,10 @@ def mlp_layer_bwd(
             empty(wants_dfc1, stripes, hidden),
             empty(wants_dfc2, stripes, C, hidden),
         )
-        spec = Spec(C, _pieces(C, config.tile_c), hidden, formula)
-        tile = Tile(config.tile_rows, config.tile_h, config.num_stages, False)
         start(
             _mlp_layer_bwd_weights_kernel, stripes * slabs,
             dout if dbranch is None else dbranch, normed, fc1, fc2_weight, scale.factor, sums, rows, each,
-            SPEC=spec, TILE=tile, num_warps=config.num_warps,
+            **compiled_in(config),
         )  # fmt: skip
         return sums
 

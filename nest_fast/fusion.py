@@ -41,6 +41,7 @@ from nest_fast.ops._layer import add_branch
 from nest_fast.ops._modes import TENSORS, autocast_dtype, is_eager, under_autocast, wants_gradients
 from nest_fast.ops.attention_layer import attended
 from nest_fast.ops.attention_layer import chosen as chosen_attention
+from nest_fast.ops.bias_gelu import approximation
 from nest_fast.ops.linear import linear_gelu
 from nest_fast.ops.mlp_layer import chosen as chosen_mlp
 from nest_fast.ops.projection_mlp import chosen as chosen_projection
@@ -614,6 +615,11 @@ def _kept_scale(half: Half) -> float:
     return 1.0 / keep if keep > 0.0 and getattr(half.path, "scale_by_keep", True) else 1.0
 
 
+def _sample_scale(x: Tensor, half: Half) -> Tensor | None:
+    """``(B,)``, the factor of each sample's branch, drawn anew; None where none is dropped."""
+    return _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
+
+
 def _head_major(proj_weight: Tensor, options: Attention) -> Tensor:
     """The weight for a head-major input: reordering its columns costs far less than reordering every token."""
     return head_minor_to_major(proj_weight, options.num_heads) if options.head_minor else proj_weight
@@ -719,15 +725,14 @@ def chained(x: Tensor, layers: Iterable[Sequence[Half]], keep_gelu: bool = True)
     modes, keep_gelu = _tape.modes(x), keep_gelu or not torch.is_grad_enabled()
     # In which the matmul after each pass wants its input.
     dtype = autocast_dtype(x) if under_autocast(x) else None
-    with torch.cuda.device_of(x):
-        for pair in layers:
-            compute = partial(chained_layer, state, pair, dtype, keep_gelu)
-            if modes is None or any(map(_drop_rate, pair)):
-                state = compute()
-                continue
-            first, second = pair
-            key = modes, first.settings(), second.settings()
-            state = _tape.again(key, [*state, *first.tensors(), *second.tensors()], compute)
+    for pair in layers:
+        compute = partial(chained_layer, state, pair, dtype, keep_gelu)
+        if modes is None or any(map(_drop_rate, pair)):
+            state = compute()
+            continue
+        first, second = pair
+        key = modes, first.settings(), second.settings()
+        state = _tape.again(key, [*state, *first.tensors(), *second.tensors()], compute)
     return _sum(*state)
 
 
@@ -746,8 +751,9 @@ def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | No
     for half, given in zip(pair, weights, strict=True):
         impl = chosen(x, half, given)
         if impl == "triton":
-            own = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else 1.0
-            x, branch, scale = _operation(_sum(x, branch, scale), half, own, impl), None, None
+            own = _sample_scale(x, half)
+            x = _operation(_sum(x, branch, scale), half, 1.0 if own is None else own, impl)
+            branch = scale = None
             continue
         norm = half.norm
         if branch is None:
@@ -757,7 +763,7 @@ def chained_layer(state: _Chained, pair: Sequence[Half], dtype: torch.dtype | No
                 x, branch, norm.weight, norm.bias, branch_scale=scale, eps=norm.eps, normed_dtype=dtype
             )
         branch = _branch(y, half, dtype, keep_gelu)
-        scale = _kept(x, half).mul_(_kept_scale(half)) if _drop_rate(half) else None
+        scale = _sample_scale(x, half)
     return x, branch, scale
 
 
@@ -801,6 +807,6 @@ def _branch(y: Tensor, half: Half, dtype: torch.dtype | None, keep_gelu: bool) -
         return attend(y, body, half.written.options(body), half.known)  # type: ignore[misc]
     fc1, fc2, activation = body.fc1, body.fc2, _activation(body.act, half)
     if not keep_gelu:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        return gelu_linear(F.linear(y, fc1.weight), fc1.bias, fc2.weight, fc2.bias, approximate=approximate)
+        hidden = F.linear(y, fc1.weight)
+        return gelu_linear(hidden, fc1.bias, fc2.weight, fc2.bias, approximate=approximation(activation))
     return F.linear(linear_gelu(y, fc1.weight, fc1.bias, activation, dtype), fc2.weight, fc2.bias)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from nest_fast.ops import _backends, _flops, _modes
-from nest_fast.ops._backends import Backend
+from nest_fast.ops import _flops, _modes
 from nest_fast.ops._register import nothing_like, operation
-from nest_fast.ops.bias_gelu import bias_gelu
+from nest_fast.ops.bias_gelu import BACKENDS, bias_gelu
 
 __all__ = ["gelu_linear"]
-
-_BACKEND = Backend("triton", _backends.TRITON_PASS)
 
 
 def gelu_linear(
@@ -29,7 +26,7 @@ def gelu_linear(
         weight, weight_bias: ``(out, C)`` and ``(out,)`` or None; in x's dtype, as autocast has them.
         approximate: "none" or "tanh".
     """
-    if not (_modes.wants_gradients((x, bias, weight, weight_bias)) and _BACKEND.can((x, bias))):
+    if not (_modes.wants_gradients((x, bias, weight, weight_bias)) and BACKENDS["triton"].can((x, bias))):
         return F.linear(bias_gelu(x, bias, approximate=approximate, dtype=x.dtype), weight, weight_bias)
     weights = (each if each is None else each.to(x.dtype) for each in (weight, weight_bias))
     return _TRITON(x, bias, approximate == "tanh", *weights)

@@ -84,20 +84,15 @@ def call(function: Callable[..., Any], x: Tensor, *tensors: Tensor | None, **opt
             given += option.values()
         else:
             settings.append(option)
-    key = on, function, *options, *settings
-    compute = partial(function, x, *tensors, **options)
-    if not x.is_cuda:
-        return again(key, given, compute)
-    with torch.cuda.device_of(x):
-        return again(key, given, compute)
+    return again((on, function, *options, *settings), given, partial(function, x, *tensors, **options))
 
 
-def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
+def again(key: Hashable, tensors: Sequence[Any], compute: Callable[[], Any]) -> Any:
     """``compute()``: a tensor, or a tuple of them and of None, made of ``tensors``.
 
     Args:
         key: all that it depends on beside tensors, :func:`modes` included.
-        tensors: those that it reads, on the current device.
+        tensors: those that it reads, and None; the first is one, whose device launches are for.
         compute: called the first two times, and where it does what cannot be written down.
     """
     global _written
@@ -105,14 +100,15 @@ def again(key: Hashable, tensors: Sequence[Tensor | None], compute: Callable[[],
         TAPES.clear()
         _written = _tuned.age()
     key = key, *map(_kind, tensors)
-    tape = TAPES.get(key, compute)
-    if tape is not None and tape is not compute:
-        return tape(*tensors)
-    if tape is None or len(TAPES) >= MAX_TAPES or is_new(key):
+    tape = TAPES.get(key)
+    if tape is not None:
+        with torch.cuda.device_of(tensors[0]):
+            return tape(*tensors)
+    if key in TAPES or len(TAPES) >= MAX_TAPES or is_new(key):
         return compute()
     recorder = _Recorder(tensors)
     with recorder:
-        out = recorder.launches(compute, tensors[0] is not None and tensors[0].is_cuda)
+        out = recorder.launches(compute, tensors[0].is_cuda)
     TAPES[key] = recorder.tape(out)
     return out
 

@@ -12,7 +12,7 @@ from nest_fast.ops import _backends, _checks, _tuned
 from nest_fast.ops._backends import Backend, choose_pass
 from nest_fast.ops._register import nothing_like, operation
 
-__all__ = ["bias_gelu"]
+__all__ = ["approximation", "bias_gelu"]
 
 IMPLS = ("auto", "reference", "triton")
 APPROXIMATIONS = ("none", "tanh")
@@ -60,6 +60,11 @@ def bias_gelu(
     if dtype is None:
         dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
     return _TRITON(x, bias, dtype, approximate == "tanh")
+
+
+def approximation(activation: str) -> str:
+    """What ``approximate`` is of an activation "gelu" or "gelu_tanh"."""
+    return "tanh" if activation == "gelu_tanh" else "none"
 
 
 def _check(x: Tensor, bias: Tensor | None, approximate: str, dtype: torch.dtype | None, impl: str) -> None:

@@ -13,7 +13,7 @@ from nest_fast import reference
 from nest_fast.ops import _backends, _checks, _flops, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
-from nest_fast.ops.bias_gelu import bias_gelu
+from nest_fast.ops.bias_gelu import approximation, bias_gelu
 
 __all__ = ["add_linear", "linear", "linear_gelu"]
 
@@ -190,8 +190,7 @@ def linear_gelu(
 
 
 def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None) -> Tensor:
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return bias_gelu(F.linear(x, weight), bias, approximate=approximate, dtype=dtype)
+    return bias_gelu(F.linear(x, weight), bias, approximate=approximation(activation), dtype=dtype)
 
 
 def add_linear(
