@@ -164,7 +164,7 @@ def _attention_layer(
 ) -> tuple[Tensor, ...]:
     numbers, tokens, heads, kv_heads, scale, branch_scale, training, *_ = rest  # nothing is packed in a program
     C, windows = x.shape[1], reference.Windows.of_numbers(numbers)
-    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
+    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
     if windows is None:
         y = y.reshape(-1, 1, tokens, C)
     else:
@@ -190,7 +190,7 @@ def _mlp_layer(
     x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, *rest
 ) -> tuple[Tensor, ...]:
     branch_scale, training, *_ = rest
-    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
+    y = x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
     hidden = F.linear(y, fc1_weight, fc1_bias)
     y = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     out = F.linear(y, fc2_weight, fc2_bias)
@@ -198,7 +198,9 @@ def _mlp_layer(
 
 
 def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias) -> Tensor:
-    return F.linear(_layer_norm(x, norm_weight.float(), norm_bias.float(), eps), weight, bias).contiguous()
+    return F.linear(
+        _layer_norm(x, norm_weight.float(), norm_bias.float(), eps, weight.dtype), weight, bias
+    ).contiguous()
 
 
 def _norm_attention(x, norm_weight, norm_bias, eps, weight, bias, num_heads, scale) -> Tensor:
@@ -290,9 +292,9 @@ def _layer_norm_mean(x, weight, bias, eps, dtype) -> tuple[Tensor, ...]:
     return out.to(dtype), normed_mean, mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """In the dtype of ``x``, whose weight and bias are float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Of weight and bias in float32, in the dtype of what comes next: under autocast another than that of ``x``."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
 
 
 def _kept(training: bool, *saved: Tensor) -> tuple[Tensor, ...]:

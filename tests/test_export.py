@@ -168,6 +168,24 @@ def test_decompositions_return_what_the_kernels_do():
 
 
 @without_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_a_sub_layer_is_under_autocast_is_decomposed(dtype):
+    """Its input is float32 and its weights are not."""
+    r = torch.randn
+    norm, first, second = (r(30, 8), r(8), r(8), 1e-6), (r(16, 8), r(16)), (r(8, 16), r(8))
+    first, second, proj = ([t.to(dtype) for t in pair] for pair in (first, second, (r(8, 8), r(8))))
+    attention = (*norm, *first, *proj, None, None, None, [], 5, 2, 1, 0.4, 0.7, True)
+    cases = (OPS.attention_layer_cpp, attention), (OPS.mlp_layer_cpp, (*norm, *first, "gelu", *second, 0.7, True))
+    for op, args in cases:
+        wanted, got = op(*args), nest_fast.export.decompositions()[op.default](*args)
+        assert wanted[0].dtype == torch.float32
+        assert wanted[1].dtype == dtype
+        for a, b in zip(wanted, got, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+            assert relative_error(b, a) < 4 * torch.finfo(dtype).eps  # roundings on the way differ
+
+
+@without_extension
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
