@@ -385,6 +385,9 @@ class NesT(nn.Module):
 
         ``"gelu"``: only what the MLPs' GELUs return, on an eager GPU; a quarter of what a layer keeps, for the price of
         one more tensor written. On a CPU the C++ kernels do so anyway.
+
+        Raises:
+            ValueError: ``enable`` is none of True, False and "gelu".
         """
         _checks.choice("enable", enable, (True, False, "gelu"))
         for level in self.levels:
