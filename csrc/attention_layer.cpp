@@ -63,7 +63,7 @@ void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionL
   const BlockAttention attention{p.heads.inputs(multiplied, bytes, p.scale), p.heads.whole(attended_data, bytes), p.lse,
                                  p.added};
   const auto linear = [&](const LinearLayer& layer) {
-    parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
+    for_row_tiles(isa.packing, rows, [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
   };
   linear({p.qkv, p.norm, {}, rows, p.x_stride, p.x, qkv_data, p.index, nullptr, p.float_x});
   const UnitVectors vectors{p.heads, rows, 0, qkv_data, multiplied};

@@ -25,6 +25,9 @@ namespace {
 
 constexpr ByDtype<BlockAggregateKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAggregate)};
 
+// Pairs of rows for which a thread reads the filters, and computes again two rows that are another range's.
+constexpr int64_t kRowsAtLeast = 7;
+
 // --- checks ----------------------------------------------------------------------------------------------------------
 
 // A contiguous (C',) of floats.
@@ -185,7 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
   if (conv_packed) check_packed("conv_packed", *conv_packed, packed_size(isa, p.channels, p.out_channels));
   const Tensor filters = conv_packed ? *conv_packed : transform_filters(isa, conv_weight);
   p.filters = static_cast<const float*>(filters.const_data_ptr());
-  parallel_for(B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); });
+  parallel_for(
+      B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); }, 1, kRowsAtLeast);
   return {out, y, mean, rstd, argmax};
 }
 
@@ -276,7 +280,8 @@ Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayR
   const Tensor filters = transform_filters(isa, p.channels, p.out_channels, dy, last,
                                            {conv_weight.stride(1), conv_weight.stride(0), -rows, -columns});
   p.filters = static_cast<const float*>(filters.const_data_ptr());
-  parallel_for(dy.size(0) * p.height / 2, [&](int64_t begin, int64_t end) { isa.convolve(p, begin, end); });
+  parallel_for(
+      dy.size(0) * p.height / 2, [&](int64_t begin, int64_t end) { isa.convolve(p, begin, end); }, 1, kRowsAtLeast);
   return dx;
 }
 

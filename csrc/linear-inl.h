@@ -123,8 +123,10 @@ void multiply_tiles(const Tiles& tiles, const float* a, const Linear& p, Callbac
   const int64_t k_steps = k_steps_of<Op>(p.in);
   alignas(64) float c[kMR * kNR];
   for_each_group(tiles, p.out, [&](int64_t tile, int64_t column) {
-    multiply<Op>(tiles.size(tile), a + tile * k_steps * kMR, p.packed_b + column * k_steps, kNR, k_steps, kLinearKC,
-                 {c, kNR, kLanes});
+    const float* const b = p.packed_b + column * k_steps;
+    const int64_t next = column + kNR < p.out ? k_steps * kNR : 0;  // floats of the columns after these
+    multiply<Op>(tiles.size(tile), a + tile * k_steps * kMR, b, kNR, k_steps, kLinearKC, {c, kNR, kLanes},
+                 share_of(b + next, next, k_steps, tile, tiles.count));
     callback(tile, column, c);
   });
 }
@@ -262,11 +264,14 @@ void weight_gradient(const WeightGradient& p, const Chunk& chunk, int64_t begin,
     for (int64_t square = begin; square < end; ++square) {
       const int64_t out = square / row_squares, in = square % row_squares;
       const float* a = p.dout.data + (out * k_steps + done) * kNR;
+      const float* next = p.x.data + ((in + 1) % row_squares * k_steps + done) * kNR;  // the next square's b
+      const int64_t next_floats = row_squares > 1 ? steps * kNR : 0;
       for (int64_t r = 0; p.sums && r < kNR; r += rows) {
         const float* b = p.x.data + (in * k_steps + done) * kNR;
         float* c = p.sums + (out * kNR + r) * columns + in * kNR;
         prefetch<1>(c, columns, rows, kNR);
-        multiply_transposed_tile<Op, rows, 2>(a + r, kNR, b, kNR, steps, add_sums, {c, columns, kLanes});
+        multiply_transposed_tile<Op, rows, 2>(a + r, kNR, b, kNR, steps, add_sums, {c, columns, kLanes},
+                                              share_of(next, next_floats, steps, r / rows, kNR / rows));
       }
       if (in == 0 && p.bias_sums) sum_columns<Op>(a, steps, add_sums, p.bias_sums + out * kNR);
     }

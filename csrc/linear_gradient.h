@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "linear.h"
+#include "packed_linear.h"
 #include "sizes.h"
 #include "threads.h"
 
@@ -105,7 +106,7 @@ void backward_by_chunks(const LinearKernels& isa, void (*backward)(const P&, con
                         std::initializer_list<const Gradient*> gradients) {
   for (int64_t first = 0; first < rows; first += chunk_rows) {
     const Chunk chunk{first, std::min(chunk_rows, rows - first)};
-    parallel_for(ceil_div(chunk.rows, isa.mr), [&](int64_t begin, int64_t end) { backward(p, chunk, begin, end); });
+    for_row_tiles(isa, chunk.rows, [&](int64_t begin, int64_t end) { backward(p, chunk, begin, end); });
     for (const Gradient* gradient : gradients) gradient->add_chunk(chunk);
   }
 }

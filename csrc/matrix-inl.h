@@ -31,6 +31,27 @@ struct Sums {
   int64_t row, vec;
 };
 
+// Memory that is needed soon, on its way to the second-level cache while products are computed: some lines from `next` on
+// in every kLanes K steps. All of them at once would wait for each other, and the products for them.
+struct Ahead {
+  const float* next = nullptr;
+  int64_t lines = 0;
+
+  void bring() {
+    for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(float);
+};
+
+// What product `index` of `count`, each of so many K steps, has to bring of `floats` at `data`.
+inline Ahead share_of(const float* data, int64_t floats, int64_t k_steps, int64_t index, int64_t count) {
+  const int64_t times = ceil_div(k_steps, kLanes), lines = ceil_div(ceil_div(floats, Ahead::kLine), times * count);
+  const int64_t first = index * times * lines * Ahead::kLine;
+  if (first >= floats) return {};
+  return {data + first, lines};
+}
+
 // c[ROWS, VECS], with every sum in a register.
 template <class Op, int ROWS, int VECS>
 class Tile {
@@ -72,9 +93,10 @@ class Tile {
 // c[ROWS, VECS] = a[ROWS, k_steps] @ b[k_steps, VECS], or its sum with c.
 template <class Op, int ROWS, int VECS>
 [[gnu::always_inline]] inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t k_steps,
-                                                 bool add_c, Sums c) {
+                                                 bool add_c, Sums c, Ahead& ahead) {
   Tile<Op, ROWS, VECS> tile;
   for (; k_steps > 0; k_steps -= kLanes, a += kPanelA) {
+    ahead.bring();
     const int64_t steps = std::min<int64_t>(k_steps, kLanes);
     for (int64_t k = 0; k < steps; ++k, b += columns) tile.add_step(a + k, kLanes, b);
   }
@@ -83,14 +105,15 @@ template <class Op, int ROWS, int VECS>
 
 // As multiply; a long chain of additions loses precision, so it is cut after `kc` steps, a multiple of kLanes.
 template <class Op, int ROWS>
-void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c) {
+void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c,
+                      Ahead ahead) {
   for (int64_t done = 0; done < k_steps; done += kc, a += kc / kLanes * kPanelA, b += kc * columns) {
     const int64_t steps = std::min(kc, k_steps - done);
     Sums part = c;
     int64_t first = 0;
     for (; first + kNR <= columns; first += kNR, part.data += 2 * c.vec)
-      multiply_tile<Op, ROWS, 2>(a, b + first, columns, steps, done > 0, part);
-    if (first < columns) multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, part);
+      multiply_tile<Op, ROWS, 2>(a, b + first, columns, steps, done > 0, part, ahead);
+    if (first < columns) multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, part, ahead);
   }
 }
 
@@ -109,8 +132,9 @@ void with_constant_rows(int64_t rows, const Callback& callback) {
 
 // c[rows, columns] = a[rows, k_steps] @ b[k_steps, columns], for at most MR rows and columns that fill vectors.
 template <class Op>
-void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c) {
-  with_constant_rows(rows, [=](auto count) { multiply_exactly<Op, count>(a, b, columns, k_steps, kc, c); });
+void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c,
+              Ahead ahead = {}) {
+  with_constant_rows(rows, [=](auto count) { multiply_exactly<Op, count>(a, b, columns, k_steps, kc, c, ahead); });
 }
 
 // x itself where ROWS x SIZE elements can be read there, otherwise a copy of the rows x count there are, zeros around.
@@ -179,9 +203,13 @@ void pack_b(const typename Op::Element* x, int64_t stride, int64_t rows, int64_t
 // As multiply_tile, for an A that lies transposed: (k_steps, rows), `stride` floats from one step to the next.
 template <class Op, int ROWS, int VECS>
 inline void multiply_transposed_tile(const float* a, int64_t stride, const float* b, int64_t columns, int64_t k_steps,
-                                     bool add_c, Sums c) {
+                                     bool add_c, Sums c, Ahead ahead = {}) {
   Tile<Op, ROWS, VECS> tile;
-  for (int64_t k = 0; k < k_steps; ++k, a += stride, b += columns) tile.add_step(a, 1, b);
+  for (; k_steps > 0; k_steps -= kLanes) {
+    ahead.bring();
+    const int64_t steps = std::min<int64_t>(k_steps, kLanes);
+    for (int64_t k = 0; k < steps; ++k, a += stride, b += columns) tile.add_step(a, 1, b);
+  }
   tile.store_to(c, add_c);
 }
 

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> mlp_layer_cpp(Tensor x, std::optional<Tensor> norm_we
   STD_TORCH_CHECK(fc2.linear.out == features, "fc2_weight: expected ", features, " output features, got ",
                   fc2.linear.out);
   p.fc1 = fc1.linear, p.fc2 = fc2.linear;
-  parallel_for(ceil_div(rows, isa.packing.mr), [&](int64_t begin, int64_t end) { isa.mlp_layer(p, begin, end); });
+  for_row_tiles(isa.packing, rows, [&](int64_t begin, int64_t end) { isa.mlp_layer(p, begin, end); });
   return {out, hidden};
 }
 

@@ -77,4 +77,12 @@ inline Norm norm_of(const Tensor& weight, const Tensor& bias, double eps, int64_
           vector_of<float>("norm_bias", bias, ScalarType::Float, features), static_cast<float>(eps)};
 }
 
+inline constexpr int64_t kRowsAtLeast = 48;  // for which a thread reads a weight again
+
+// work(begin, end) for ranges that make up the tiles of so many rows.
+template <class Work>
+void for_row_tiles(const LinearKernels& isa, int64_t rows, Work work) {
+  parallel_for(ceil_div(rows, isa.mr), work, 1, ceil_div(kRowsAtLeast, isa.mr));
+}
+
 }  // namespace nest_fast

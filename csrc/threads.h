@@ -19,12 +19,12 @@ class alignas(64) Share {
  public:
   void set(int64_t begin, int64_t end) { next_ = begin, end_ = end; }
 
-  // Takes a piece of at least `grain`, or what is left; false where nothing is.
-  bool take(int64_t grain, int64_t& begin, int64_t& end) {
+  // Takes at least `least`, or what is left; false where nothing is.
+  bool take(int64_t least, int64_t& begin, int64_t& end) {
     begin = next_.load(std::memory_order_relaxed);
     do {
       if (begin >= end_) return false;
-      end = std::min(begin + std::max((end_ - begin + 1) / 2, grain), end_);
+      end = std::min(begin + std::max((end_ - begin + 1) / 2, least), end_);
     } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
     return true;
   }
@@ -35,8 +35,10 @@ class alignas(64) Share {
 };
 
 // work(begin, end) for ranges that make up [0, count), of at least `grain` but for some that are the last of a thread.
+// Less than that is not worth a thread; less than `least` is, but it is not cut further: of work that does something
+// once for a range, such as to read a weight.
 template <class Work>
-void parallel_for(int64_t count, Work work, int64_t grain = 1) {
+void parallel_for(int64_t count, Work work, int64_t grain = 1, int64_t least = 1) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(count, grain));
   if (threads <= 1) {
     if (count > 0) work(int64_t{0}, count);
@@ -48,7 +50,7 @@ void parallel_for(int64_t count, Work work, int64_t grain = 1) {
     int64_t begin, end;
     for (int64_t own = first; own < last; ++own)
       for (int64_t i = 0; i < threads; ++i)
-        while (shares[(own + i) % threads].take(grain, begin, end)) work(begin, end);
+        while (shares[(own + i) % threads].take(std::max(grain, least), begin, end)) work(begin, end);
   });
 }
 
