@@ -169,13 +169,14 @@ class Winograd {
       transform_tile<Op>(d, p_.channels, v_ + tile / rows * group + tile % rows * kLanes, groups * group);
     }
     const float* filters = p_.filters;
+    const Shares next(k_steps_ * kNR, k_steps_, groups);
     for (int64_t c = 0; c < stride_; c += kNR) {
       for (int xi = 0; xi < 16; ++xi, filters += k_steps_ * kNR) {
-        const int64_t next = xi < 15 || c + kNR < stride_ ? k_steps_ * kNR : 0;  // floats of the filters after these
+        const bool last = xi == 15 && c + kNR >= stride_;
         for (int64_t i = 0; i < groups; ++i)
           multiply<Op>(std::min(rows, tiles - i * rows), v_ + (xi * groups + i) * group, filters, kNR, k_steps_,
                        kConvolutionKC, {m_ + (xi * tiles + i * rows) * kNR, kNR, kLanes},
-                       share_of(filters + next, next, k_steps_, i, groups));
+                       last ? Ahead{} : next.of(filters + k_steps_ * kNR, i));
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile / tile_columns_, column = tile % tile_columns_;

@@ -120,13 +120,15 @@ void for_each_group(const Tiles& tiles, int64_t columns, Callback callback) {
 // each product (rows of the tile, NR) in c.
 template <class Op, class Callback>
 void multiply_tiles(const Tiles& tiles, const float* a, const Linear& p, Callback callback) {
-  const int64_t k_steps = k_steps_of<Op>(p.in);
+  const int64_t k_steps = k_steps_of<Op>(p.in), group_floats = k_steps * kNR;
+  // The next columns, of a weight that does not stay in cache with all else.
+  const bool stays = packed_floats<Op>(p.in, p.out) * int64_t{sizeof(float)} <= kCache / 4;
+  const Shares next(stays ? 0 : group_floats, k_steps, tiles.count);
   alignas(64) float c[kMR * kNR];
   for_each_group(tiles, p.out, [&](int64_t tile, int64_t column) {
     const float* const b = p.packed_b + column * k_steps;
-    const int64_t next = column + kNR < p.out ? k_steps * kNR : 0;  // floats of the columns after these
     multiply<Op>(tiles.size(tile), a + tile * k_steps * kMR, b, kNR, k_steps, kLinearKC, {c, kNR, kLanes},
-                 share_of(b + next, next, k_steps, tile, tiles.count));
+                 column + kNR < p.out ? next.of(b + group_floats, tile) : Ahead{});
     callback(tile, column, c);
   });
 }
@@ -260,18 +262,18 @@ void weight_gradient(const WeightGradient& p, const Chunk& chunk, int64_t begin,
   const int64_t columns = row_squares * kNR;
   for (int64_t done = 0; done < k_steps; done += kLinearGradientKC) {
     const int64_t steps = std::min(kLinearGradientKC, k_steps - done);
+    const Shares next_b(row_squares > 1 ? steps * kNR : 0, steps, kNR / rows);
     const bool add_sums = chunk.first > 0 || done > 0;
     for (int64_t square = begin; square < end; ++square) {
       const int64_t out = square / row_squares, in = square % row_squares;
       const float* a = p.dout.data + (out * k_steps + done) * kNR;
-      const float* next = p.x.data + ((in + 1) % row_squares * k_steps + done) * kNR;  // the next square's b
-      const int64_t next_floats = row_squares > 1 ? steps * kNR : 0;
+      const float* next = p.x.data + ((in + 1) % row_squares * k_steps + done) * kNR;
       for (int64_t r = 0; p.sums && r < kNR; r += rows) {
         const float* b = p.x.data + (in * k_steps + done) * kNR;
         float* c = p.sums + (out * kNR + r) * columns + in * kNR;
         prefetch<1>(c, columns, rows, kNR);
         multiply_transposed_tile<Op, rows, 2>(a + r, kNR, b, kNR, steps, add_sums, {c, columns, kLanes},
-                                              share_of(next, next_floats, steps, r / rows, kNR / rows));
+                                              next_b.of(next, r / rows));
       }
       if (in == 0 && p.bias_sums) sum_columns<Op>(a, steps, add_sums, p.bias_sums + out * kNR);
     }

@@ -44,13 +44,22 @@ struct Ahead {
   static constexpr int64_t kLine = 64 / sizeof(float);
 };
 
-// What product `index` of `count`, each of so many K steps, has to bring of `floats` at `data`.
-inline Ahead share_of(const float* data, int64_t floats, int64_t k_steps, int64_t index, int64_t count) {
-  const int64_t times = ceil_div(k_steps, kLanes), lines = ceil_div(ceil_div(floats, Ahead::kLine), times * count);
-  const int64_t first = index * times * lines * Ahead::kLine;
-  if (first >= floats) return {};
-  return {data + first, lines};
-}
+// How `count` products, each of so many K steps, share in bringing `floats`.
+class Shares {
+ public:
+  Shares(int64_t floats, int64_t k_steps, int64_t count)
+      : floats_(floats),
+        lines_(ceil_div(floats, ceil_div(k_steps, kLanes) * count * Ahead::kLine)),
+        share_(ceil_div(k_steps, kLanes) * lines_ * Ahead::kLine) {}
+
+  Ahead of(const float* data, int64_t index) const {
+    if (index * share_ >= floats_) return {};
+    return {data + index * share_, lines_};
+  }
+
+ private:
+  int64_t floats_, lines_, share_;
+};
 
 // c[ROWS, VECS], with every sum in a register.
 template <class Op, int ROWS, int VECS>
