@@ -51,11 +51,11 @@ class ModelCase(Case):
     @property
     def runtimes(self) -> list[str]:
         """The exported models that are measured beside the model."""
-        plain = self.dtype == torch.float32 and not self.backward and not self.beside
-        if DEVICE != "cpu" or self.op != "nest_tiny" or not plain:
+        if DEVICE != "cpu" or self.op != "nest_tiny" or self.backward or self.beside:
             return []
         # A package of one image takes as long to build as all other peers to measure.
-        return [name for name in RUNTIMES if self.batch > 1 or name != "nest_fast AOTInductor"]
+        names = [name for name in RUNTIMES if self.batch > 1 or name != "nest_fast AOTInductor"]
+        return [name for name in names if self.dtype in runtimes.dtypes_of(name)]
 
     @property
     def frozen(self) -> bool:
@@ -87,7 +87,7 @@ def _cpu_cases():
     size: dict[str, Any] = {"name": "224 px", "px": 224}
     for dtype in DTYPES:
         yield ModelCase(op="nest_tiny", batch=8, dtype=dtype, **size)
-    yield ModelCase(op="nest_tiny", batch=1, dtype=torch.float32, compile=False, **size)
+        yield ModelCase(op="nest_tiny", batch=1, dtype=dtype, compile=False, **size)
     step: dict[str, Any] = {"op": "nest_tiny", "batch": 4, "dtype": torch.float32, "backward": True, "compile": False}
     yield ModelCase(**step, **size)
     yield ModelCase(name="224 px drop path", px=224, drop_path=0.5, **step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 import warnings
@@ -28,6 +29,19 @@ def installed() -> dict[str, Callable[[nn.Module, Tensor], Function]]:
     return found
 
 
+@functools.cache
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """In which the runtime computes on this machine, of those that are measured."""
+    if name != "openvino":
+        return (torch.float32,)
+    import openvino
+
+    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return tuple(
+        dtype for dtype, capability in ((torch.float32, "FP32"), (torch.bfloat16, "BF16")) if capability in found
+    )
+
+
 def _onnx(model: nn.Module, images: Tensor, folder: str) -> str:
     path = f"{folder}/model.onnx"
     with torch.no_grad(), warnings.catch_warnings():
@@ -48,12 +62,15 @@ def _onnxruntime(model: nn.Module, images: Tensor) -> Function:
 
 
 def _openvino(model: nn.Module, images: Tensor) -> Function:
+    """Of a model in bfloat16 OpenVINO gets float32 weights and rounds them itself, as its users do."""
     import openvino
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    dtype = next(model.parameters()).dtype
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        compiled = openvino.Core().compile_model(_onnx(model, images, folder), "CPU", options)
-    return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
+        compiled = openvino.Core().compile_model(_onnx(model.float(), images, folder), "CPU", options)
+    return lambda x: torch.from_numpy(compiled([x.float().numpy()])[0]).to(dtype)
 
 
 def _inductor(model: nn.Module, images: Tensor) -> Function:

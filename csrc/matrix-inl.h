@@ -114,15 +114,16 @@ template <class Op, int ROWS, int VECS>
 
 // As multiply; a long chain of additions loses precision, so it is cut after `kc` steps, a multiple of kLanes.
 template <class Op, int ROWS>
-void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c,
-                      Ahead ahead) {
+void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, const Sums& c,
+                      const Ahead& on_the_way) {
+  Ahead ahead = on_the_way;
   for (int64_t done = 0; done < k_steps; done += kc, a += kc / kLanes * kPanelA, b += kc * columns) {
     const int64_t steps = std::min(kc, k_steps - done);
-    Sums part = c;
+    float* part = c.data;
     int64_t first = 0;
-    for (; first + kNR <= columns; first += kNR, part.data += 2 * c.vec)
-      multiply_tile<Op, ROWS, 2>(a, b + first, columns, steps, done > 0, part, ahead);
-    if (first < columns) multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, part, ahead);
+    for (; first + kNR <= columns; first += kNR, part += 2 * c.vec)
+      multiply_tile<Op, ROWS, 2>(a, b + first, columns, steps, done > 0, {part, c.row, c.vec}, ahead);
+    if (first < columns) multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, {part, c.row, c.vec}, ahead);
   }
 }
 
@@ -141,9 +142,9 @@ void with_constant_rows(int64_t rows, const Callback& callback) {
 
 // c[rows, columns] = a[rows, k_steps] @ b[k_steps, columns], for at most MR rows and columns that fill vectors.
 template <class Op>
-void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, Sums c,
-              Ahead ahead = {}) {
-  with_constant_rows(rows, [=](auto count) { multiply_exactly<Op, count>(a, b, columns, k_steps, kc, c, ahead); });
+void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc,
+              const Sums& c, const Ahead& ahead = {}) {
+  with_constant_rows(rows, [&](auto count) { multiply_exactly<Op, count>(a, b, columns, k_steps, kc, c, ahead); });
 }
 
 // x itself where ROWS x SIZE elements can be read there, otherwise a copy of the rows x count there are, zeros around.
