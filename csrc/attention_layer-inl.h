@@ -102,7 +102,8 @@ void attention_layer(const AttentionLayer& p, int64_t begin, int64_t end) {
     T* const multiplied = unit ? memory.get() : qkv;
     if (unit) unit_vectors<Op>({p.heads, rows, 0, qkv, multiplied}, 0, rows);
     BlockAttention attention{p.heads.inputs(multiplied, sizeof(T), p.scale),
-                             p.heads.whole(static_cast<void*>(attended), sizeof(T)), p.lse, p.added};
+                             p.heads.whole(static_cast<void*>(attended), sizeof(T)), p.heads.dim, p.lse,
+                             p.added};
     if (p.lse) attention.lse += first_row * p.heads.heads * (p.added.any() ? 2 : 1);
     attention.added.first_block = block;
     attend<Op>(attention, 0, blocks * p.heads.heads * row_blocks_per_head(tokens));

@@ -60,8 +60,8 @@ void attention_layer_by_parts(const AttentionLayerKernels& isa, const AttentionL
   const bool unit = p.added.scales != nullptr, copied = unit && p.qkv_out;
   Tensor copy = torch::stable::new_empty(like, {copied ? rows : 0, p.qkv.out});
   void* const multiplied = copied ? copy.mutable_data_ptr() : qkv_data;
-  const BlockAttention attention{p.heads.inputs(multiplied, bytes, p.scale), p.heads.whole(attended_data, bytes), p.lse,
-                                 p.added};
+  const BlockAttention attention{p.heads.inputs(multiplied, bytes, p.scale), p.heads.whole(attended_data, bytes),
+                                 p.heads.dim, p.lse, p.added};
   const auto linear = [&](const LinearLayer& layer) {
     for_row_tiles(isa.packing, rows, [&](int64_t begin, int64_t end) { isa.linear(layer, begin, end); });
   };

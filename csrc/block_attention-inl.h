@@ -25,7 +25,8 @@
 
 NEST_FAST_BEGIN_ISA
 
-constexpr int64_t kAttentionKC = 64;  // K steps summed in a register before a sum is stored
+constexpr int64_t kAttentionKC = 64;   // K steps summed in a register before a sum is stored
+constexpr int64_t kKeyColumns = 256;  // keys that are packed together
 
 // score * scale, and what TABLES tables have at `offset`.
 template <int TABLES>
@@ -166,12 +167,16 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
   using T = typename Op::Element;
   const int64_t row_blocks = row_blocks_per_head(p.tokens), row_block_rows = ceil_div(p.tokens, row_blocks);
   const int64_t key_vecs = ceil_div(p.tokens, kLanes), key_columns = key_vecs * kLanes;
-  const int64_t dim_vecs = ceil_div(p.dim, kLanes), dim_columns = dim_vecs * kLanes;
+  const int64_t v_vecs = ceil_div(p.v_dim, kLanes), v_columns = v_vecs * kLanes;
   const int64_t dim_steps = ceil_div(p.dim, Op::kVnni), key_steps = ceil_div(p.tokens, Op::kVnni);
+  // Keys in pieces, each of them packed for itself: of thousands in one a step's would lie pages from the next one's.
+  const int64_t piece = std::min(key_columns, kKeyColumns), piece_stride = round_up(dim_steps, kLanes) * piece;
+
+  const Shares next_keys(piece_stride, dim_steps * ceil_div(piece, kNR), 1);
 
   const auto [keys, values, queries, scores, sums] =
-      scratch(round_up(dim_steps, kLanes) * key_columns, key_steps * dim_columns, dim_vecs * kPanelA,
-              key_vecs * kPanelA, dim_vecs * kPanelA);
+      scratch(ceil_div(key_columns, piece) * piece_stride, key_steps * v_columns, ceil_div(p.dim, kLanes) * kPanelA,
+              key_vecs * kPanelA, v_vecs * kPanelA);
 
   float tail[kLanes];
   for (int i = 0; i < kLanes; ++i)
@@ -189,18 +194,23 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
     const int64_t index = row_block / row_blocks, first = row_block % row_blocks * row_block_rows;
     const int64_t rows = std::min(row_block_rows, p.tokens - first);
     const Head<T> head(p, index), next(p, std::min(index + 1, (end - 1) / row_blocks));
-    if (head.k != packed_k) pack_b_transposed<Op>(head.k, p.k.token_stride, p.tokens, p.dim, key_columns, keys);
-    if (head.v != packed_v) pack_b<Op>(head.v, p.v.token_stride, p.tokens, p.dim, dim_columns, values);
+    for (int64_t key = 0, i = 0; key < key_columns && head.k != packed_k; key += piece, ++i)
+      pack_b_transposed<Op>(head.k + key * p.k.token_stride, p.k.token_stride, p.tokens - key, p.dim,
+                            std::min(piece, key_columns - key), keys + i * piece_stride);
+    if (head.v != packed_v) pack_b<Op>(head.v, p.v.token_stride, p.tokens, p.v_dim, v_columns, values);
     packed_k = head.k;
     packed_v = head.v;
     T* out = head.out + first * p.out.token_stride;
-    prefetch<1>(out, p.out.token_stride, rows, p.dim);
+    prefetch<1>(out, p.out.token_stride, rows, p.v_dim);
     prefetch<0>(next.q + first * p.q.token_stride, p.q.token_stride, rows, p.dim);
     prefetch<0>(next.k + first * p.k.token_stride, p.k.token_stride, rows, p.dim);
-    prefetch<0>(next.v + first * p.v.token_stride, p.v.token_stride, rows, p.dim);
+    prefetch<0>(next.v + first * p.v.token_stride, p.v.token_stride, rows, p.v_dim);
 
     pack_a<Op>(head.q + first * p.q.token_stride, p.q.token_stride, rows, p.dim, flipped, queries);
-    multiply<Op>(rows, queries, keys, key_columns, dim_steps, kAttentionKC, {scores, kLanes, kPanelA});
+    for (int64_t key = 0, i = 0; key < key_columns; key += piece, ++i)
+      multiply<Op>(rows, queries, keys + i * piece_stride, std::min(piece, key_columns - key), dim_steps, kAttentionKC,
+                   {scores + key / kLanes * kPanelA, kLanes, kPanelA},
+                   key + piece < key_columns ? next_keys.of(keys + (i + 1) * piece_stride, 0) : Ahead{});
 
     float row_max[kMR], row_sum[kMR];
     constexpr int kUnroll = 4 / Op::kVnni;
@@ -215,7 +225,7 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
       exponentials<Op, kUnroll>(scores + r * kLanes, key_vecs, factor, row_max + r, row_sum + r);
     for (; r < rows; ++r) exponentials<Op, 1>(scores + r * kLanes, key_vecs, factor, row_max + r, row_sum + r);
 
-    multiply<Op>(rows, scores, values, dim_columns, key_steps, kAttentionKC, {sums, kLanes, kPanelA});
+    multiply<Op>(rows, scores, values, v_columns, key_steps, kAttentionKC, {sums, kLanes, kPanelA});
     for (r = 0; r < rows; ++r) {
       const int64_t row = index * p.tokens + first + r;
       const bool empty = added && row_sum[r] == 0;  // every key is masked
@@ -225,9 +235,9 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
         p.lse[2 * row + 1] = empty ? 0 : std::log(row_sum[r]);
       }
       const Vec weight = broadcast(empty ? 0 : 1 / row_sum[r]);
-      for (int64_t i = 0; i < dim_vecs; ++i) {
+      for (int64_t i = 0; i < v_vecs; ++i) {
         const Vec sum = mul(load(sums + i * kPanelA + r * kLanes), weight);
-        store_part(out + r * p.out.token_stride + i * kLanes, p.dim - i * kLanes, sum);
+        store_part(out + r * p.out.token_stride + i * kLanes, p.v_dim - i * kLanes, sum);
       }
     }
   }

@@ -25,13 +25,14 @@ namespace {
 
 constexpr ByDtype<BlockAttentionKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAttention)};
 
-void check_operand(const char* name, const Tensor& x, const Tensor& q) {
+// any_dim: of the last dimension.
+void check_operand(const char* name, const Tensor& x, const Tensor& q, bool any_dim) {
   STD_TORCH_CHECK(x.dim() == 5, name, ": expected 5 dimensions (B, T, N, heads, head_dim), got ", x.dim());
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": expected dtype ", toString(q.scalar_type()),
                   " as q has, got ", toString(x.scalar_type()));
   for (int i : {0, 1, 2, 4})
-    STD_TORCH_CHECK(x.size(i) == q.size(i), name, ": expected size ", q.size(i), " of dimension ", i, " as q has, got ",
-                    x.size(i));
+    STD_TORCH_CHECK(x.size(i) == q.size(i) || (i == 4 && any_dim), name, ": expected size ", q.size(i),
+                    " of dimension ", i, " as q has, got ", x.size(i));
   STD_TORCH_CHECK(x.size(3) == q.size(3) || x.size(3) == 1, name, ": expected ", q.size(3), " heads or 1, got ",
                   x.size(3));
   STD_TORCH_CHECK(x.stride(4) == 1 || x.size(4) == 1, name, ": expected stride 1 of the last dimension, got ",
@@ -44,8 +45,8 @@ Operand<Void> operand(Void* data, const Tensor& x) {
   return {data, x.stride(0), x.stride(1), x.stride(2), head_stride};
 }
 
-Input input(const char* name, const Tensor& x, const Tensor& q) {
-  check_operand(name, x, q);
+Input input(const char* name, const Tensor& x, const Tensor& q, bool any_dim = false) {
+  check_operand(name, x, q, any_dim);
   return operand(x.const_data_ptr(), x);
 }
 
@@ -58,9 +59,10 @@ Input whole_input(const char* name, const Tensor& x, const Tensor& q) {
 
 Output output(const Tensor& x) { return operand(x.mutable_data_ptr(), x); }
 
-Tensor new_like(const Tensor& x) {
-  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
+Tensor new_like(const Tensor& x, int64_t dim) {
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3), dim});
 }
+Tensor new_like(const Tensor& x) { return new_like(x, x.size(4)); }
 
 void check_head_dim(const Tensor& q) { STD_TORCH_CHECK(q.size(4) > 0, "q: expected a head_dim of at least 1, got 0"); }
 
@@ -70,14 +72,14 @@ ScoreTables tables_of(const std::optional<Tensor>& bias, const std::optional<Ten
   return ScoreTables(bias, mask, std::nullopt, none, q.size(1), q.size(3), q.size(2), transposed);
 }
 
-// q (B, T, N, heads, head_dim), k and v the same or with one head; fp32, fp16 or bf16. bias (heads, N, N) and mask
+// q (B, T, N, heads, head_dim), k and v the same or with one head, v and out of any dimension; fp32, fp16 or bf16. bias (heads, N, N) and mask
 // (groups, N, N) are added to the scores, fp32. Returns out like q, contiguous, and lse, fp32: (B, T, heads, N), the
 // natural logarithm of the sum of exp(scale * q @ k^T), or with bias or mask as AddedScores has it (B, T, heads, N, 2).
 std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
                                                    std::optional<Tensor> mask, double scale) {
   BlockAttention p{};
-  p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q);
-  p.blocks = q.size(1), p.tokens = q.size(2), p.heads = q.size(3), p.dim = q.size(4);
+  p.q = input("q", q, q), p.k = input("k", k, q), p.v = input("v", v, q, true);
+  p.blocks = q.size(1), p.tokens = q.size(2), p.heads = q.size(3), p.dim = q.size(4), p.v_dim = v.size(4);
   p.scale = static_cast<float>(scale);
 
   const BlockAttentionKernels& isa = kernels_for(kKernels, "q", q.scalar_type());
@@ -85,14 +87,14 @@ std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v,
   const ScoreTables tables = tables_of(bias, mask, q, false);
   p.added = tables.added;
 
-  Tensor out = new_like(q);
+  Tensor out = new_like(q, p.v_dim);
   std::vector<int64_t> lse_size{q.size(0), q.size(1), q.size(3), q.size(2)};
   if (p.added.any()) lse_size.push_back(2);
   Tensor lse = torch::stable::new_empty(q, lse_size, ScalarType::Float);
   p.out = output(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t heads = q.size(0) * q.size(1) * q.size(3);
-  if (heads > 0 && p.tokens > 0)
+  if (heads > 0 && p.tokens > 0 && p.v_dim > 0)
     parallel_for(heads * isa.row_blocks_per_head(p.tokens),
                  [&](int64_t begin, int64_t end) { isa.attend(p, begin, end); });
   return {out, lse};

@@ -23,7 +23,7 @@ using Output = Operand<void>;
 
 struct AttentionInputs {
   Input q, k, v;
-  int64_t blocks, tokens, heads, dim;
+  int64_t blocks, tokens, heads, dim;  // of q and k
   float scale;
 
   float scale_of(const float* scales, int64_t head) const { return scales ? scales[head] : scale; }
@@ -52,6 +52,7 @@ struct AddedScores {
 
 struct BlockAttention : AttentionInputs {
   Output out;
+  int64_t v_dim;  // and of out
   float* lse;  // (batch, blocks, heads, tokens), contiguous; null where it is not wanted
   AddedScores added{};
 };

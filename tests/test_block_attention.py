@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.common import CPP_ISA, DEVICE, in_double, saved_bytes
-from nest_fast import bias_gelu, block_aggregate, block_attention, reference
+from nest_fast import bias_gelu, block_aggregate, block_attention, reference, windows
 from nest_fast.ops import _backends, _extension
 from nest_fast.testing import assert_as_accurate, gradients, relative_error
 
@@ -81,6 +81,34 @@ def test_of_any_shape_and_strides(impl, B, T, N, heads, d, multi_query, layout, 
     assert out.is_contiguous()
     if B:
         assert relative_error(out, reference.block_attention(*in_double((q, k, v)))) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", *IMPLS])
+@pytest.mark.parametrize("v_dim", [8, 40])
+def test_v_of_another_head_dim(impl, v_dim):
+    """In blocks, and in the windows of an image that reach beyond it."""
+    cut, kv_heads = windows((6, 7), 4, shift=2), 1
+    blocks, image = (2, 4, 16), (2, 42)
+    for outer, more in ((blocks, {}), (image, {"windows": cut})):
+        q, k = torch.randn(*outer, 2, 16, device=DEVICE), torch.randn(*outer, kv_heads, 16, device=DEVICE)
+        given = q, k, torch.randn(*outer, kv_heads, v_dim, device=DEVICE)
+        if more:
+            given += torch.randn(cut.pads, kv_heads, 16, device=DEVICE), torch.randn(1, kv_heads, v_dim, device=DEVICE)
+            given = (*given[:4], given[4].expand(cut.pads, -1, -1))
+
+        def attend(q, k, v, *pads, impl=impl, more=more):
+            pad_k, pad_v = pads or (None, None)
+            return block_attention(q, k, v, pad_k=pad_k, pad_v=pad_v, **more, impl=impl)
+
+        if impl == "triton":
+            with pytest.raises(RuntimeError, match=r"v has another head_dim than k"):
+                attend(*given)
+            continue
+        dout = torch.randn(*outer, 2, v_dim, device=DEVICE)
+        golden = gradients(lambda *a: attend(*a, impl="reference"), in_double(given), dout)
+        for got, want in zip(gradients(attend, given, dout), golden, strict=True):
+            assert got.shape == want.shape
+            assert relative_error(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -152,9 +180,10 @@ def test_opcheck(impl):
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs(T=2, kv_heads=kv_heads))
-        windows = () if impl == "cpp" else (None, None, None, [])
-        torch.library.opcheck(op, (q, k, v, None, None, 0.25, *windows))
+        image = () if impl == "cpp" else (None, None, None, [])
+        torch.library.opcheck(op, (q, k, v, None, None, 0.25, *image))
         if impl == "cpp":
+            torch.library.opcheck(op, (q, k, v[..., :8], None, None, 0.25))
             bias, mask = torch.randn(2, 16, 16).requires_grad_(), torch.randn(2, 16, 16)
             torch.library.opcheck(op, (q, k, v, bias, mask, 0.25))
             q, k, v, bias = (x.detach() for x in (q, k, v, bias))
@@ -277,7 +306,7 @@ GOOD = (2, 4, 16, 2, 16)
         ),
         (
             {"v": torch.zeros(2, 4, 16, 1, 16)},
-            r"v: expected shape \(2, 4, 16, 2, 16\) as k has, got \(2, 4, 16, 1, 16\)",
+            r"v: expected shape \(2, 4, 16, 2, 16\) as k has, but for the last, got \(2, 4, 16, 1, 16\)",
         ),
         ({"k": torch.zeros(GOOD, dtype=torch.float64)}, r"k: expected dtype torch.float32 as q has, got torch.float64"),
         ({"v": torch.zeros(GOOD, device="meta")}, r"v: expected device cpu as q has, got meta"),

@@ -180,10 +180,26 @@ def amid_nan(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33)])
+@pytest.mark.parametrize(("N", "d"), [(1, 1), (15, 7), (29, 40), (197, 33), (270, 5)])
 def test_stays_inside_its_buffers(isa, dtype, N, d):
-    alone = packed(2, 2, N, 2, d, dtype)
-    assert torch.equal(kernel(*map(amid_nan, alone)), kernel(*alone))
+    q, k, v = packed(2, 2, N, 2, d, dtype)
+    for v_dim in (d, max(1, d // 2), 2 * d + 1):
+        alone = q, k, torch.cat((v, v, v), -1)[..., :v_dim]
+        assert torch.equal(kernel(*map(amid_nan, alone)), kernel(*alone))
+
+
+# Keys are packed 256 at a time: one piece, one and a part, whole ones.
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("N", "d", "v_dim", "kv_heads"), [(49, 48, 20, 3), (300, 24, 65, 1), (512, 40, 16, 3)])
+def test_v_of_another_head_dim(isa, dtype, N, d, v_dim, kv_heads):
+    T = 1 + 2**17 // (N * 3 * v_dim)
+    q, k, _ = packed(1, T, N, 3, d, dtype, kv_heads)
+    v = torch.randn(1, T, N, kv_heads, v_dim).to(dtype)
+    bias = torch.randn(3, N, N)
+    for added in (None, bias):
+        ours, theirs, exact = (f(q, k, v, bias=added) for f in (kernel, plain, golden))
+        assert ours.shape == exact.shape == (1, T, N, 3, v_dim)
+        assert_as_accurate(ours, theirs, exact, 1.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -309,6 +325,7 @@ GOOD = (1, 2, 5, 3, 8)
         ({"q": torch.zeros(5, 3, 8)}, r"q: expected 5 dimensions \(B, T, N, heads, head_dim\), got 3"),
         ({"k": torch.zeros(GOOD).bfloat16()}, "k: expected dtype Float as q has, got BFloat16"),
         ({"v": torch.zeros(1, 2, 6, 3, 8)}, "v: expected size 5 of dimension 2 as q has, got 6"),
+        ({"k": torch.zeros(1, 2, 5, 3, 9)}, "k: expected size 8 of dimension 4 as q has, got 9"),
         ({"k": torch.zeros(1, 2, 5, 2, 8)}, "k: expected 3 heads or 1, got 2"),
         ({"q": torch.zeros(1, 2, 5, 8, 3).mT}, "q: expected stride 1 of the last dimension, got 3"),
         ({x: torch.zeros(GOOD).double() for x in "qkv"}, "q: expected dtype Float, Half or BFloat16, got Double"),

@@ -62,7 +62,8 @@ def attention(
         products = _products(cut, q, by_row, by_column)
         q = F.pad(torch.cat((q * factor, *products), -1), (0, own.shape[-1] - sum(cut.window)))
         k, pad_k = _cat(k, own), _cat(pad_k, of_padding)
-        v, pad_v = (F.pad(x, (0, own.shape[-1])) for x in (v, pad_v))
+        if x.is_cuda:  # where its kernel has one head_dim for all
+            v, pad_v = (F.pad(x, (0, own.shape[-1])) for x in (v, pad_v))
         scale = 1.0
     if window > 0:
         y = block_attention(q, k, v, scale=scale, windows=cut, pad_k=pad_k, pad_v=pad_v)

@@ -43,7 +43,8 @@ def block_attention(
         q: ``(B, T, N, heads, head_dim)``, fp32, fp16, bf16 or fp64: batch, blocks, tokens per block. Views of a packed
             ``(B, T, N, 3, heads, head_dim)`` projection are taken as they are. With ``windows`` an image
             ``(B, H * W, heads, head_dim)``.
-        k, v: as ``q``, or with one head that all heads of ``q`` share (multi-query).
+        k, v: as ``q``, or with one head that all heads of ``q`` share (multi-query). v may have another head_dim than
+            q and k, which the result has, too; not in "triton".
         scale: factor of the scores; ``head_dim ** -0.5`` if None. With ``cosine`` a tensor ``(heads,)``.
         cosine: q and k of every head have length 1 before they are multiplied (Swin v2). "triton" makes them so
             itself, but where gradients are wanted and heads of q share a key head.
@@ -68,7 +69,7 @@ def block_attention(
             rows that have the most negative number for every key.
 
     Returns:
-        As q, ``(B, T, N, heads, head_dim)`` in its dtype, contiguous, so ``.flatten(-2)`` is the head-major
+        As q, ``(B, T, N, heads, v's head_dim)`` in its dtype, contiguous, so ``.flatten(-2)`` is the head-major
         ``(B, T, N, C)``.
 
     Raises:
@@ -134,13 +135,14 @@ def _check(
     dims = "(B, T, N, heads, head_dim)" if windows is None else "(B, H * W, heads, head_dim)"
     *outer, heads, head_dim = _checks.tensor("q", q, dims).shape
     _checks.floating("q", q)
+    _checks.tensor("k", k, dims)
+    if [*k.shape[:-2], k.shape[-1]] != [*outer, head_dim] or k.shape[-2] not in (1, heads):
+        expected = f"({', '.join(map(str, outer))}, {heads} or 1, {head_dim})"
+        raise ValueError(f"k: expected shape {expected} as q has, got {tuple(k.shape)}")
+    _checks.tensor("v", v, dims)
+    _checks.shape("v", v, (*k.shape[:-1], v.shape[-1]), "as k has, but for the last")
     for name, x in (("k", k), ("v", v)):
-        _checks.tensor(name, x, dims)
-        if [*x.shape[:-2], x.shape[-1]] != [*outer, head_dim] or x.shape[-2] not in (1, heads):
-            expected = f"({', '.join(map(str, outer))}, {heads} or 1, {head_dim})"
-            raise ValueError(f"{name}: expected shape {expected} as q has, got {tuple(x.shape)}")
         _checks.alike(name, x, "q", q)
-    _checks.shape("v", v, tuple(k.shape), "as k has")
     if windows is None:
         T, N = outer[1:]
         for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
@@ -148,25 +150,26 @@ def _check(
                 raise ValueError(f"{name}: expected None without windows, got a tensor {tuple(pad.shape)}")
     else:
         T, N = _checks.cut("q", windows, outer[1])
-        _check_pads(k, windows, pad_k, pad_v)
+        _check_pads(k, v, windows, pad_k, pad_v)
     _checks.added_to_scores(bias, mask, (T, heads, N), "q", q)
     _checks.scale(scale, cosine, heads, "q", q)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
 
 
-def _check_pads(k: Tensor, windows: Windows, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
+def _check_pads(k: Tensor, v: Tensor, windows: Windows, pad_k: Tensor | None, pad_v: Tensor | None) -> None:
     if pad_k is None and pad_v is None:
         return
-    for name, pad, other in (("pad_k", pad_k, "pad_v"), ("pad_v", pad_v, "pad_k")):
+    for name, pad, other, x, of in (("pad_k", pad_k, "pad_v", k, "k"), ("pad_v", pad_v, "pad_k", v, "v")):
         if pad is None:
             raise ValueError(f"{name}: expected a tensor beside {other}, got None")
         _checks.tensor(name, pad, "(1 or pads, heads, head_dim)")
-        if pad.shape[0] not in (1, windows.pads) or pad.shape[1:] != k.shape[2:]:
-            expected = f"(1 or {windows.pads}, {k.shape[2]}, {k.shape[3]})"
-            raise ValueError(f"{name}: expected shape {expected} as k has, got {tuple(pad.shape)}")
-        _checks.alike(name, pad, "k", k)
-    _checks.shape("pad_v", pad_v, tuple(pad_k.shape), "as pad_k has")  # type: ignore[arg-type, union-attr]
+        if pad.shape[0] not in (1, windows.pads) or pad.shape[1:] != x.shape[2:]:
+            expected = f"(1 or {windows.pads}, {x.shape[2]}, {x.shape[3]})"
+            raise ValueError(f"{name}: expected shape {expected} as {of} has, got {tuple(pad.shape)}")
+        _checks.alike(name, pad, of, x)
+    pads = pad_k.shape[0]  # type: ignore[union-attr]
+    _checks.shape("pad_v", pad_v, (pads, *v.shape[2:]), "as pad_k has")  # type: ignore[arg-type]
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
@@ -209,6 +212,7 @@ BACKENDS = {
             ("N = {given.tokens} tokens are over 256", lambda given: given.tokens > 256 and not _may_stream(given)),
             ("N = {given.tokens} tokens are over 1024", lambda given: given.tokens > 1024 and _may_stream(given)),
             (lambda given: f"head_dim {given.q.shape[-1]} is over 128", lambda given: given.q.shape[-1] > 128),
+            ("v has another head_dim than k", lambda given: given.v.shape[-1] != given.k.shape[-1]),
             ("it has no dropout", lambda given: given.dropout_p),
             NO_GRADIENT_OF_A_MASK,
         ),
@@ -309,11 +313,13 @@ def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, w
     B, T, N, heads, _ = _in_blocks(q.shape, windows)
     adds = bias is not None or mask is not None or any(windows[4:6])
     numbers = (2,) if adds else ()
-    return q.new_empty(q.shape), q.new_empty((B, T, heads, N, *numbers), dtype=torch.float32)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty((B, T, heads, N, *numbers), dtype=torch.float32)
 
 
 def _flops(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, windows=(), out_shape=None):
-    return flops.attention(_in_blocks(q, windows))
+    *outer, _ = q = _in_blocks(q, windows)
+    return flops.attention(q, 1) + flops.attention((*outer, v[-1]), 1)
 
 
 def _flops_bwd(dout, q, k, v, out, lse, bias, mask, scale, need, pad_k=None, pad_v=None, windows=(), *_, **unused):
@@ -333,7 +339,17 @@ def _gradients(kept, dout, backward, *more):
 
 
 def _cpp_gradients(kept, dout):
-    return _gradients(kept, _layout.dense_rows(dout), _CPP_BWD)[0]
+    """Where v's head_dim is less than k's, v, out and dout get zeros beside them; where it is more, q and k do."""
+    q_dim, v_dim, dout = kept.q.shape[-1], kept.v.shape[-1], _layout.dense_rows(dout)
+    if q_dim == v_dim:
+        return _gradients(kept, dout, _CPP_BWD)[0]
+
+    def backward(dout, q, k, v, out, *more):
+        q, k, v, out, dout = (F.pad(x, (0, max(q_dim, v_dim) - x.shape[-1])) for x in (q, k, v, out, dout))
+        dq, dk, dv, dbias = _CPP_BWD(dout, q, k, v, out, *more)
+        return dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim], dbias
+
+    return _gradients(kept, dout, backward)[0]
 
 
 def _cpp_bwd_vmap(info, in_dims, *args):
