@@ -136,6 +136,8 @@ class Run:
         cpu = f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
         if not machine.get("onednn_bf16", True):
             cpu += " (oneDNN without bf16, which is not measured)"
+        elif machine.get("extension_isa") in ("avx2", "avx512"):
+            cpu += " (no instructions for bf16, in which PyTorch is slower than in fp32)"
         chip = machine.get("gpu") or cpu
         dirty = " with changes" if self.commit.get("dirty") else ""
         versions = f"torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}"
