@@ -37,6 +37,9 @@ TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.jso
 HALF = 2  # bytes of bf16 and fp16
 BATCH = 256
 COPY_STEP = 110  # instructions of a step of linear's loop with copies, counted in the code for sm_90
+# And of norm_linear where rows do not stay, by kind of architecture: of the sweep for the statistics, of the product,
+# and how many stand before and in these.
+NORM_STEPS = {90: (195, 315, 1126), 80: (107, 197, 722)}
 
 
 class Gpu(NamedTuple):
@@ -214,6 +217,30 @@ class Compiled:
             row = {**row, "in loop": COPY_STEP}
         return _with_loop(row, math.ceil(C / config.tile_k)) * tiles, config
 
+    def matmul(
+        self, case: str, kernel: str, table: Callable, M: float, K: int, N: int, each: int = 0
+    ) -> tuple[float, Any]:
+        """As :meth:`activated`, of a matmul of ours, that makes each number of x by so many instructions."""
+        row = self.of(case, kernel)
+        config = table(K, N, True, self.architectures[0])[row.get("candidate", 0)]
+        tiles = math.ceil(M / config.tile_rows) * math.ceil(N / config.tile_out)
+        if config.copies:
+            made = config.tile_rows * config.tile_k / (32 * config.num_warps)  # by a thread
+            row = {**row, "in loop": COPY_STEP + each * made}
+        return _with_loop(row, math.ceil(K / config.tile_k)) * tiles, config
+
+    def normed(self, case: str, rows: float, C: int, out: int) -> tuple[float, Any]:
+        """norm_linear, a program of which has whole rows: its loop walks over the columns of the result."""
+        row = self.of(case, "norm_linear")
+        config = _layer_configs.norm_linear(C, out, True, self.architectures[0])[row.get("candidate", 0)]
+        programs, tiles = math.ceil(rows / config.tile_rows), math.ceil(out / config.tile_out)
+        if config.resident:
+            return _with_loop(row, tiles) * programs, config
+        sweep, step, once = NORM_STEPS[_configs.row_architecture(self.architectures[0])]
+        steps = math.ceil(C / config.tile_k)
+        in_tile = row["instructions"] - once + steps * step
+        return (once - step + (steps - 1) * sweep + tiles * in_tile) * row["warps"] * programs, config
+
 
 def _with_loop(row: dict, trips: float) -> float:
     """What all warps of a program execute."""
@@ -293,6 +320,48 @@ def with_activated_fc1(level: Level, batch: int, compiled: Compiled) -> Iterator
     yield from before[:5]
     yield Work("linear, GELU", "kernel", 5 * HALF * C * M, 8 * C * C * M, instructions, 4 * C * M, again)
     yield before[-1]
+
+
+def of_tiles(C: int, out: int, M: float, config: Any, rows_stay: bool = False) -> float:
+    """Bytes from L2 of a matmul by tiles: of x again for every tile of columns, and of the weight for each of rows."""
+    again = 1 if rows_stay else math.ceil(out / config.tile_out) - 1
+    return HALF * C * M * (again + out / config.tile_rows)
+
+
+def norm_linear(name: str, case: str, level: Level, batch: int, compiled: Compiled, out: int) -> Work:
+    C, M = level.C, batch * level.tokens
+    instructions, config = compiled.normed(case, M, C, out)
+    # What was swept over comes again for the first tile, or to stay.
+    again = of_tiles(C, out, M, config, config.resident) + (0 if config.resident else HALF * C * M)
+    exponentials = out * M if "GELU" in name else 0
+    return Work(name, "kernel", HALF * (C + out) * M, 2 * C * out * M, instructions, exponentials, again)
+
+
+def linear_sum(name: str, case: str, level: Level, batch: int, compiled: Compiled, K: int, each: int = 0) -> Work:
+    C, M = level.C, batch * level.tokens
+    instructions, config = compiled.matmul(case, "linear", _layer_configs.linear_sum, M, K, C, each)
+    again = of_tiles(K, C, M, config)
+    exponentials = K * M * math.ceil(C / config.tile_out) if each else 0
+    return Work(name, "kernel", HALF * (K + 2 * C) * M, 2 * C * K * M, instructions, exponentials, again)
+
+
+def by_five_kernels(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """A wide layer: LayerNorm and qkv, attention, projection and sum, LayerNorm, fc1 and GELU, fc2 and sum."""
+    C, given = level.C, (level, batch, compiled)
+    yield norm_linear("LayerNorm, qkv", f"norm-linear-C{C}-bf16", *given, 3 * C)
+    yield next(work for work in chain(*given) if work.name == "block_attention")
+    yield linear_sum("projection, sum", f"linear-sum-C{C}-bf16", *given, C)
+    yield norm_linear("LayerNorm, fc1, GELU", f"mlp-C{C}-bf16", *given, 4 * C)
+    yield linear_sum("fc2, sum", f"mlp-C{C}-bf16", *given, 4 * C)
+
+
+def with_a_wide_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """The MLP sub-layer by the last two of them, beside one operation after the other."""
+    x = HALF * level.C * batch * level.tokens
+    yield Work("LayerNorm", "pass", 2 * x)
+    yield from itertools.islice(chain(level, batch, compiled), 1, 4)
+    yield Work("sum", "pass", 3 * x)
+    yield from itertools.islice(by_five_kernels(level, batch, compiled), 3, 5)
 
 
 def attention_in_parts(level: Level, batch: int, compiled: Compiled) -> list[Work]:
@@ -523,6 +592,7 @@ def layers() -> list[list[str]]:
                 compiled = Compiled(gpu.architecture)
                 designs = chain, *(with_one_mlp,) * (level.C <= CERTAIN_CHANNELS), *(by_two_kernels,) * (level.C <= 128)
                 designs += (with_activated_fc1,) * (level.C > CERTAIN_CHANNELS)
+                designs += (by_five_kernels,) * (level.C > _layer_configs.ON_CHIP)
                 works = {work.name: work for design in designs for work in design(level, BATCH, compiled)}
                 for name, work in works.items():
                     taken.setdefault(name, []).append(f"{seconds(work, gpu) * 1e6:.0f}")
@@ -569,6 +639,9 @@ def main() -> None:
         print(markdown([["level", *GPUS], *gains(attention_in_parts, attention_by_kernels, range(257))]))
         print("\nPredicted gain of fc1 with its GELU in one kernel, for the whole layer.\n")
         print(markdown([["level", *GPUS], *gains(chain, with_activated_fc1, range(193, 513))]))
+        for what, design in (("MLP's kernels", with_a_wide_mlp), ("layer's five kernels", by_five_kernels)):
+            print(f"\nPredicted gain of a wide {what}, for the whole layer.\n")
+            print(markdown([["level", *GPUS], *gains(chain, design, range(257, 513))]))
         for what, design in (
             ("", projected_by_the_mlp),
             (", LayerNorm and qkv in one", by_three_kernels),

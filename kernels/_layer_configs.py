@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from nest_fast.kernels._configs import row_architecture
 
 __all__ = [
-    "LINEAR", "MATMUL", "MLP", "MLP_BWD_ROWS", "MLP_BWD_WEIGHTS", "NORM_ATTENTION", "PROJECTION_MLP", "LinearConfig",
-    "MatmulConfig", "MlpConfig", "ResidentConfig", "linear", "linear_rows", "mlp_layer", "mlp_layer_bwd_rows",
-    "mlp_layer_bwd_weights", "norm_attention", "projection_mlp",
+    "LINEAR", "MATMUL", "MATMUL_SUM", "MLP", "MLP_BWD_ROWS", "MLP_BWD_WEIGHTS", "NORM_ATTENTION", "NORM_MATMUL",
+    "ON_CHIP", "PROJECTION_MLP", "LinearConfig", "MatmulConfig", "MlpConfig", "ResidentConfig", "linear", "linear_rows",
+    "linear_sum", "mlp_layer", "mlp_layer_bwd_rows", "mlp_layer_bwd_weights", "norm_attention", "norm_linear",
+    "projection_mlp",
 ]  # fmt: skip
+
+ON_CHIP = 256  # channels up to which a program holds whole rows; wider ones go by in pieces
 
 
 class MlpConfig(NamedTuple):
@@ -157,7 +161,8 @@ LINEAR: dict[tuple[int, str], list[tuple[int, LinearConfig]]] = {
 
 class MatmulConfig(NamedTuple):
     """A tile of ``tile_rows`` by ``tile_out`` columns of the result, ``tile_k`` columns of the operands a step, which
-    come by pointers or by the copy engine."""
+    come by pointers or by the copy engine; or whole rows are ``resident``, in pieces of ``tile_k`` columns, and steps
+    are tiles of the result."""
 
     tile_rows: int
     tile_out: int
@@ -165,6 +170,7 @@ class MatmulConfig(NamedTuple):
     num_warps: int
     num_stages: int
     copies: bool = False
+    resident: bool = False
 
 
 # By architecture alone: a linear layer with its epilogue, in half precision. What reads the operands the least often
@@ -184,6 +190,30 @@ MATMUL: dict[int, list[MatmulConfig]] = {
     ],
     90: _HOPPER,
     100: _HOPPER,
+}
+
+# As of MATMUL: before a residual sum, where 256 columns may be more than there are. On sm_100 they spill beside it.
+_TALL = MatmulConfig(tile_rows=256, tile_out=128, tile_k=64, num_warps=8, num_stages=3, copies=True)
+MATMUL_SUM: dict[int, list[MatmulConfig]] = {
+    **MATMUL,
+    90: [_HOPPER[0], _TALL, *_HOPPER[1:]],
+    100: [_TALL, *_HOPPER[1:]],
+}
+# After a LayerNorm, for at most so many channels: rows that stay are normalised once, and wider ones for every tile. On
+# sm_100 they would take most of tensor memory. The second of sm_80 is for 99 KiB of shared memory.
+NORM_MATMUL: dict[int, list[tuple[float, MatmulConfig]]] = {
+    80: [
+        (384, MatmulConfig(tile_rows=128, tile_out=64, tile_k=64, num_warps=8, num_stages=2, resident=True)),
+        (512, MatmulConfig(tile_rows=64, tile_out=32, tile_k=64, num_warps=4, num_stages=2, resident=True)),
+        (math.inf, MatmulConfig(tile_rows=128, tile_out=128, tile_k=32, num_warps=8, num_stages=4)),
+        (math.inf, MatmulConfig(tile_rows=64, tile_out=64, tile_k=32, num_warps=4, num_stages=3)),
+    ],
+    90: [
+        (384, MatmulConfig(tile_rows=128, tile_out=64, tile_k=64, num_warps=8, num_stages=2, resident=True)),
+        *((math.inf, config) for config in _HOPPER),
+        (512, MatmulConfig(tile_rows=128, tile_out=32, tile_k=64, num_warps=8, num_stages=2, resident=True)),
+    ],
+    100: [(math.inf, config) for config in _HOPPER],
 }
 
 
@@ -244,6 +274,22 @@ def linear(*shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
     """Whether the operands can be copied is the shape's last."""
     *_, can_copy, architecture = shape_and_architecture
     return tuple(config for config in MATMUL[row_architecture(architecture)] if can_copy or not config.copies)
+
+
+def linear_sum(K: int, outputs: int, *shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
+    return _that_fill(MATMUL_SUM, outputs, *shape_and_architecture)
+
+
+def norm_linear(K: int, outputs: int, *shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
+    table = {number: [config for most, config in rows if most >= K] for number, rows in NORM_MATMUL.items()}
+    return _that_fill(table, outputs, *shape_and_architecture)
+
+
+def _that_fill(table: dict[int, list[MatmulConfig]], outputs: int, *rest: Any) -> tuple[MatmulConfig, ...]:
+    """As of :func:`linear`; tiles of 256 columns come last where these would be over a sixth more than there are."""
+    *_, can_copy, architecture = rest
+    fit = [config for config in table[row_architecture(architecture)] if can_copy or not config.copies]
+    return tuple(sorted(fit, key=lambda config: config.tile_out == 256 and 6 * (-outputs % 256) > outputs))
 
 
 def norm_attention(channels: int, *shape_and_architecture: Any) -> tuple[ResidentConfig, ...]:

@@ -1,7 +1,8 @@
 """The attention sub-layer in Triton, whose rows stay on chip; forward alone.
 
 A linear layer after a LayerNorm, ``layer_norm(x) @ weight^T + bias``, and one before a residual sum, ``residual + scale
-* (x @ weight^T + bias)``; between them is block_attention. And of narrow layers the first two in one.
+* (x @ weight^T + bias)``; between them is block_attention. And of narrow layers the first two in one. Of wide rows the
+linear layers are norm_linear's and linear's.
 
 Maths: 2 C OUT FLOP a row, on the matrix units. Floor of a row in half precision: 2 C + 2 OUT bytes, and 2 OUT of the
 residual; neither what is normalised nor what is added is stored. The weight streams by once for each tile of rows, from
@@ -27,6 +28,8 @@ from nest_fast.kernels._launch import launch
 from nest_fast.kernels._primitives import cdiv, channel_pieces, load, piece, round_to, tiles_and_tail
 from nest_fast.kernels._rows import Linear, Norm, linear, load_normed, own_rows
 from nest_fast.kernels.block_attention import _attend, _pieces
+from nest_fast.kernels.linear import sum_fwd
+from nest_fast.kernels.norm_linear import norm_linear
 
 __all__ = ["linear_sum_fwd", "norm_attention_fwd", "norm_linear_fwd"]
 
@@ -107,15 +110,17 @@ def norm_linear_fwd(
 
     Args:
         x: ``(..., C)``, float32, float16 or bfloat16, any strides, but one that is not contiguous is copied; C at most
-            256.
+            256 in float32.
         norm_weight, norm_bias: ``(C,)``, of x's dtype or float32; eps: added to the variance.
         weight, bias: ``(out, C)`` and ``(out,)`` or None, in x's dtype. float32 is multiplied as torch's matmuls do.
 
     Returns:
         ``(..., out)`` in x's dtype.
     """
-    norm = Norm.dense(norm_weight, norm_bias, eps)
-    return _linear_rows(x.contiguous(), norm, Linear.dense(weight, bias), None, 1.0)
+    x, norm, layer = x.contiguous(), Norm.dense(norm_weight, norm_bias, eps), Linear.dense(weight, bias)
+    if x.shape[-1] > _layer_configs.ON_CHIP:
+        return norm_linear(x, norm, layer, None)
+    return _linear_rows(x, norm, layer, None, 1.0)
 
 
 def linear_sum_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float) -> Tensor:
@@ -129,6 +134,8 @@ def linear_sum_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     Returns:
         ``(..., out)`` in x's dtype.
     """
+    if x.shape[-1] > _layer_configs.ON_CHIP:
+        return sum_fwd(x, weight, bias, residual, scale)
     return _linear_rows(x.contiguous(), None, Linear.dense(weight, bias), residual.contiguous(), scale)
 
 

@@ -430,7 +430,7 @@ AGGREGATIONS = [
     *(Aggregation(kind, C_in, C_out, dtype, grid) for kind, dtype in _LAUNCHES for C_in, C_out, grid in _WIDTHS),
     Aggregation("norm-pool", 192, 384, "fp32"),
 ]
-# The models' channels of levels 1 and 2, and what has to be padded.
+# The models' channels, those of level 3 in half precision, and what has to be padded.
 SUB_LAYERS = [
     *(
         SubLayer(kind, C, dtype)
@@ -440,6 +440,8 @@ SUB_LAYERS = [
     ),
     *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention", "mlp-train") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
+    *(SubLayer(kind, C, "bf16") for kind in ("norm-linear", "linear-sum", "mlp") for C in (384, 512)),
+    SubLayer("mlp", 300, "bf16"),
     *(SubLayer("linear-gelu", C, "bf16") for C in (100, 256, 384, 512)),
     SubLayer("linear-tanh", 384, "fp16"),
     *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum", "mlp-train")),

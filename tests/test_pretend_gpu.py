@@ -164,7 +164,8 @@ def test_which_mlps_are_one_kernel_where_nothing_was_measured():
         ({"gradients": True, "C": 128}, "parts", ("triton", "parts")),
         ({"gradients": True}, "parts", ("parts",)),
         ({"gradients": True, "C": 96, "dtype": torch.float32}, "parts", ("parts",)),
-        ({"C": 257}, "parts", ("parts",)),
+        ({"C": 768}, "parts", ("triton", "parts")),
+        ({"C": 769}, "parts", ("parts",)),
         ({"capability": (7, 5)}, "parts", ("parts",)),
     ):
         made = {**given, **change}

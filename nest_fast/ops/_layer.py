@@ -13,6 +13,7 @@ from nest_fast.ops._backends import Backend, Rules
 
 IMPLS = ("auto", "reference", "cpp", "triton")
 MAX_CHANNELS = 256  # of the Triton kernels: more do not fit in a program's registers
+WIDE_CHANNELS = 768  # of those that take rows in pieces, in half precision
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 
@@ -26,21 +27,24 @@ TRITON: Rules = (
 )
 
 
-def at_most(channels: int) -> Rules:
-    """A rule for kernels whose rows have to fit."""
+def at_most(channels: int, in_half: int = 0) -> Rules:
+    """A rule for kernels whose rows have to fit, where in half precision there may be more."""
+
+    def most(given: Any) -> int:
+        return channels if given[0].dtype == torch.float32 else max(channels, in_half)
+
     return (
         (
-            lambda given: f"C = {given[0].shape[-1]} channels are over {channels}",
-            lambda given: given[0].shape[-1] > channels,
+            lambda given: f"C = {given[0].shape[-1]} channels are over {most(given)}",
+            lambda given: given[0].shape[-1] > most(given),
         ),
     )
 
 
+CHANNELS = at_most(MAX_CHANNELS, WIDE_CHANNELS)
 BACKENDS = {
     "cpp": Backend("cpp", _backends.CPP_LAYER + _ONE_SCALE),
-    "triton": Backend(
-        "triton", (*TRITON, ("the LayerNorm comes last", lambda given: given.post_norm), *at_most(MAX_CHANNELS))
-    ),
+    "triton": Backend("triton", (*TRITON, ("the LayerNorm comes last", lambda given: given.post_norm), *CHANNELS)),
 }
 # The C++ kernels multiply some rows by C x 16 numbers of a weight at a time (32 with AVX-512). Of more channels these
 # leave the 32 KiB of a first-level cache, and beside the MLP's hidden features fewer than 20 rows fit half of a second

@@ -74,9 +74,9 @@ def attention_layer(
             computes block by block, so that nothing but x and the result leaves the cache. Where gradients are wanted
             it keeps qkv and the attention's output and computes the LayerNorm's again. A mask has no gradient there.
             "triton" is three kernels on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), LayerNorm and qkv in one,
-            block_attention, the projection and the sum in one, for inference, C at most 256, and without post_norm; in
-            half precision, of blocks of at most 208 tokens and 128 channels, heads of 16 or 32, the first two are one.
-            Only "auto" may choose.
+            block_attention, the projection and the sum in one, for inference, C at most 256, in half precision 768, and
+            without post_norm; in half precision, of blocks of at most 208 tokens and 128 channels, heads of 16 or 32,
+            the first two are one. Only "auto" may choose.
 
     Returns:
         As ``x``.

@@ -56,8 +56,9 @@ def mlp_layer(
             computes some rows at a time, so that the hidden activations never leave the cache. Where gradients are
             wanted it keeps fc1's output and computes those of the LayerNorm and the GELU again. "triton" is one kernel
             on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), for C at most 256 and the LayerNorm first; the
-            hidden activations never leave the chip. Its gradients are two kernels more, which know x alone and make the
-            rest anew, in half precision for C at most 128. Only "auto" may choose.
+            hidden activations never leave the chip. In half precision and for C at most 768 it is two, LayerNorm, fc1
+            and GELU, and fc2 and the sum. Its gradients are two kernels more, which know x alone and make the rest
+            anew, in half precision for C at most 128. Only "auto" may choose.
 
     Returns:
         ``(…, C)``.
@@ -175,7 +176,7 @@ BACKENDS = {
         (
             *_backends.TRITON_LAYER,
             ("the LayerNorm comes last", lambda given: given.post_norm),
-            *_layer.at_most(_layer.MAX_CHANNELS),
+            *_layer.CHANNELS,
             TOO_LARGE,
             *_backends.where(_modes.wants_gradients, _FOR_GRADIENTS),
         ),

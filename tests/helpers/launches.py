@@ -170,6 +170,26 @@ def norm_linear(norm_dtype=BF16):
     return Case(given, (norm_linear_fwd(*given[:3], 1e-6, *given[3:]),), [2])
 
 
+def wide(C, out):
+    """As norm_linear, two tiles of columns by a program each; of 300 channels or 67 columns by pointers."""
+    given = (empty(3, 50, C), empty(C), empty(C), empty(out, C), empty(out))
+    return Case(given, (norm_linear_fwd(*given[:3], 1e-6, *given[3:]),), [4])
+
+
+def wide_sum(C, out, programs):
+    """Tiles of 256 rows by 128 columns, or by pointers of 128."""
+    given = (empty(3, 50, C), empty(out, C), empty(out), empty(3, 50, out))
+    return Case(given, (linear_sum_fwd(*given, 1.7),), [programs])
+
+
+def wide_mlp():
+    """What is hidden is not returned. Factors of samples."""
+    given = (empty(3, 50, 288), empty(288), empty(288), empty(72, 288), None, empty(288, 72), None, empty(3))
+    x, norm_weight, norm_bias, fc1, _, fc2, _, samples = given
+    out = mlp_layer_fwd(x, norm_weight, norm_bias, 1e-6, fc1, None, False, fc2, None, 1.0, samples)
+    return Case(given, (out,), [4, 3])
+
+
 def norm_attention(bias):
     """Two heads of 16 in 6 blocks."""
     given = (empty(2, 3, 20, 32), empty(32), empty(32), empty(96, 32), bias)
@@ -281,6 +301,11 @@ CASES = {
     "layer_norm_mean_bwd": layer_norm_mean_gradients,
     "norm_linear_fwd": norm_linear,
     "norm_linear_fwd, norm in float32": lambda: norm_linear(FP32),
+    "norm_linear_fwd, wide": lambda: wide(288, 72),
+    "norm_linear_fwd, wide, by pointers": lambda: wide(300, 67),
+    "linear_sum_fwd, wide": lambda: wide_sum(288, 40, 1),
+    "linear_sum_fwd, wide, by pointers": lambda: wide_sum(300, 67, 2),
+    "mlp_layer_fwd, wide": wide_mlp,
     "norm_attention_fwd": lambda: norm_attention(empty(96)),
     "norm_attention_fwd, without bias": lambda: norm_attention(None),
     "linear_sum_fwd": lambda: linear_sum(empty(40)),
@@ -407,6 +432,12 @@ def batches(B):
     mlp_layer_fwd(x, *norm, fc1, None, False, fc2, None, 1.0)
     mlp_layer_fwd(x, *norm, fc1, None, False, fc2, None, 1.0, empty(B))
     mlp_layer_bwd(x, x, *norm, fc1, None, False, fc2, 1.0, empty(B), [True] * 4)
+    rows, vector = empty(B, 4, 4, 288), empty(288)
+    fc1, fc2 = empty(64, 288), empty(288, 64)
+    for samples in (None, empty(B)):
+        mlp_layer_fwd(rows, vector, vector, 1e-6, fc1, None, False, fc2, None, 1.0, samples)
+    mlp_layer_fwd(empty(B, 5, 300), *[empty(300)] * 2, 1e-6, empty(64, 300), None, False, empty(300, 64), None, 1.0)
+    vector, fc1, fc2 = empty(32), empty(128, 32), empty(32, 128)
     projection_mlp_fwd(x, x, proj, None, 1.0, *norm, fc1, None, False, fc2, None, 1.0)
     floats = [vector.float() for _ in range(3)]
     y, pos_embed = empty(B, 8, 8, 32), empty(1, 1, 16, 32)
