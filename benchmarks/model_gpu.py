@@ -36,7 +36,9 @@ from nest_fast.ops.mlp_layer import CERTAIN_CHANNELS
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernel_resources.json"
 HALF = 2  # bytes of bf16 and fp16
 BATCH = 256
-COPY_STEP = 110  # instructions of a step of linear's loop with copies, counted in the code for sm_90
+# Instructions of a step of a loop with copies, counted in the code for sm_90: linear's, and of each number of x that it
+# takes the GELU of; of the gradient of fc1's weight, and of fc2's.
+COPY_STEP, GELU_EACH, NORM_WEIGHT_STEP, GELU_WEIGHT_STEP = 110, 14, 297, 680
 # And of norm_linear where rows do not stay, by kind of architecture: of the sweep for the statistics, of the product,
 # and how many stand before and in these.
 NORM_STEPS = {90: (195, 315, 1126), 80: (107, 197, 722)}
@@ -240,6 +242,14 @@ class Compiled:
         steps = math.ceil(C / config.tile_k)
         in_tile = row["instructions"] - once + steps * step
         return (once - step + (steps - 1) * sweep + tiles * in_tile) * row["warps"] * programs, config
+
+    def weight_gradient(self, case: str, rows: float, P: int, Q: int, step: int) -> tuple[float, Any]:
+        """Its loop walks over rows."""
+        row = self.of(case, "mlp_layer_bwd_weight")
+        config = _layer_configs.mlp_layer_bwd_weight(P, Q, True, self.architectures[0])[row.get("candidate", 0)]
+        tiles = math.ceil(P / config.tile_rows) * math.ceil(Q / config.tile_out)
+        each = step if config.copies else row["in loop"]
+        return each * row["warps"] * math.ceil(rows / config.tile_k) * tiles, config
 
 
 def _with_loop(row: dict, trips: float) -> float:
@@ -466,6 +476,34 @@ def train_one_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work
     yield Work("sum of two gradients", "pass", 3 * x)
 
 
+def train_wide_mlp(level: Level, batch: int, compiled: Compiled) -> Iterator[Work]:
+    """A training step where the MLP sub-layer of wide rows keeps what fc1 gives alone, and makes the rest anew."""
+    C, M = level.C, batch * level.tokens
+    x, given = HALF * C * M, (level, batch, compiled)
+    yield from itertools.islice(with_a_wide_mlp(*given), 5)
+    case = f"mlp-train-C{C}-bf16"
+    yield norm_linear("LayerNorm, fc1", case, *given, 4 * C)
+    yield linear_sum("GELU, fc2, sum", case, *given, 4 * C, GELU_EACH)
+    hidden = f"mlp-train-fc1-C{C}-bf16", "mlp_layer_bwd_hidden", _layer_configs.mlp_layer_bwd_hidden
+    instructions, config = compiled.matmul(*hidden, M, C, 4 * C)
+    again = of_tiles(C, 4 * C, M, config)
+    yield Work("hidden, backward", "kernel", 9 * x, 8 * C * C * M, instructions, 8 * C * M, again)
+    for name, of, P, Q, step in (
+        ("fc1's weight", f"mlp-train-fc1-C{C}-bf16", C, 4 * C, NORM_WEIGHT_STEP),
+        ("fc2's weight", case, 4 * C, C, GELU_WEIGHT_STEP),
+    ):
+        instructions, config = compiled.weight_gradient(of, M, P, Q, step)
+        across, down = math.ceil(P / config.tile_rows), math.ceil(Q / config.tile_out)
+        again = HALF * M * (P * (down - 1) + Q * (across - 1))
+        exponentials = P * M * down if P > Q else 0
+        yield Work(f"{name}, backward", "kernel", 5 * x, 8 * C * C * M, instructions, exponentials, again)
+    yield matmul("fc1's input", M, 4 * C, C)
+    yield Work("add_layer_norm, backward", "pass", 4 * x, instructions=compiled.layer_norm_backward(M, C))
+    yield from attention_gradients(*given)
+    yield Work("LayerNorm, backward", "pass", 3 * x, instructions=compiled.layer_norm_backward(M, C))
+    yield Work("sum of two gradients", "pass", 3 * x)
+
+
 def train_times() -> list[list[str]]:
     """Microseconds, and the parts that the forward, the MLP's gradients and the attention's have of them."""
     lines = []
@@ -592,7 +630,7 @@ def layers() -> list[list[str]]:
                 compiled = Compiled(gpu.architecture)
                 designs = chain, *(with_one_mlp,) * (level.C <= CERTAIN_CHANNELS), *(by_two_kernels,) * (level.C <= 128)
                 designs += (with_activated_fc1,) * (level.C > CERTAIN_CHANNELS)
-                designs += (by_five_kernels,) * (level.C > _layer_configs.ON_CHIP)
+                designs += (by_five_kernels, train_wide_mlp) * (level.C > _layer_configs.ON_CHIP)
                 works = {work.name: work for design in designs for work in design(level, BATCH, compiled)}
                 for name, work in works.items():
                     taken.setdefault(name, []).append(f"{seconds(work, gpu) * 1e6:.0f}")
@@ -655,6 +693,8 @@ def main() -> None:
         print(markdown([["level", *GPUS], *train_times()]))
         print("\nPredicted gain of mlp_layer's kernels with gradients, for the whole layer's training step.\n")
         print(markdown([["level", *GPUS], *gains(train_chain, train_one_mlp, range(129))]))
+        print("\nPredicted gain of a wide mlp_layer's kernels with gradients, for the whole layer's training step.\n")
+        print(markdown([["level", *GPUS], *gains(train_chain, train_wide_mlp, range(257, 513))]))
         print("\nPredicted gain where no activation is kept, for the whole layer's training step.\n")
         again = functools.partial(train_chain, keep_gelu=False)
         print(markdown([["level", *GPUS], *gains(train_chain, again, range(513))]))

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from nest_fast.kernels._configs import row_architecture
 
 __all__ = [
-    "LINEAR", "MATMUL", "MATMUL_SUM", "MLP", "MLP_BWD_ROWS", "MLP_BWD_WEIGHTS", "NORM_ATTENTION", "NORM_MATMUL",
-    "ON_CHIP", "PROJECTION_MLP", "LinearConfig", "MatmulConfig", "MlpConfig", "ResidentConfig", "linear", "linear_rows",
-    "linear_sum", "mlp_layer", "mlp_layer_bwd_rows", "mlp_layer_bwd_weights", "norm_attention", "norm_linear",
-    "projection_mlp",
+    "LINEAR", "MATMUL", "MATMUL_SUM", "MLP", "MLP_BWD_HIDDEN", "MLP_BWD_ROWS", "MLP_BWD_WEIGHT", "MLP_BWD_WEIGHTS",
+    "NORM_ATTENTION", "NORM_MATMUL", "ON_CHIP", "PROJECTION_MLP", "LinearConfig", "MatmulConfig", "MlpConfig",
+    "ResidentConfig", "linear", "linear_rows", "linear_sum", "mlp_layer", "mlp_layer_bwd_hidden", "mlp_layer_bwd_rows",
+    "mlp_layer_bwd_weight", "mlp_layer_bwd_weights", "norm_attention", "norm_linear", "projection_mlp",
 ]  # fmt: skip
 
 ON_CHIP = 256  # channels up to which a program holds whole rows; wider ones go by in pieces
@@ -215,6 +215,9 @@ NORM_MATMUL: dict[int, list[tuple[float, MatmulConfig]]] = {
     ],
     100: [(math.inf, config) for config in _HOPPER],
 }
+# As of MATMUL: the gradient of what is hidden, and of a weight, whose tiles are columns by columns, tile_k rows a step.
+MLP_BWD_HIDDEN: dict[int, list[MatmulConfig]] = {**MATMUL, 100: _HOPPER[1:]}
+MLP_BWD_WEIGHT: dict[int, list[MatmulConfig]] = {**MATMUL}
 
 
 class ResidentConfig(NamedTuple):
@@ -283,6 +286,14 @@ def linear_sum(K: int, outputs: int, *shape_and_architecture: Any) -> tuple[Matm
 def norm_linear(K: int, outputs: int, *shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
     table = {number: [config for most, config in rows if most >= K] for number, rows in NORM_MATMUL.items()}
     return _that_fill(table, outputs, *shape_and_architecture)
+
+
+def mlp_layer_bwd_hidden(K: int, outputs: int, *shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
+    return _that_fill(MLP_BWD_HIDDEN, outputs, *shape_and_architecture)
+
+
+def mlp_layer_bwd_weight(P: int, Q: int, *shape_and_architecture: Any) -> tuple[MatmulConfig, ...]:
+    return _that_fill(MLP_BWD_WEIGHT, Q, *shape_and_architecture)
 
 
 def _that_fill(table: dict[int, list[MatmulConfig]], outputs: int, *rest: Any) -> tuple[MatmulConfig, ...]:

@@ -45,6 +45,7 @@ def decompositions() -> dict[Any, Callable]:
         ops.linear_sum_triton_fwd.default: _linear_sum,
         ops.linear_triton_fwd.default: _linear,
         ops.mlp_layer_triton_fwd.default: _mlp_layer_triton,
+        ops.mlp_layer_triton_wide.default: _mlp_layer_triton_wide,
         ops.projection_mlp_triton_fwd.default: _projection_mlp,
         ops.block_aggregate_cpp_fwd.default: _block_aggregate,
         ops.block_aggregate_triton_fwd.default: _block_aggregate,
@@ -224,6 +225,12 @@ def _mlp_layer_triton(
     )
     scale = branch_scale if sample_scale is None else sample_scale.view(-1, *(1,) * (x.dim() - 1))
     return _linear_sum(y, fc2_weight, fc2_bias, x, scale)
+
+
+def _mlp_layer_triton_wide(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, *rest) -> tuple[Tensor, ...]:
+    before = x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias
+    variance, mean = torch.var_mean(x.float(), -1, correction=0)
+    return _mlp_layer_triton(*before, *rest), _norm_linear(*before), mean, (variance + eps).rsqrt()
 
 
 def _projection_mlp(x, attended, proj_weight, proj_bias, proj_scale, *mlp) -> Tensor:

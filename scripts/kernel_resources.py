@@ -47,6 +47,7 @@ from nest_fast.kernels.linear import linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from nest_fast.kernels.projection_mlp import projection_mlp_fwd
+from nest_fast.kernels.wide_mlp import wide_mlp_bwd, wide_mlp_fwd
 
 ARCHITECTURES = tuple(SHARED_BYTES)
 TUNED = (80, 90, 100)  # those with rows of their own in the tables
@@ -93,7 +94,8 @@ class Aggregation(NamedTuple):
 
 class SubLayer(NamedTuple):
     """Launches of a sub-layer's kernels to compile: "mlp" or with tanh "mlp-tanh", of 4 C hidden features, or
-    "mlp-train", all its gradients with a factor for each sample; "projection-mlp"; "norm-linear", to 3 C columns,
+    "mlp-train", all its gradients with a factor for each sample; of over 128 channels its forward and fc2's gradient,
+    and as "mlp-train-fc1" those of what is hidden and of fc1; "projection-mlp"; "norm-linear", to 3 C columns,
     "linear-sum", to C, or "norm-attention", of heads of 32; or fc1 and its GELU, "linear-gelu" or "linear-tanh"."""
 
     kind: str
@@ -320,6 +322,13 @@ def _launch_sub_layer(case: SubLayer) -> None:
     if case.kind == "projection-mlp":
         projection_mlp_fwd(x, x, empty(C, C), empty(C), 1.0, *norm, *fc1, False, *fc2, 1.0)
         return
+    if case.kind.startswith("mlp-train") and C > 128:
+        for_fc1, factors = case.kind == "mlp-train-fc1", (1.0, empty(8))
+        if not for_fc1:
+            wide_mlp_fwd(x, *norm, *fc1, False, *fc2, *factors)
+        kept = empty(8, 16, 196, hidden), *(torch.empty(8, 16, 196, device="meta") for _ in range(2))
+        wide_mlp_bwd(x, x, *kept, *norm[:2], fc1[0], False, fc2[0], *factors, [False, for_fc1, not for_fc1, False])
+        return
     if case.kind == "mlp-train":
         mlp_layer_bwd(x, x, *norm, *fc1, False, fc2[0], 1.0, empty(8), [True] * 4)
         return
@@ -441,7 +450,8 @@ SUB_LAYERS = [
     *(SubLayer(kind, C, "bf16") for kind in ("projection-mlp", "norm-attention", "mlp-train") for C in (96, 128)),
     SubLayer("mlp-tanh", 192, "fp16"),
     *(SubLayer(kind, C, "bf16") for kind in ("norm-linear", "linear-sum", "mlp") for C in (384, 512)),
-    SubLayer("mlp", 300, "bf16"),
+    *(SubLayer(kind, C, "bf16") for kind in ("mlp-train", "mlp-train-fc1") for C in (384, 512)),
+    *(SubLayer(kind, 300, "bf16") for kind in ("mlp", "mlp-train")),
     *(SubLayer("linear-gelu", C, "bf16") for C in (100, 256, 384, 512)),
     SubLayer("linear-tanh", 384, "fp16"),
     *(SubLayer(kind, 100, "bf16") for kind in ("mlp", "projection-mlp", "norm-linear", "linear-sum", "mlp-train")),

@@ -129,6 +129,8 @@ def decomposition_cases():
         yield OPS.mlp_layer_cpp, (*alone[:4], r(16, 8), r(16), "gelu", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_cpp, (*layer, "gelu_tanh", r(8, 16), None, 0.7, training)
         yield OPS.mlp_layer_triton_fwd, (*layer, training, r(8, 16), None, *((0.7,) if training else (1.0, r(30))))
+        factors = (0.7, None) if training else (1.0, r(30))
+        yield OPS.mlp_layer_triton_wide, (*layer, training, r(8, 16), None, *factors)
         projection = r(30, 8), r(8, 8), r(8) if training else None, 0.6
         yield OPS.projection_mlp_triton_fwd, (layer[0], *projection, *layer[1:], training, r(8, 16), None, 0.7)
         for same in (False, True):

@@ -41,7 +41,7 @@ SAMPLE = "|".join(
         "sm_90 (bwd-N16-d64-h3-mq-bf16|aggregate-norm-pool-C256-512-bf16|bias-gelu-none|layer-norm-mean-C96)",
         "sm_89 (projection-mlp|mlp|mlp-train|norm-linear|norm-attention)-C128-bf16",
         "sm_100 (aggregate-fwd-C192-384-bf16|add-layer-norm-fwd-C96)",
-        "sm_100 (linear-gelu|norm-linear)-C384-bf16",
+        "sm_100 (linear-gelu|norm-linear|mlp-train-fc1)-C384-bf16",
     ]
 )
 

@@ -145,7 +145,7 @@ def test_every_launch_has_a_choice():
             assert 2 <= len(_layer_configs.linear_rows(channels, operands, architecture)) <= 6
         for can_copy in (False, True):
             assert 2 <= len(_layer_configs.linear(can_copy, architecture)) <= 6
-            for name in ("linear_sum", "norm_linear"):
+            for name in ("linear_sum", "norm_linear", "mlp_layer_bwd_hidden", "mlp_layer_bwd_weight"):
                 assert 2 <= len(getattr(_layer_configs, name)(384, 1152, can_copy, architecture)) <= 6
         for channels in (16, 96, 128):
             assert 2 <= len(_layer_configs.projection_mlp(channels, architecture)) <= 6

@@ -58,7 +58,8 @@ def mlp_layer(
             on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), for C at most 256 and the LayerNorm first; the
             hidden activations never leave the chip. In half precision and for C at most 768 it is two, LayerNorm, fc1
             and GELU, and fc2 and the sum. Its gradients are two kernels more, which know x alone and make the rest
-            anew, in half precision for C at most 128. Only "auto" may choose.
+            anew, in half precision for C at most 128; of C at most 512 they keep what fc1 gives, too. Only "auto" may
+            choose.
 
     Returns:
         ``(…, C)``.
@@ -81,7 +82,10 @@ def mlp_layer(
     if impl == "triton":
         tanh = activation == "gelu_tanh"
         scales = (1.0, branch_scale) if isinstance(branch_scale, Tensor) else (branch_scale, None)
-        return _TRITON(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, *scales)
+        call = x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, tanh, fc2_weight, fc2_bias, *scales
+        if C > GRADIENT_CHANNELS and _modes.wants_gradients(given):
+            return _TRITON_WIDE(*call)[0]
+        return _TRITON(*call)
     if impl == "cpp":
         dtype = _modes.autocast_dtype(x)
         fc1_weight, fc2_weight = (_layout.dense_rows(weight.to(dtype)) for weight in (fc1_weight, fc2_weight))
@@ -160,10 +164,11 @@ class Given(NamedTuple):
 TOO_LARGE = ("a weight has 2^31 numbers or more", lambda given: given.fc1_weight.numel() >= 2**31)
 CERTAIN_CHANNELS = 192  # up to which a model of its gain leaves room for the model's errors (docs/notes/passes.md)
 GRADIENT_CHANNELS = 128  # of which a program holds the gradients in registers, beside their input
+WIDE_GRADIENT_CHANNELS = 512
 
 _FOR_GRADIENTS: Rules = (
     ("its gradients are in half precision", lambda given: given.x.dtype == torch.float32),
-    *_layer.at_most(GRADIENT_CHANNELS),
+    *_layer.at_most(WIDE_GRADIENT_CHANNELS),
     (
         "branch_scale wants a gradient",
         lambda given: given.branch_scale is not None and given.branch_scale.requires_grad,
@@ -255,15 +260,30 @@ def _triton_bwd_fake(dout, x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, 
 
 
 def _triton_gradients(kept, dout):
+    def backward(*wanted):
+        norm, linear_1 = (kept.norm_weight, kept.norm_bias, kept.eps), (kept.fc1_weight, kept.fc1_bias)
+        scales = kept.branch_scale, kept.sample_scale
+        return _TRITON_BWD(dout, kept.x, *norm, *linear_1, kept.tanh, kept.fc2_weight, *scales, wanted)
+
+    return _asked_for(kept, backward)
+
+
+def _wide_gradients(kept, dout):
+    def backward(*wanted):
+        saved = kept.x, kept.hidden, kept.mean, kept.rstd, kept.norm_weight, kept.norm_bias
+        scales = kept.branch_scale, kept.sample_scale
+        return _TRITON_WIDE_BWD(dout, *saved, kept.fc1_weight, kept.tanh, kept.fc2_weight, *scales, wanted)
+
+    return _asked_for(kept, backward)
+
+
+def _asked_for(kept, backward):
+    """The gradients that ``backward`` returns, called with which are wanted, by name."""
     before, fc1, fc2, bias = wanted = [
         any(kept.needed[name] for name in names)
         for names in (("x", "norm_weight", "norm_bias"), ("fc1_weight", "fc1_bias"), ("fc2_weight",), ("fc2_bias",))
     ]
-    norm, linear_1 = (kept.norm_weight, kept.norm_bias, kept.eps), (kept.fc1_weight, kept.fc1_bias)
-    scales = kept.branch_scale, kept.sample_scale
-    dx, dnorm, dfc1, dfc1_bias, dfc2, dfc2_bias = _TRITON_BWD(
-        dout, kept.x, *norm, *linear_1, kept.tanh, kept.fc2_weight, *scales, wanted
-    )
+    dx, dnorm, dfc1, dfc1_bias, dfc2, dfc2_bias = backward(*wanted)
     found: dict[str, Tensor | None] = {}
     if before:
         found |= {"x": dx, "norm_weight": dnorm[0], "norm_bias": dnorm[1]}
@@ -276,6 +296,16 @@ def _triton_gradients(kept, dout):
     return {name: grad for name, grad in found.items() if kept.needed[name]}
 
 
+def _wide_fake(x, norm_weight, norm_bias, eps, fc1, *_):
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], fc1.shape[0])), mean, rstd
+
+
+def _wide_bwd_fake(dout, x, hidden, mean, rstd, norm_weight, norm_bias, fc1, tanh, fc2, scale, scales, output_mask):
+    norm = norm_weight, norm_bias, 0.0
+    return _triton_bwd_fake(dout, x, *norm, fc1, None, tanh, fc2, scale, scales, output_mask)
+
+
 def _triton_flops(x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh, fc2, *_, out_shape=None):
     return _flops.linear(x, fc1) + _flops.linear((*x[:-1], fc1[0]), fc2)
 
@@ -285,6 +315,11 @@ def _triton_bwd_flops(dout, x, norm_weight, norm_bias, eps, fc1, fc1_bias, tanh,
     hidden = (*x[:-1], fc1[0])
     through_fc2 = hidden if math.prod(dx) + math.prod(dfc1) else (0,)
     return _flops.linear_gradients(x, fc1, dx, dfc1) + _flops.linear_gradients(hidden, fc2, through_fc2, dfc2)
+
+
+def _wide_bwd_flops(dout, x, hidden, mean, rstd, norm_weight, norm_bias, fc1, tanh, fc2, *_, out_shape=None):
+    norm = norm_weight, norm_bias, 0.0
+    return _triton_bwd_flops(dout, x, *norm, fc1, None, tanh, fc2, out_shape=out_shape)
 
 
 _CPP = operation(
@@ -321,4 +356,27 @@ _TRITON_BWD = operation(
     fake=_triton_bwd_fake,
     backward_of="mlp_layer",
     flops=_triton_bwd_flops,
+)
+_TRITON_WIDE = operation(
+    "mlp_layer_triton_wide(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
+    " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, Tensor? sample_scale)"
+    " -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
+    launch="wide_mlp.wide_mlp_fwd",
+    fake=_wide_fake,
+    saved=(
+        *("x", "norm_weight", "norm_bias", "fc1_weight", "fc2_weight", "sample_scale"),
+        *("hidden", "mean", "rstd"),
+    ),
+    gradients=_wide_gradients,
+    flops=_triton_flops,
+)
+_TRITON_WIDE_BWD = operation(
+    "mlp_layer_triton_wide_bwd(Tensor dout, Tensor x, Tensor hidden, Tensor mean, Tensor rstd, Tensor norm_weight,"
+    " Tensor norm_bias, Tensor fc1_weight, bool tanh, Tensor fc2_weight, float branch_scale, Tensor? sample_scale,"
+    " bool[4] output_mask)"
+    " -> (Tensor dx, Tensor dnorm, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
+    launch="wide_mlp.wide_mlp_bwd",
+    fake=_wide_bwd_fake,
+    backward_of="mlp_layer",
+    flops=_wide_bwd_flops,
 )

@@ -27,6 +27,7 @@ from nest_fast.kernels.linear import linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from nest_fast.kernels.projection_mlp import projection_mlp_fwd
+from nest_fast.kernels.wide_mlp import wide_mlp_bwd, wide_mlp_fwd
 
 ARCHITECTURE = 90
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -232,6 +233,16 @@ def mlp_layer_gradients(samples, mask, programs):
     return Case(given, grads[:1], programs)  # the others are summed of what a kernel wrote
 
 
+def wide_mlp_training(C, hidden, samples, programs):
+    """Forward, gradients of what is hidden, of fc1's weight, of fc2's, and of x in the pass of the LayerNorm."""
+    x, norm, fc1, fc2 = empty(3, 50, C), (empty(C), empty(C)), empty(hidden, C), empty(C, hidden)
+    biases, factors, dout = (empty(hidden), empty(C)), (1.0, samples), empty(3, 50, C)
+    out, *kept = wide_mlp_fwd(x, *norm, 1e-6, fc1, biases[0], True, fc2, biases[1], *factors)
+    grads = wide_mlp_bwd(dout, x, *kept, *norm, fc1, True, fc2, *factors, [True] * 4)
+    given = (dout, x, *norm, fc1, fc2, *biases, samples)
+    return Case(given, (out, *kept, grads[0]), programs)  # the others are summed of what a kernel wrote
+
+
 def projection_mlp(biases, norm_dtype=BF16):
     """As mlp_layer's."""
     norm, proj = (empty(24, dtype=norm_dtype), empty(24, dtype=norm_dtype)), empty(24, 24)
@@ -319,6 +330,8 @@ CASES = {
     "mlp_layer_bwd": lambda: mlp_layer_gradients(None, [True] * 4, [2, 3]),
     "mlp_layer_bwd, of samples": lambda: mlp_layer_gradients(empty(3), [True, False, True, False], [2, 3]),
     "mlp_layer_bwd, of what is before fc1": lambda: mlp_layer_gradients(empty(3), [True, False, False, False], [2]),
+    "wide_mlp": lambda: wide_mlp_training(136, 72, empty(3), [4, 2, 2, 6, 6, 5]),
+    "wide_mlp, by pointers": lambda: wide_mlp_training(140, 67, None, [4, 4, 2, 6, 6, 5]),
     "projection_mlp_fwd": lambda: projection_mlp(True),
     "projection_mlp_fwd, without biases": lambda: projection_mlp(False, FP32),
     "norm_pool_fwd": lambda: norm_pool(True, True),
@@ -435,7 +448,10 @@ def batches(B):
     rows, vector = empty(B, 4, 4, 288), empty(288)
     fc1, fc2 = empty(64, 288), empty(288, 64)
     for samples in (None, empty(B)):
-        mlp_layer_fwd(rows, vector, vector, 1e-6, fc1, None, False, fc2, None, 1.0, samples)
+        call = vector, vector, 1e-6, fc1, None, False, fc2, None, 1.0, samples
+        mlp_layer_fwd(rows, *call)
+        _, *kept = wide_mlp_fwd(rows, *call)
+        wide_mlp_bwd(rows, rows, *kept, vector, vector, fc1, False, fc2, 1.0, samples, [True] * 4)
     mlp_layer_fwd(empty(B, 5, 300), *[empty(300)] * 2, 1e-6, empty(64, 300), None, False, empty(300, 64), None, 1.0)
     vector, fc1, fc2 = empty(32), empty(128, 32), empty(32, 128)
     projection_mlp_fwd(x, x, proj, None, 1.0, *norm, fc1, None, False, fc2, None, 1.0)
