@@ -163,6 +163,8 @@ def _spills(config: Any, run: Callable[..., Any], errors: list[Exception]) -> fl
         try:
             compiled = kernel.warmup(*_arrive(args), grid=(programs,), **constants, **_OPTIONS)
             _ = compiled.run  # loads it, which is refused if its shared memory, threads or registers do not fit
+            if not hasattr(compiled, "n_spills"):  # but once: Triton takes it for loaded then
+                raise RuntimeError("a kernel that the GPU refused before, since it does not fit")
             spills.append(compiled.n_spills)
         except (triton.TritonError, RuntimeError) as error:
             errors.append(error)

@@ -108,6 +108,7 @@ host_time.main()
         ("all spill", 1, 3),
         ("the first does not compile", 1, 1),
         ("the first does not fit", 1, 1),
+        ("it does not fit again", 1, 0),
     ],
 )
 def test_the_first_candidate_that_suits_is_taken(where, candidate, loaded):
@@ -117,6 +118,7 @@ def test_the_first_candidate_that_suits_is_taken(where, candidate, loaded):
 
 def test_where_no_candidate_fits_the_first_ones_error_is_raised():
     assert launches()["choices"]["none fits"].startswith("OutOfResources: out of resource: shared memory")
+    assert launches()["choices"]["none fits again"].startswith("RuntimeError: a kernel that the GPU refused before")
 
 
 def test_a_choice_inside_a_cuda_graph_is_refused(monkeypatch):

@@ -510,13 +510,16 @@ def choices(stub):
         table = mock.Mock(return_value=configs, __name__="attention")
         return with_these
 
+    one_fits, none_fits = attends(64, (64, 4, "keys"), (16, 1, None)), attends(64, (64, 2, "keys"), (32, 1, None))
     return {
         "the first is clean": chosen(stub, gradients(16)),
         "the first spills": chosen(stub, gradients(32), local_bytes=[16]),
         "all spill": chosen(stub, gradients(64), local_bytes=[32, 8, 16]),
         "the first does not compile": chosen(stub, attends(16, (8, 1, "keys"), (16, 2, "keys"))),
-        "the first does not fit": chosen(stub, attends(64, (64, 4, "keys"), (16, 1, None)), shared_bytes=4096),
-        "none fits": chosen(stub, attends(64, (64, 2, "keys"), (32, 1, None)), shared_bytes=64),
+        "the first does not fit": chosen(stub, one_fits, shared_bytes=4096),
+        "it does not fit again": chosen(stub, one_fits, shared_bytes=4096),
+        "none fits": chosen(stub, none_fits, shared_bytes=64),
+        "none fits again": chosen(stub, none_fits, shared_bytes=64),
     }
 
 
