@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers
+from helpers.common import DEVICE, DTYPES, assert_stays_inside_its_buffers, in_double
 from helpers.layer_kernel_tests import *  # noqa: F403
 from helpers.layer_kernel_tests import on_device
 from helpers.layer_tests import LUCK, assert_accurate, mlp_inputs
@@ -62,11 +62,11 @@ def test_mlp_layer_of_any_shape(data):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's on inf - inf, which is what is meant
 def test_mlp_layer_keeps_special_values_of_a_bias():
-    """Of a hidden feature: inf times fc2's weights."""
+    """Of a hidden feature: inf times fc2's weights. PyTorch's GELU of inf is NaN in float32 with AVX-512."""
     tensors, options = draw(2, 3, 5, 24, 40)
     tensors[4][7] = math.inf
-    out, wanted = (mlp_layer(*tensors, **options, impl=impl) for impl in ("triton", "reference"))
-    assert torch.equal(out, wanted)
+    out = mlp_layer(*tensors, **options, impl="triton")
+    assert torch.equal(out, mlp_layer(*in_double(tensors), **options, impl="reference").float())
     assert not out.isfinite().any()
 
 
