@@ -26,7 +26,7 @@ namespace {
 constexpr ByDtype<BlockAggregateKernels> kKernels[] = {NEST_FAST_BY_ISA(kBlockAggregate)};
 
 // Pairs of rows for which a thread reads the filters, and computes again two rows that are another range's.
-constexpr int64_t kRowsAtLeast = 7;
+constexpr int64_t kPairsAtLeast = 7;
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_aggregate_cpp_fwd(
   const Tensor filters = conv_packed ? *conv_packed : transform_filters(isa, conv_weight);
   p.filters = static_cast<const float*>(filters.const_data_ptr());
   parallel_for(
-      B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); }, 1, kRowsAtLeast);
+      B * p.height / 2, [&](int64_t begin, int64_t end) { isa.aggregate(p, begin, end); }, 1, kPairsAtLeast);
   return {out, y, mean, rstd, argmax};
 }
 
@@ -281,7 +281,7 @@ Tensor block_aggregate_cpp_dx(Tensor dy, Tensor conv_weight, IntHeaderOnlyArrayR
                                            {conv_weight.stride(1), conv_weight.stride(0), -rows, -columns});
   p.filters = static_cast<const float*>(filters.const_data_ptr());
   parallel_for(
-      dy.size(0) * p.height / 2, [&](int64_t begin, int64_t end) { isa.convolve(p, begin, end); }, 1, kRowsAtLeast);
+      dy.size(0) * p.height / 2, [&](int64_t begin, int64_t end) { isa.convolve(p, begin, end); }, 1, kPairsAtLeast);
   return dx;
 }
 

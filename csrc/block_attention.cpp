@@ -72,9 +72,10 @@ ScoreTables tables_of(const std::optional<Tensor>& bias, const std::optional<Ten
   return ScoreTables(bias, mask, std::nullopt, none, q.size(1), q.size(3), q.size(2), transposed);
 }
 
-// q (B, T, N, heads, head_dim), k and v the same or with one head, v and out of any dimension; fp32, fp16 or bf16. bias (heads, N, N) and mask
-// (groups, N, N) are added to the scores, fp32. Returns out like q, contiguous, and lse, fp32: (B, T, heads, N), the
-// natural logarithm of the sum of exp(scale * q @ k^T), or with bias or mask as AddedScores has it (B, T, heads, N, 2).
+// q (B, T, N, heads, head_dim), k and v the same or with one head, v with any head_dim, which out has, too; fp32, fp16
+// or bf16. bias (heads, N, N) and mask (groups, N, N) are added to the scores, fp32. Returns out like q, contiguous, and
+// lse, fp32: (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), or with bias or mask as
+// AddedScores has it (B, T, heads, N, 2).
 std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
                                                    std::optional<Tensor> mask, double scale) {
   BlockAttention p{};

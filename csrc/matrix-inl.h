@@ -31,8 +31,8 @@ struct Sums {
   int64_t row, vec;
 };
 
-// Memory that is needed soon, on its way to the second-level cache while products are computed: some lines from `next` on
-// in every kLanes K steps. All of them at once would wait for each other, and the products for them.
+// Memory that is needed soon, on its way to the second-level cache while products are computed: some lines from `next`
+// on in every kLanes K steps. All of them at once would wait for each other, and the products for them.
 struct Ahead {
   const float* next = nullptr;
   int64_t lines = 0;
@@ -123,7 +123,8 @@ void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k
     int64_t first = 0;
     for (; first + kNR <= columns; first += kNR, part += 2 * c.vec)
       multiply_tile<Op, ROWS, 2>(a, b + first, columns, steps, done > 0, {part, c.row, c.vec}, ahead);
-    if (first < columns) multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, {part, c.row, c.vec}, ahead);
+    if (first < columns)
+      multiply_tile<Op, ROWS, 1>(a, b + first, columns, steps, done > 0, {part, c.row, c.vec}, ahead);
   }
 }
 
