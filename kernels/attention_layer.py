@@ -25,11 +25,11 @@ from nest_fast.kernels import _attention, _configs, _layer_configs
 from nest_fast.kernels._attention import program_index, store_queries
 from nest_fast.kernels._attention_operands import scales_of, view
 from nest_fast.kernels._launch import launch
+from nest_fast.kernels._norm_linear import norm_linear
 from nest_fast.kernels._primitives import cdiv, channel_pieces, load, piece, round_to, tiles_and_tail
 from nest_fast.kernels._rows import Linear, Norm, linear, load_normed, own_rows
 from nest_fast.kernels.block_attention import _attend, _pieces
 from nest_fast.kernels.linear import sum_fwd
-from nest_fast.kernels.norm_linear import norm_linear
 
 __all__ = ["linear_sum_fwd", "norm_attention_fwd", "norm_linear_fwd"]
 

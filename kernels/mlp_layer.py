@@ -22,6 +22,7 @@ from torch import Tensor
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_of
 from nest_fast.kernels._launch import launch
+from nest_fast.kernels._norm_linear import norm_linear
 from nest_fast.kernels._primitives import cdiv, channel_pieces, dot, load, piece, round_to, zeros
 from nest_fast.kernels._rows import (
     Linear,
@@ -38,7 +39,6 @@ from nest_fast.kernels._rows import (
     store_rows,
 )
 from nest_fast.kernels.linear import sum_fwd
-from nest_fast.kernels.norm_linear import norm_linear
 
 __all__ = ["mlp_layer_fwd"]
 

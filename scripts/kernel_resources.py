@@ -37,6 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from nest_fast.kernels import _configs, _launch
 from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
+from nest_fast.kernels._wide_mlp import wide_mlp_bwd, wide_mlp_fwd
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_attention_fwd, norm_linear_fwd
 from nest_fast.kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd, gelu_linear_bwd
@@ -47,7 +48,6 @@ from nest_fast.kernels.linear import linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
 from nest_fast.kernels.norm_pool import norm_pool_bwd, norm_pool_fwd
 from nest_fast.kernels.projection_mlp import projection_mlp_fwd
-from nest_fast.kernels.wide_mlp import wide_mlp_bwd, wide_mlp_fwd
 
 ARCHITECTURES = tuple(SHARED_BYTES)
 TUNED = (80, 90, 100)  # those with rows of their own in the tables

@@ -51,7 +51,7 @@ SHARED = {
     "benchmarks": {
         *("ops._extension", "kernels._configs", "kernels._launch", "kernels._layer_configs", "kernels._primitives"),
     },
-    "scripts": {"kernels._configs", "kernels._launch", "kernels._mlp_gradients"},
+    "scripts": {"kernels._configs", "kernels._launch", "kernels._mlp_gradients", "kernels._wide_mlp"},
 }
 SOURCES = [*(ROOT / "nest_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 OUTSIDE = [path for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]

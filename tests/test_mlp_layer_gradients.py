@@ -19,7 +19,7 @@ from nest_fast import mlp_layer
 from nest_fast.kernels import _configs, _launch, _layer_configs
 from nest_fast.kernels._layer_configs import MatmulConfig
 from nest_fast.kernels._mlp_gradients import mlp_layer_bwd
-from nest_fast.kernels.wide_mlp import wide_mlp_bwd, wide_mlp_fwd
+from nest_fast.kernels._wide_mlp import wide_mlp_bwd, wide_mlp_fwd
 from nest_fast.testing import gradients, relative_error
 
 OPS = torch.ops.nest_fast

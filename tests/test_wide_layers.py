@@ -13,9 +13,9 @@ from helpers.passes import strided
 from nest_fast import attention_layer, mlp_layer, windows
 from nest_fast.kernels import _configs, _launch, _layer_configs
 from nest_fast.kernels._layer_configs import MatmulConfig
+from nest_fast.kernels._norm_linear import _groups
 from nest_fast.kernels.attention_layer import linear_sum_fwd, norm_linear_fwd
 from nest_fast.kernels.mlp_layer import mlp_layer_fwd
-from nest_fast.kernels.norm_linear import _groups
 
 BF16, FP16 = torch.bfloat16, torch.float16
 POINTERS = MatmulConfig(tile_rows=32, tile_out=128, tile_k=64, num_warps=4, num_stages=2)

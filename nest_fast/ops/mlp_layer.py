@@ -361,7 +361,7 @@ _TRITON_WIDE = operation(
     "mlp_layer_triton_wide(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
     " Tensor? fc1_bias, bool tanh, Tensor fc2_weight, Tensor? fc2_bias, float branch_scale, Tensor? sample_scale)"
     " -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
-    launch="wide_mlp.wide_mlp_fwd",
+    launch="_wide_mlp.wide_mlp_fwd",
     fake=_wide_fake,
     saved=(
         *("x", "norm_weight", "norm_bias", "fc1_weight", "fc2_weight", "sample_scale"),
@@ -375,7 +375,7 @@ _TRITON_WIDE_BWD = operation(
     " Tensor norm_bias, Tensor fc1_weight, bool tanh, Tensor fc2_weight, float branch_scale, Tensor? sample_scale,"
     " bool[4] output_mask)"
     " -> (Tensor dx, Tensor dnorm, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
-    launch="wide_mlp.wide_mlp_bwd",
+    launch="_wide_mlp.wide_mlp_bwd",
     fake=_wide_bwd_fake,
     backward_of="mlp_layer",
     flops=_wide_bwd_flops,

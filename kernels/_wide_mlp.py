@@ -23,11 +23,11 @@ from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_derivative, gelu_of
 from nest_fast.kernels._launch import Copied, launch
 from nest_fast.kernels._mlp_gradients import _of_nothing
+from nest_fast.kernels._norm_linear import norm_linear
 from nest_fast.kernels._primitives import cdiv, dot, load, round_to
 from nest_fast.kernels._rows import Linear, Norm, Scale, load_weight, scaled
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd
 from nest_fast.kernels.linear import Spec, can_copy, compiled_in, load_tile, no_sums, sum_fwd
-from nest_fast.kernels.norm_linear import norm_linear
 
 __all__ = ["wide_mlp_bwd", "wide_mlp_fwd"]
 
