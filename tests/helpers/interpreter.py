@@ -1,4 +1,4 @@
-"""Triton's interpreter, made faster: values are what they are."""
+"""Triton's interpreter, made faster, and Triton 3.6's for NumPy from 2.4 on: values are what they are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ __all__ = ["make_faster"]
 def make_faster() -> None:
     _patch_once_a_launch()
     _check_no_overflow()
+    _take_numbers_of_arrays()
+
+
+def _take_numbers_of_arrays() -> None:
+    """Let a kernel's number bound a range: it is an array of one element, which Triton 3.6 hands to int()."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def _check_no_overflow() -> None:
