@@ -194,9 +194,10 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
     const int64_t index = row_block / row_blocks, first = row_block % row_blocks * row_block_rows;
     const int64_t rows = std::min(row_block_rows, p.tokens - first);
     const Head<T> head(p, index), next(p, std::min(index + 1, (end - 1) / row_blocks));
-    for (int64_t key = 0, i = 0; key < key_columns && head.k != packed_k; key += piece, ++i)
-      pack_b_transposed<Op>(head.k + key * p.k.token_stride, p.k.token_stride, p.tokens - key, p.dim,
-                            std::min(piece, key_columns - key), keys + i * piece_stride);
+    if (head.k != packed_k)
+      for (int64_t key = 0, i = 0; key < key_columns; key += piece, ++i)
+        pack_b_transposed<Op>(head.k + key * p.k.token_stride, p.k.token_stride, p.tokens - key, p.dim,
+                              std::min(piece, key_columns - key), keys + i * piece_stride);
     if (head.v != packed_v) pack_b<Op>(head.v, p.v.token_stride, p.tokens, p.v_dim, v_columns, values);
     packed_k = head.k;
     packed_v = head.v;

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import triton
 
-from nest_fast.kernels._primitives import next_power_of_2
+from nest_fast.kernels._primitives import cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from nest_fast.kernels._attention import Spec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGGREGATION", "ATTENTION", "MAX_LAYER_NORM_CHANNELS", "AggregationConfig", "AggregationRow",
     "AttentionConfig", "AttentionRow", "architecture", "at_once", "attention", "bias_gelu", "block_aggregate",
-    "layer_norm", "multiprocessors", "norm_pool", "operands", "row_architecture",
+    "layer_norm", "multiprocessors", "norm_pool", "operands", "row_architecture", "stripes",
 ]  # fmt: skip
 
 ANY = math.inf
@@ -62,6 +62,12 @@ def at_once(device: torch.device, tile: Mapping[str, int]) -> int:
     """
     registers = 32 * tile["num_warps"] * tile.get("maxnreg", 255)
     return multiprocessors(device) * max(1, REGISTERS // registers)
+
+
+def stripes(device: torch.device, num_warps: int, tiles: int, columns: int) -> tuple[int, int]:
+    """So many stripes of tiles of rows as run at once, each by so many programs for ``columns``; the tiles of each."""
+    each = cdiv(tiles, max(1, at_once(device, {"num_warps": num_warps}) // columns))
+    return cdiv(tiles, each), each
 
 
 # --- block_attention --------------------------------------------------------------------------------------------------

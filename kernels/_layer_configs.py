@@ -217,7 +217,7 @@ NORM_MATMUL: dict[int, list[tuple[float, MatmulConfig]]] = {
 }
 # As of MATMUL: the gradient of what is hidden, and of a weight, whose tiles are columns by columns, tile_k rows a step.
 MLP_BWD_HIDDEN: dict[int, list[MatmulConfig]] = {**MATMUL, 100: _HOPPER[1:]}
-MLP_BWD_WEIGHT: dict[int, list[MatmulConfig]] = {**MATMUL}
+MLP_BWD_WEIGHT = MATMUL
 
 
 class ResidentConfig(NamedTuple):

@@ -307,10 +307,8 @@ def mlp_layer_bwd(
         return sums
 
     def of_weights(config, start):
-        slabs, tiles = cdiv(hidden, config.tile_h), cdiv(rows, config.tile_rows)
-        programs = _configs.at_once(x.device, {"num_warps": config.num_warps})
-        each = cdiv(tiles, max(1, programs // slabs))
-        stripes = cdiv(tiles, each)
+        slabs = cdiv(hidden, config.tile_h)
+        stripes, each = _configs.stripes(x.device, config.num_warps, cdiv(rows, config.tile_rows), slabs)
         sums = (
             empty(wants_dfc1, stripes, hidden, C),
             empty(wants_dfc1, stripes, hidden),

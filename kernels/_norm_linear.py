@@ -161,7 +161,10 @@ def norm_linear(
         at_once = _configs.at_once(x.device, {"num_warps": config.num_warps})
         # As the instructions for sm_90 are: 4 tiles' that are kept, or half of one's whose steps are normalised.
         groups = _groups(row_tiles, cdiv(outputs, config.tile_out), at_once, 4.0 if config.resident else 0.5)
-        xs, weights, outs = copied(x, layer.weight, out, config)
+        xs, weights, outs = operands = x, layer.weight, out
+        if config.copies:
+            tile_rows, tile_out, tile_k, *_ = config
+            xs, weights, outs = copied(operands, ((tile_rows, tile_k), (tile_out, tile_k), (tile_rows, tile_out)))
         start(
             _norm_linear_kernel, row_tiles * groups,
             xs, norm, weights, layer.bias, outs, statistics, rows, groups, **compiled_in(spec, config),

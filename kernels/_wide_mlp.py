@@ -21,13 +21,13 @@ from torch import Tensor
 
 from nest_fast.kernels import _configs, _layer_configs
 from nest_fast.kernels._gelu import Gelu, gelu, gelu_derivative, gelu_of
-from nest_fast.kernels._launch import Copied, launch
+from nest_fast.kernels._launch import launch
 from nest_fast.kernels._mlp_gradients import _of_nothing
 from nest_fast.kernels._norm_linear import norm_linear
 from nest_fast.kernels._primitives import cdiv, dot, load, round_to
 from nest_fast.kernels._rows import Linear, Norm, Scale, load_weight, scaled
 from nest_fast.kernels.add_layer_norm import add_layer_norm_bwd
-from nest_fast.kernels.linear import Spec, can_copy, compiled_in, load_tile, no_sums, sum_fwd
+from nest_fast.kernels.linear import Spec, can_copy, compiled_in, copied, load_tile, no_sums, sum_fwd
 
 __all__ = ["wide_mlp_bwd", "wide_mlp_fwd"]
 
@@ -132,7 +132,7 @@ def _hidden_gradient(
             programs = min(programs, _configs.multiprocessors(dout.device))
             half = config.tile_rows, config.tile_out // 2
             sides = (config.tile_rows, config.tile_k), (config.tile_k, config.tile_out), half, half
-            operands = _copied(operands, sides)
+            operands = copied(operands, sides)
         start(_mlp_layer_bwd_hidden_kernel, programs, *operands, sums, rows, scale, **compiled_in(spec, config))
         return sums
 
@@ -140,10 +140,6 @@ def _hidden_gradient(
     shape = (K, outputs, formula.TANH, dout.dtype, scale.samples is None, wants_sums, copies)
     sums = launch(_layer_configs.mlp_layer_bwd_hidden, shape, dout, run)
     return dhidden, sums if sums is None else sums.sum(0)
-
-
-def _copied(tensors: Sequence[Tensor], sides: Sequence[tuple[int, int]]) -> Any:
-    return tuple(Copied(t.view(-1, t.shape[-1]), side) for t, side in zip(tensors, sides, strict=True))
 
 
 # --- of a weight ------------------------------------------------------------------------------------------------------
@@ -240,14 +236,11 @@ def _weight_gradient(
 
     def run(config, start):
         tiles_of_weight = cdiv(P, config.tile_rows) * cdiv(Q, config.tile_out)
-        tiles = cdiv(rows, config.tile_k)
-        programs = _configs.at_once(p.device, {"num_warps": config.num_warps})
-        each = cdiv(tiles, max(1, programs // tiles_of_weight))
-        stripes = cdiv(tiles, each)
+        stripes, each = _configs.stripes(p.device, config.num_warps, cdiv(rows, config.tile_k), tiles_of_weight)
         out = torch.empty((stripes, Q, P), dtype=torch.float32, device=p.device)
         operands: Any = (p, q)
         if config.copies:
-            operands = _copied(operands, ((config.tile_k, config.tile_rows), (config.tile_k, config.tile_out)))
+            operands = copied(operands, ((config.tile_k, config.tile_rows), (config.tile_k, config.tile_out)))
         start(
             _mlp_layer_bwd_weight_kernel, stripes * tiles_of_weight,
             *operands, norm, statistics, scale, out, rows, each, **compiled_in(spec, config),

@@ -11,7 +11,7 @@ pointers (cp.async), or by the copy engine of sm_90 and later, which wants rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,13 +170,10 @@ def compiled_in(spec: Spec, config: _layer_configs.MatmulConfig) -> dict[str, An
     return {"SPEC": spec, "TILE": tile, "num_warps": config.num_warps}
 
 
-def copied(x: Tensor, weight: Tensor, out: Tensor, config: _layer_configs.MatmulConfig) -> tuple[Any, Any, Any]:
-    """The three as the kernels take them."""
-    if not config.copies:
-        return x, weight, out
-    sides = (config.tile_rows, config.tile_k), (config.tile_out, config.tile_k), (config.tile_rows, config.tile_out)
-    x, weight, out = (Copied(t.view(-1, t.shape[-1]), side) for t, side in zip((x, weight, out), sides, strict=True))
-    return x, weight, out
+def copied(tensors: Sequence[Tensor | None], sides: Sequence[tuple[int, int]]) -> tuple[Copied | None, ...]:
+    """Matrices, or None, as kernels take them from the copy engine, in tiles of these sides."""
+    pairs = zip(tensors, sides, strict=True)
+    return tuple(None if t is None else Copied(t.view(-1, t.shape[-1]), side) for t, side in pairs)
 
 
 def _linear(
@@ -192,14 +189,13 @@ def _linear(
 
     def run(config, start):
         programs = cdiv(rows, config.tile_rows) * cdiv(outputs, config.tile_out)
+        xs, weights, *rest = operands = x, layer.weight, residual, out
         if config.copies:
             programs = min(programs, _configs.multiprocessors(x.device))
-        xs, weights, outs = copied(x, layer.weight, out, config)
-        added = residual
-        if config.copies and residual is not None:
-            half = config.tile_rows, config.tile_out // 2
-            added, outs = (Copied(t.view(rows, outputs), half) for t in (residual, out))
-        start(_linear_kernel, programs, xs, weights, layer.bias, added, outs, rows, scale, **compiled_in(spec, config))
+            result = config.tile_rows, config.tile_out if residual is None else config.tile_out // 2
+            sides = (config.tile_rows, config.tile_k), (config.tile_out, config.tile_k), result, result
+            xs, weights, *rest = copied(operands, sides)
+        start(_linear_kernel, programs, xs, weights, layer.bias, *rest, rows, scale, **compiled_in(spec, config))
 
     copies = can_copy(rows, K, outputs, *(t for t in (x, layer.weight, residual) if t is not None))
     tanh = [None if gelu is None else gelu.TANH for gelu in gelus]
