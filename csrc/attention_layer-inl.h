@@ -106,6 +106,7 @@ void attention_layer(const AttentionLayer& p, int64_t begin, int64_t end) {
                              p.added};
     if (p.lse) attention.lse += first_row * p.heads.heads * (p.added.any() ? 2 : 1);
     attention.added.first_block = block;
+    attention.in_cache = true;
     attend<Op>(attention, 0, blocks * p.heads.heads * row_blocks_per_head(tokens));
     pack_tiles<Op>(tiles, attended, features, features, {}, row, a);
     multiply_tiles<Op>(tiles, a, p.proj, [&](int64_t tile, int64_t column, const float* c) {

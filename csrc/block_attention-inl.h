@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -123,35 +124,116 @@ inline void exponentials(float* s, int64_t vecs, float factor, const float* row_
 
 inline int64_t row_blocks_per_head(int64_t tokens) { return ceil_div(tokens, kMR); }
 
-// One block's q, k, v and out of one head; index counts through all blocks and heads.
+// One block's q, k, v, out and scores by position of one head; index counts through all blocks and heads. Token i is row
+// row(i) of each.
 template <class T>
 struct Head {
-  const T *q, *k, *v;
+  const T *q, *k, *v, *row_scores = nullptr, *column_scores = nullptr, *pad_k = nullptr, *pad_v = nullptr;
   T* out;
+  const int64_t* rows = nullptr;
 
   Head(const BlockAttention& p, int64_t index) {
-    const int64_t head = index % p.heads, block = index / p.heads % p.blocks, batch = index / p.heads / p.blocks;
+    const int64_t head = index % p.heads, batch = index / p.heads / p.blocks;
+    int64_t block = index / p.heads % p.blocks;
+    if (p.gathered.rows) {
+      rows = p.gathered.rows + block * p.tokens;
+      block = 0;
+      if (p.gathered.pad_k.data) pad_k = p.gathered.pad_k.at<const T>(0, 0, head);
+      if (p.gathered.pad_v.data) pad_v = p.gathered.pad_v.at<const T>(0, 0, head);
+    }
     q = p.q.at<const T>(batch, block, head);
     k = p.k.at<const T>(batch, block, head);
     v = p.v.at<const T>(batch, block, head);
     out = p.out.at<T>(batch, block, head);
+    if (p.positions.rows == 0) return;
+    row_scores = p.positions.row_scores.at<const T>(batch, block, head);
+    column_scores = p.positions.column_scores.at<const T>(batch, block, head);
   }
+
+  // Negative for padding.
+  int64_t row(int64_t token) const { return rows ? rows[token] : token; }
 };
 
-// The largest score of each of `rows` rows of a head, from row `first` on, once everything is added; 0 where all keys
-// are masked.
+// The rows of x (rows, dim) that `count` tokens are, one after the other in `to`, if they lie apart; sets `stride`.
+template <class T>
+const T* in_order(const Head<T>& head, const T* x, const T* pad, int64_t count, int64_t dim, int64_t& stride, T* to) {
+  if (!head.rows) return x;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* const from = head.rows[i] < 0 ? pad : x + head.rows[i] * stride;
+    from ? std::memcpy(to + i * dim, from, dim * sizeof(T)) : std::memset(to + i * dim, 0, dim * sizeof(T));
+  }
+  stride = dim;
+  return to;
+}
+
+// Queries from token `first` on as A, zeros for padding.
+template <class Op>
+void pack_queries(const BlockAttention& p, const Head<typename Op::Element>& head, int64_t first, int64_t rows,
+                  uint32_t flipped, float* queries) {
+  const int64_t stride = p.q.token_stride;
+  if (!head.rows) return pack_a<Op>(head.q + first * stride, stride, rows, p.dim, flipped, queries);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const packed_row = queries + r * kLanes;
+    if (const int64_t row = head.rows[first + r]; row >= 0)
+      pack_a<Op>(head.q + row * stride, stride, 1, p.dim, flipped, packed_row);
+    else
+      for (int64_t i = 0; i < ceil_div(p.dim, kLanes * Op::kVnni); ++i) store(packed_row + i * kPanelA, zero());
+  }
+}
+
+// What is added to the scores of one head's queries.
+struct Tables {
+  const float* data[2] = {};
+  int count = 0;
+  int64_t stride = 0;
+};
+
+// That of `rows` queries from row `first` on by their positions; `table` has room for these rows and a vector more,
+// by_row and by_column for the scores of a query.
+template <class T>
+Tables table_of_positions(const BlockAttention& p, const Head<T>& head, int64_t first, int64_t rows, float* table,
+                          float* by_row, float* by_column) {
+  const auto& [row_scores, column_scores, key_rows, key_columns] = p.positions;
+  const int64_t stride = round_up(p.tokens, kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = head.row(first + r);
+    if (row < 0) {
+      std::fill_n(table + r * stride, stride, 0.f);
+      continue;
+    }
+    const T* of_rows = head.row_scores + row * row_scores.token_stride;
+    const T* of_columns = head.column_scores + row * column_scores.token_stride;
+    for (int64_t i = 0; i < key_rows; i += kLanes) store(by_row + i, load_part(of_rows + i, key_rows - i));
+    for (int64_t i = 0; i < key_columns; i += kLanes) store(by_column + i, load_part(of_columns + i, key_columns - i));
+    float* to = table + r * stride;
+    store(to + stride - kLanes, zero());
+    // What is written beyond a row of keys is written again with the next one, or is no key's.
+    for (int64_t y = 0; y < key_rows; ++y, to += key_columns)
+      for (int64_t i = 0; i < key_columns; i += kLanes) store(to + i, add(broadcast(by_row[y]), load(by_column + i)));
+  }
+  return {{table}, 1, stride};
+}
+
+inline Tables tables_of(const BlockAttention& p, int64_t index, int64_t first) {
+  Tables tables;
+  tables.count = p.added.tables_of(index / p.heads, index % p.heads, tables.data);
+  tables.stride = p.added.columns;
+  for (int i = 0; i < tables.count; ++i) tables.data[i] += first * tables.stride;
+  return tables;
+}
+
+// The largest score of each of `rows` rows of a head once everything is added; 0 where all keys are masked.
 template <int UNROLL>
-void add_to_scores(const BlockAttention& p, int64_t index, int64_t first, int64_t rows, float* scores,
+void add_to_scores(const BlockAttention& p, int64_t index, int64_t rows, float* scores, const Tables& added,
                    const float* tail, float* row_max) {
-  const float* tables[2] = {};
-  const int count = p.added.tables_of(index / p.heads, index % p.heads, tables);
-  const int64_t stride = p.added.columns, vecs = ceil_div(p.tokens, kLanes);
+  const auto& [tables, count, stride] = added;
+  const int64_t vecs = ceil_div(p.tokens, kLanes);
   const float scale = p.scale_of(p.added.scales, index % p.heads);
   with_tables(count, [&](auto constant) {
     constexpr int TABLES = decltype(constant)::value;
     int64_t r = 0;
     const auto some = [&]<int ROWS>(std::integral_constant<int, ROWS>) {
-      const float* const rows_of[2] = {tables[0] + (first + r) * stride, tables[1] + (first + r) * stride};
+      const float* const rows_of[2] = {tables[0] + r * stride, tables[1] + r * stride};
       added_maxima<ROWS, TABLES>(scores + r * kLanes, vecs, tail, scale, rows_of, stride, row_max + r);
     };
     for (; r + UNROLL <= rows; r += UNROLL) some(std::integral_constant<int, UNROLL>());
@@ -171,12 +253,15 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
   const int64_t dim_steps = ceil_div(p.dim, Op::kVnni), key_steps = ceil_div(p.tokens, Op::kVnni);
   // Keys in pieces, each of them packed for itself: of thousands in one a step's would lie pages from the next one's.
   const int64_t piece = std::min(key_columns, kKeyColumns), piece_stride = round_up(dim_steps, kLanes) * piece;
-
+  const int64_t pieces = ceil_div(key_columns, piece);
   const Shares next_keys(piece_stride, dim_steps * ceil_div(piece, kNR), 1);
 
-  const auto [keys, values, queries, scores, sums] =
-      scratch(ceil_div(key_columns, piece) * piece_stride, key_steps * v_columns, ceil_div(p.dim, kLanes) * kPanelA,
-              key_vecs * kPanelA, v_vecs * kPanelA);
+  const bool added = p.adds(), has_positions = p.positions.rows > 0;
+  const auto [keys, values, queries, scores, sums, ordered, table, by_row, by_column] =
+      scratch(pieces * piece_stride, key_steps * v_columns, ceil_div(p.dim, kLanes) * kPanelA,
+              key_vecs * kPanelA, v_vecs * kPanelA, p.gathered.rows ? p.tokens * std::max(p.dim, p.v_dim) : 0,
+              has_positions ? row_block_rows * key_columns + kLanes : 0,
+              round_up(p.positions.rows, kLanes), round_up(p.positions.columns, kLanes));
 
   float tail[kLanes];
   for (int i = 0; i < kLanes; ++i)
@@ -184,40 +269,55 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
   // The largest score gives the largest exponent only where the factor is positive, so its sign goes to q; and a
   // factor of 0 would make NaN of the tail.
   // With something added the scores are scaled before, so that neither holds.
-  const bool added = p.added.any();
   const float scale = added ? 1 : std::fabs(p.scale);  // of scores whose largest is taken
   const float factor = std::max(scale * 1.44269504f, std::numeric_limits<float>::min());
   const uint32_t flipped = p.scale < 0 && !added ? Op::kSigns : 0;
 
+  // Rows of thousands of tokens that lie pages apart are not brought: looking up their pages takes longer.
+  const bool brings = !p.in_cache && !p.gathered.rows && pieces == 1;
   const T *packed_k = nullptr, *packed_v = nullptr;
+  const int64_t* packed_rows = nullptr;
   for (int64_t row_block = begin; row_block < end; ++row_block) {
     const int64_t index = row_block / row_blocks, first = row_block % row_blocks * row_block_rows;
     const int64_t rows = std::min(row_block_rows, p.tokens - first);
     const Head<T> head(p, index), next(p, std::min(index + 1, (end - 1) / row_blocks));
-    if (head.k != packed_k)
+    if (head.k != packed_k || head.rows != packed_rows) {
+      int64_t stride = p.k.token_stride;
+      const T* k = in_order(head, head.k, head.pad_k, p.tokens, p.dim, stride, reinterpret_cast<T*>(ordered));
       for (int64_t key = 0, i = 0; key < key_columns; key += piece, ++i)
-        pack_b_transposed<Op>(head.k + key * p.k.token_stride, p.k.token_stride, p.tokens - key, p.dim,
-                              std::min(piece, key_columns - key), keys + i * piece_stride);
-    if (head.v != packed_v) pack_b<Op>(head.v, p.v.token_stride, p.tokens, p.v_dim, v_columns, values);
-    packed_k = head.k;
-    packed_v = head.v;
-    T* out = head.out + first * p.out.token_stride;
-    prefetch<1>(out, p.out.token_stride, rows, p.v_dim);
-    prefetch<0>(next.q + first * p.q.token_stride, p.q.token_stride, rows, p.dim);
-    prefetch<0>(next.k + first * p.k.token_stride, p.k.token_stride, rows, p.dim);
-    prefetch<0>(next.v + first * p.v.token_stride, p.v.token_stride, rows, p.v_dim);
-
-    pack_a<Op>(head.q + first * p.q.token_stride, p.q.token_stride, rows, p.dim, flipped, queries);
-    for (int64_t key = 0, i = 0; key < key_columns; key += piece, ++i)
+        pack_b_transposed<Op>(k + key * stride, stride, p.tokens - key, p.dim, std::min(piece, key_columns - key),
+                              keys + i * piece_stride);
+    }
+    if (head.v != packed_v || head.rows != packed_rows) {
+      int64_t stride = p.v.token_stride;
+      const T* v = in_order(head, head.v, head.pad_v, p.tokens, p.v_dim, stride, reinterpret_cast<T*>(ordered));
+      pack_b<Op>(v, stride, p.tokens, p.v_dim, v_columns, values);
+    }
+    packed_k = head.k, packed_v = head.v, packed_rows = head.rows;
+    pack_queries<Op>(p, head, first, rows, flipped, queries);
+    const auto multiply_keys = [&](int64_t i, const auto& ahead) {
+      const int64_t key = i * piece;
       multiply<Op>(rows, queries, keys + i * piece_stride, std::min(piece, key_columns - key), dim_steps, kAttentionKC,
-                   {scores + key / kLanes * kPanelA, kLanes, kPanelA},
-                   key + piece < key_columns ? next_keys.of(keys + (i + 1) * piece_stride, 0) : Ahead{});
+                   {scores + key / kLanes * kPanelA, kLanes, kPanelA}, ahead);
+    };
+    if (brings) {
+      RowsAhead ahead(times_of(piece, dim_steps));
+      ahead.add(head.out + first * p.out.token_stride, p.out.token_stride, rows, p.v_dim);
+      ahead.add(next.q + first * p.q.token_stride, p.q.token_stride, rows, p.dim);
+      multiply_keys(0, ahead);
+    } else {
+      for (int64_t i = 0; i < pieces; ++i)
+        multiply_keys(i, i + 1 < pieces ? next_keys.of(keys + (i + 1) * piece_stride, 0) : Ahead{});
+    }
 
     float row_max[kMR], row_sum[kMR];
     constexpr int kUnroll = 4 / Op::kVnni;
     int64_t r = 0;
     if (added) {
-      add_to_scores<kUnroll>(p, index, first, rows, scores, tail, row_max);
+      const Tables tables = has_positions
+                                ? table_of_positions(p, head, first, rows, table, by_row, by_column)
+                                : tables_of(p, index, first);
+      add_to_scores<kUnroll>(p, index, rows, scores, tables, tail, row_max);
     } else {
       for (; r + kUnroll <= rows; r += kUnroll) row_maxima<kUnroll>(scores + r * kLanes, key_vecs, tail, row_max + r);
       for (; r < rows; ++r) row_maxima<1>(scores + r * kLanes, key_vecs, tail, row_max + r);
@@ -226,7 +326,22 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
       exponentials<Op, kUnroll>(scores + r * kLanes, key_vecs, factor, row_max + r, row_sum + r);
     for (; r < rows; ++r) exponentials<Op, 1>(scores + r * kLanes, key_vecs, factor, row_max + r, row_sum + r);
 
-    multiply<Op>(rows, scores, values, v_columns, key_steps, kAttentionKC, {sums, kLanes, kPanelA});
+    const auto multiply_values = [&](const auto& ahead) {
+      multiply<Op>(rows, scores, values, v_columns, key_steps, kAttentionKC, {sums, kLanes, kPanelA}, ahead);
+    };
+    if (brings) {
+      RowsAhead ahead(times_of(v_columns, key_steps));
+      ahead.add(next.k + first * p.k.token_stride, p.k.token_stride, rows, p.dim);
+      ahead.add(next.v + first * p.v.token_stride, p.v.token_stride, rows, p.v_dim);
+      if (has_positions) {
+        const auto& [row_scores, column_scores, key_rows, row_keys] = p.positions;
+        ahead.add(next.row_scores + first * row_scores.token_stride, row_scores.token_stride, rows, key_rows);
+        ahead.add(next.column_scores + first * column_scores.token_stride, column_scores.token_stride, rows, row_keys);
+      }
+      multiply_values(ahead);
+    } else {
+      multiply_values(Ahead{});
+    }
     for (r = 0; r < rows; ++r) {
       const int64_t row = index * p.tokens + first + r;
       const bool empty = added && row_sum[r] == 0;  // every key is masked
@@ -235,10 +350,13 @@ void attend(const BlockAttention& p, int64_t begin, int64_t end) {
         p.lse[2 * row] = empty ? std::numeric_limits<float>::infinity() : row_max[r];
         p.lse[2 * row + 1] = empty ? 0 : std::log(row_sum[r]);
       }
+      const int64_t place = head.row(first + r);
+      if (place < 0) continue;
+      T* const out = head.out + place * p.out.token_stride;
       const Vec weight = broadcast(empty ? 0 : 1 / row_sum[r]);
       for (int64_t i = 0; i < v_vecs; ++i) {
         const Vec sum = mul(load(sums + i * kPanelA + r * kLanes), weight);
-        store_part(out + r * p.out.token_stride + i * kLanes, p.v_dim - i * kLanes, sum);
+        store_part(out + i * kLanes, p.v_dim - i * kLanes, sum);
       }
     }
   }

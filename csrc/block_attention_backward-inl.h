@@ -140,14 +140,13 @@ class HeadBackward {
       std::fill_n(row, token_columns_, 0.f);
   }
 
-  // index counts through all blocks and heads. Those that share k or v come in order, from the first to the last.
-  void operator()(int64_t index) {
-    const int64_t head = index % p_.heads, block = index / p_.heads % p_.blocks, batch = index / p_.heads / p_.blocks;
-    const auto input = [&](const Input& x) { return x.at<const T>(batch, block, head); };
-    const auto output = [&](const Output& x) { return x.at<T>(batch, block, head); };
-    const T *k = input(p_.k), *v = input(p_.v);
-    T *dk = output(p_.dk), *dv = output(p_.dv);
-    prepare(input(p_.q), k, input(p_.out), input(p_.dout), index);
+  // index counts through all blocks and heads. Those that share k or v come in order, from the first to the last. The
+  // head with number `next` is brought on the way.
+  void operator()(int64_t index, int64_t next) {
+    const int64_t head = index % p_.heads;
+    const T *k = of(p_.k, index), *v = of(p_.v, index);
+    T *dk = of(p_.dk, index), *dv = of(p_.dv, index);
+    prepare(of(p_.q, index), k, of(p_.out, index), of(p_.dout, index), index);
     scale_ = p_.scale_of(p_.added.scales, head);
     added_ = {{}, nullptr, p_.added.columns};
     const int tables = p_.added.any() ? p_.added.tables_of(index / p_.heads, head, added_.tables) : -1;
@@ -157,7 +156,7 @@ class HeadBackward {
       const int64_t end = std::min(begin + kept_rows_, p_.tokens);
       for (int64_t first = begin; first < end; first += row_block_rows_) {
         const int64_t rows = std::min(row_block_rows_, end - first);
-        multiply_row_block(k + first * p_.k.token_stride, v + first * p_.v.token_stride, rows);
+        multiply_row_block(k, v, next, first, rows);
         float* const kept = kept_ + (first - begin) / kVnni * token_columns_;
         if (tables < 0) score_row_block<-1>(first, rows, kept);
         with_tables(tables, [&](auto count) { score_row_block<decltype(count)::value>(first, rows, kept); });
@@ -174,10 +173,17 @@ class HeadBackward {
                                 begin > 0, {dq_ + first * dim_columns_, dim_columns_, kLanes});
     }
     const float factor = p_.added.scales ? 1 : scale_;
-    store_rows(dq_, dim_columns_, factor, p_.tokens, output(p_.dq), p_.dq.token_stride, p_.dim);
+    store_rows(dq_, dim_columns_, factor, p_.tokens, of(p_.dq, index), p_.dq.token_stride, p_.dim);
   }
 
  private:
+  const T* of(const Input& x, int64_t index) const {
+    return x.at<const T>(index / p_.heads / p_.blocks, index / p_.heads % p_.blocks, index % p_.heads);
+  }
+  T* of(const Output& x, int64_t index) const {
+    return x.at<T>(index / p_.heads / p_.blocks, index / p_.heads % p_.blocks, index % p_.heads);
+  }
+
   // Everything that the row blocks of a head share.
   void prepare(const T* q, const T* k, const T* out, const T* dout, int64_t index) {
     const int numbers = p_.added.any() ? 2 : 1;
@@ -194,14 +200,17 @@ class HeadBackward {
     pack_b<Op>(k, p_.k.token_stride, p_.tokens, p_.dim, dim_columns_, keys_);
   }
 
-  // The products of a row block of keys with all queries.
-  void multiply_row_block(const T* k, const T* v, int64_t rows) {
-    pack_a<Op>(k, p_.k.token_stride, rows, p_.dim, 0, packed_rows_);
-    multiply<Op>(rows, packed_rows_, queries_transposed_, token_columns_, dim_steps_, kAttentionKC,
-                 {scores_, kLanes, kPanelA});
-    pack_a<Op>(v, p_.v.token_stride, rows, p_.dim, 0, packed_rows_);
-    multiply<Op>(rows, packed_rows_, douts_transposed_, token_columns_, dim_steps_, kAttentionKC,
-                 {dscores_, kLanes, kPanelA});
+  // The products of a row block of keys with all queries; meanwhile the same rows of the next head are brought.
+  void multiply_row_block(const T* k, const T* v, int64_t next, int64_t first, int64_t rows) {
+    const auto rows_of = [&](const Input& x, const T* data) { return data + first * x.token_stride; };
+    const auto multiply_with = [&](const Input& x, const T* data, const float* b, float* c, auto... brought) {
+      pack_a<Op>(rows_of(x, data), x.token_stride, rows, p_.dim, 0, packed_rows_);
+      RowsAhead ahead(times_of(token_columns_, dim_steps_));
+      (ahead.add(rows_of(brought, of(brought, next)), brought.token_stride, rows, p_.dim), ...);
+      multiply<Op>(rows, packed_rows_, b, token_columns_, dim_steps_, kAttentionKC, {c, kLanes, kPanelA}, ahead);
+    };
+    multiply_with(p_.k, k, queries_transposed_, scores_, p_.q, p_.k);
+    multiply_with(p_.v, v, douts_transposed_, dscores_, p_.v, p_.out, p_.dout);
   }
 
   // p and ds, transposed, of these, which are from number `first` on.
@@ -280,7 +289,11 @@ void attend_backward(const BlockAttentionBackward& p, int64_t begin, int64_t end
       std::fill_n(p.dbias + (task / head_tasks * p.heads + head) * floats, p.task_heads * floats, 0.f);
     }
     for (int64_t block = first; block < last; ++block)
-      for (int64_t h = head; h < head + p.task_heads; ++h) backward(block * p.heads + h);
+      for (int64_t h = head; h < head + p.task_heads; ++h) {
+        const int64_t index = block * p.heads + h, heads = p.all_blocks * p.heads;
+        const int64_t next = h + 1 < head + p.task_heads ? index + 1 : index + (last - first > 1 ? p.heads : 1);
+        backward(index, next < heads ? next : index);
+      }
   }
 }
 

@@ -44,6 +44,52 @@ struct Ahead {
   static constexpr int64_t kLine = 64 / sizeof(float);
 };
 
+// The same of rows that lie apart, all of which are there after `times` times kLanes K steps.
+class RowsAhead {
+ public:
+  explicit RowsAhead(int64_t times) : times_(times) {}
+
+  // At most four times: x (rows, dim), `stride` from one row to the next.
+  template <class T>
+  void add(const T* x, int64_t stride, int64_t rows, int64_t dim) {
+    const int64_t bytes = sizeof(T);
+    // A row that does not begin with a line may end in one more.
+    const bool aligned = (reinterpret_cast<uintptr_t>(x) | static_cast<uintptr_t>(stride * bytes)) % kLine == 0;
+    const int64_t in_row = ceil_div(dim * bytes + (aligned ? 0 : kLine - 1), kLine);
+    pieces_[count_++] = {reinterpret_cast<const char*>(x), rows, in_row, stride * bytes - in_row * kLine};
+    if (count_ == 1) now_ = pieces_[0], left_in_row_ = in_row;
+    left_ += rows * in_row;
+    each_time_ = ceil_div(left_, times_);
+  }
+
+  void bring() {
+    for (int64_t i = std::min(each_time_, left_); i > 0; --i, --left_) {
+      __builtin_prefetch(now_.next, 0, 2);
+      now_.next += kLine;
+      if (--left_in_row_ == 0) {
+        now_.next += now_.apart;
+        if (--now_.rows == 0 && left_ > 1) now_ = pieces_[++piece_];
+        left_in_row_ = now_.in_row;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes
+
+  struct Piece {
+    const char* next;
+    int64_t rows, in_row, apart;
+  };
+
+  Piece pieces_[4], now_;
+  int64_t times_, left_ = 0, each_time_ = 0, left_in_row_ = 0;
+  int count_ = 0, piece_ = 0;
+};
+
+// How often a product with B (k_steps, columns) brings some.
+inline int64_t times_of(int64_t columns, int64_t k_steps) { return ceil_div(columns, kNR) * ceil_div(k_steps, kLanes); }
+
 // How `count` products, each of so many K steps, share in bringing `floats`.
 class Shares {
  public:
@@ -100,9 +146,9 @@ class Tile {
 };
 
 // c[ROWS, VECS] = a[ROWS, k_steps] @ b[k_steps, VECS], or its sum with c.
-template <class Op, int ROWS, int VECS>
+template <class Op, int ROWS, int VECS, class SomeAhead>
 [[gnu::always_inline]] inline void multiply_tile(const float* a, const float* b, int64_t columns, int64_t k_steps,
-                                                 bool add_c, Sums c, Ahead& ahead) {
+                                                 bool add_c, Sums c, SomeAhead& ahead) {
   Tile<Op, ROWS, VECS> tile;
   for (; k_steps > 0; k_steps -= kLanes, a += kPanelA) {
     ahead.bring();
@@ -113,10 +159,10 @@ template <class Op, int ROWS, int VECS>
 }
 
 // As multiply; a long chain of additions loses precision, so it is cut after `kc` steps, a multiple of kLanes.
-template <class Op, int ROWS>
+template <class Op, int ROWS, class SomeAhead>
 void multiply_exactly(const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc, const Sums& c,
-                      const Ahead& on_the_way) {
-  Ahead ahead = on_the_way;
+                      const SomeAhead& on_the_way) {
+  SomeAhead ahead = on_the_way;
   for (int64_t done = 0; done < k_steps; done += kc, a += kc / kLanes * kPanelA, b += kc * columns) {
     const int64_t steps = std::min(kc, k_steps - done);
     float* part = c.data;
@@ -142,9 +188,9 @@ void with_constant_rows(int64_t rows, const Callback& callback) {
 }
 
 // c[rows, columns] = a[rows, k_steps] @ b[k_steps, columns], for at most MR rows and columns that fill vectors.
-template <class Op>
+template <class Op, class SomeAhead = Ahead>
 void multiply(int64_t rows, const float* a, const float* b, int64_t columns, int64_t k_steps, int64_t kc,
-              const Sums& c, const Ahead& ahead = {}) {
+              const Sums& c, const SomeAhead& ahead = {}) {
   with_constant_rows(rows, [&](auto count) { multiply_exactly<Op, count>(a, b, columns, k_steps, kc, c, ahead); });
 }
 

@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nest_fast, m) {
   m.def("blockify(Tensor x, SymInt[2] block_size, Tensor? pos_embed) -> Tensor");
   m.def("unblockify(Tensor x, SymInt[2] grid_size, SymInt[2] block_size, Tensor? pos_embed) -> Tensor");
   m.def("patchify(Tensor x, SymInt[2] patch_size, SymInt[2] block_size) -> Tensor");
-  m.def("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
-        " -> (Tensor out, Tensor lse)");
+  m.def("block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w, Tensor? bias,"
+        " Tensor? mask, Tensor? pad_k, Tensor? pad_v, float scale, SymInt[] windows) -> (Tensor out, Tensor lse)");
   m.def("block_aggregate_cpp_fwd(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight,"
         " Tensor norm_bias, Tensor? pos_embed, SymInt[2] grid_size, SymInt[2] block_size, SymInt[2] out_block_size,"
         " float eps, bool same, bool training, Tensor? conv_packed=None)"

@@ -112,17 +112,51 @@ def _unpatchify(x: Tensor, patch_size: Size2, grid_size: Size2, block_size: Size
 
 
 def _block_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    scale: float,
+    numbers: list[int],
 ) -> tuple[Tensor, ...]:
-    out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask)
+    windows = reference.Windows.of_numbers(numbers)
+    if windows is None:
+        return _attention(q, k, v, rel_h, rel_w, bias, mask, scale)
+    q, k, v = (reference.into_windows(x.squeeze(1), windows, pad) for x, pad in ((q, None), (k, pad_k), (v, pad_v)))
+    rel_h, rel_w = (None if x is None else reference.into_windows(x.squeeze(1), windows) for x in (rel_h, rel_w))
+    if any(windows.shift) and mask is None:
+        mask = reference.window_mask(windows, q.device)
+    out, lse = _attention(q, k, v, rel_h, rel_w, bias, mask, scale)
+    return reference.from_windows(out, windows).unsqueeze(1), lse
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, rel_h=rel_h, rel_w=rel_w)
     scores = (q.float() * scale).transpose(2, 3) @ k.float().permute(0, 1, 3, 4, 2)
+    if rel_h is not None and rel_w is not None:
+        by_row, by_column = (x.float().transpose(2, 3) for x in (rel_h, rel_w))
+        scores = scores + (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(-2)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         groups = mask.repeat(q.shape[1] // mask.shape[0], 1, 1).unsqueeze(1)
         scores = scores.masked_fill(~groups, float("-inf")) if mask.dtype == torch.bool else scores + groups
     out = out.to(q.dtype).contiguous()
-    if bias is None and mask is None:
+    if bias is None and mask is None and rel_h is None:
         return out, scores.logsumexp(-1)
     row_max = scores.amax(-1)
     empty = row_max == float("-inf")
@@ -145,16 +179,8 @@ def _block_attention_triton(
     if scales is not None:
         q, k = reference.with_length(q, scales.unsqueeze(-1)), reference.with_length(k)
         pad_k = None if pad_k is None else reference.with_length(pad_k)
-    windows = reference.Windows.of_numbers(numbers)
-    if windows is not None:
-        images = (q, None), (k, pad_k), (v, pad_v)
-        q, k, v = (reference.into_windows(x.squeeze(1), windows, pad) for x, pad in images)
-        if any(windows.shift) and mask is None:
-            mask = reference.window_mask(windows, q.device)
-    out, lse = _block_attention(q, k, v, bias, mask, scale)
-    if windows is not None:
-        out = reference.from_windows(out, windows).unsqueeze(1)
-    if bias is None and mask is None:
+    out, lse = _block_attention(q, k, v, None, None, bias, mask, pad_k, pad_v, scale, numbers)
+    if lse.dim() == 4:
         return out, lse
     row_max, log_sum = lse.unbind(-1)  # the maximum in the unit of the kernel that leaves the scale to the exponent
     return out, torch.stack((row_max / (scale if scale > 1e-6 else 1.0), log_sum), -1)
@@ -178,7 +204,7 @@ def _attention_layer(
         q, k, scale = reference.with_length(q, scales.unsqueeze(-1)), reference.with_length(k), 1.0
     groups = 1 if mask is None else mask.shape[0]
     q, k, v = (x.reshape(-1, groups, *x.shape[2:]) for x in (q, k, v))
-    out, lse = _block_attention(q, k, v, bias, mask, scale)
+    out, lse = _attention(q, k, v, None, None, bias, mask, scale)
     attended = out.reshape(-1, C)
     out = F.linear(attended, proj_weight, proj_bias)
     if windows is not None:

@@ -200,6 +200,8 @@ def block_attention(
     windows: Windows | None = None,
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """``softmax(scale * q @ k^T + bias + mask) @ v`` inside each block and head.
@@ -213,8 +215,11 @@ def block_attention(
     away beside it, the row gives the mean of its values. With ``cosine`` q and k have length 1 and ``scale`` is
     ``(heads,)``.
 
-    With ``windows``, ``q``, ``k``, ``v`` and the result are images ``(B, H * W, heads, head_dim)`` and the blocks are
-    these windows; k and v of padding are ``pad_k`` and ``pad_v`` ``(1 or pads, heads, head_dim)``, as
+    ``rel_h`` ``(B, T, N, heads, h)`` and ``rel_w`` ``(B, T, N, heads, w)``, with ``h * w`` = N, are added to the scores
+    as well: of key ``j``, ``rel_h[..., j // w] + rel_w[..., j % w]``.
+
+    With ``windows``, ``q``, ``k``, ``v``, ``rel_h``, ``rel_w`` and the result are images ``(B, H * W, heads, ...)`` and
+    the blocks are these windows; k and v of padding are ``pad_k`` and ``pad_v`` ``(1 or pads, heads, head_dim)``, as
     :func:`into_windows` takes them. Where windows are shifted and there is no ``mask``, it is :func:`window_mask`.
     """
     if cosine:
@@ -222,13 +227,18 @@ def block_attention(
         pad_k = None if pad_k is None else with_length(pad_k)
     if windows is not None:
         q, k, v = (into_windows(x, windows, pad) for x, pad in ((q, None), (k, pad_k), (v, pad_v)))
+        rel_h, rel_w = (None if x is None else into_windows(x, windows) for x in (rel_h, rel_w))
         if any(windows.shift) and mask is None:
             mask = window_mask(windows, q.device, q.dtype)
-        out = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
+        added: dict = {"bias": bias, "mask": mask, "rel_h": rel_h, "rel_w": rel_w}
+        out = block_attention(q, k, v, scale=scale, **added, dropout_p=dropout_p)
         return from_windows(out, windows)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))  # (B, T, heads, N, head_dim)
     scores = (q * scale) @ k.transpose(-2, -1)
+    if rel_h is not None and rel_w is not None:
+        by_row, by_column = (x.transpose(2, 3) for x in (rel_h, rel_w))
+        scores = scores + (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(-2)
     if bias is not None:
         scores = scores + bias
     if mask is not None:

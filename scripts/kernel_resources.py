@@ -507,7 +507,13 @@ def every_shape(architecture: int) -> Iterator[Case]:
             yield Case(kind, N, head_dim, dtype, biased=biased)
 
 
-CASES = {"models": models, "shipped": shipped, "every": every_shape}
+def windows(architecture: int) -> Iterator[Case]:
+    """Attention with a bias in shifted and padded windows, of every window and head dimension that models have."""
+    for head_dim, N, kind in itertools.product((32, 64, 80, 96, 128), (16, 49, 64, 100, 144, 196, 256), ("fwd", "bwd")):
+        yield Case(kind, N, head_dim, "bf16", biased=True, cut="padded")
+
+
+CASES = {"models": models, "shipped": shipped, "windows": windows, "every": every_shape}
 
 
 def broken_bars(architecture: int, case: Shipped, row: dict[str, int]) -> list[str]:

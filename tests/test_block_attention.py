@@ -180,16 +180,21 @@ def test_opcheck(impl):
     op = getattr(torch.ops.nest_fast, f"block_attention_{impl}_fwd").default
     for kv_heads in (2, 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs(T=2, kv_heads=kv_heads))
-        image = () if impl == "cpp" else (None, None, None, [])
-        torch.library.opcheck(op, (q, k, v, None, None, 0.25, *image))
-        if impl == "cpp":
-            torch.library.opcheck(op, (q, k, v[..., :8], None, None, 0.25))
+        if impl == "triton":
+            torch.library.opcheck(op, (q, k, v, None, None, 0.25, None, None, None, []))
+        else:
+            nothing = None, None, None, None, None, None, 0.25, []
+            torch.library.opcheck(op, (q, k, v, *nothing))
+            torch.library.opcheck(op, (q, k, v[..., :8], *nothing))
             bias, mask = torch.randn(2, 16, 16).requires_grad_(), torch.randn(2, 16, 16)
-            torch.library.opcheck(op, (q, k, v, bias, mask, 0.25))
+            torch.library.opcheck(op, (q, k, v, None, None, bias, mask, None, None, 0.25, []))
             q, k, v, bias = (x.detach() for x in (q, k, v, bias))
+            image, positions = [x[:, :1] for x in (q, k, v)], torch.randn(2, 2, 1, 16, 2, 4).unbind()
+            pads = torch.randn(2, 1, kv_heads, 16).unbind()
+            torch.library.opcheck(op, (*image, *positions, None, None, *pads, 0.25, [2, 8, 4, 4, 0, 0, 0, 0]))
             backward = torch.ops.nest_fast.block_attention_cpp_bwd.default
             for added in ((None, None), (bias, None), (bias, mask)):
-                out, lse = op(q, k, v, *added, 0.25)
+                out, lse = op(q, k, v, None, None, *added, None, None, 0.25, [])
                 call = torch.randn_like(out), q, k, v, out, lse, *added, 0.25
                 torch.library.opcheck(backward, (*call, False))
                 if added[0] is not None:
@@ -249,7 +254,7 @@ def test_vmap_of_a_shared_biases_gradient():
         return
     q, k, v = inputs()
     bias = torch.randn(2, 16, 16, device=DEVICE)
-    out, lse = torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, bias, None, 0.3)
+    out, lse = torch.ops.nest_fast.block_attention_cpp_fwd(q, k, v, None, None, bias, None, None, None, 0.3, [])
     douts = torch.stack([torch.randn_like(out), torch.randn_like(out)])
 
     def backward(dout):

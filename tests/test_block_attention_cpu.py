@@ -31,14 +31,19 @@ def packed(B, T, N, heads, d, dtype=torch.float32, kv_heads=None):
     return torch.randn(B, T, N, heads + 2 * kv_heads, d).to(dtype).split((heads, kv_heads, kv_heads), dim=3)
 
 
+def forward(q, k, v, bias, mask, scale):
+    """The operation inside blocks, with nothing added by position."""
+    return OPS.block_attention_cpp_fwd(q, k, v, None, None, bias, mask, None, None, scale, [])
+
+
 def kernel(q, k, v, scale=None, bias=None, mask=None):
-    return OPS.block_attention_cpp_fwd(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    return forward(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0]
 
 
 def backward(dout, q, k, v, scale=None, bias=None, mask=None):
     """dq, dk and dv of the kernel, and dbias where there is a bias."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kept = OPS.block_attention_cpp_fwd(q, k, v, bias, mask, scale)
+    kept = forward(q, k, v, bias, mask, scale)
     grads = OPS.block_attention_cpp_bwd(dout, q, k, v, *kept, bias, mask, scale, bias is not None)
     return grads[: 3 if bias is None else 4]
 
@@ -85,7 +90,7 @@ def test_gradient_is_as_accurate_as_sdpas(isa, dtype, N, d, kv_heads):
 @pytest.mark.parametrize("scale", [0.2, -0.7, 0.0, 8.0])
 def test_lse_and_any_scale(isa, dtype, scale):
     q, k, v = packed(2, 2, 50, 2, 16, dtype)
-    out, lse = OPS.block_attention_cpp_fwd(q, k, v, None, None, scale)
+    out, lse = forward(q, k, v, None, None, scale)
     scores = scale * q.double().transpose(2, 3) @ k.double().transpose(2, 3).transpose(-1, -2)
     exact = scores.logsumexp(-1)
     assert lse.dtype == torch.float32
@@ -208,9 +213,9 @@ def test_backward_stays_inside_its_buffers(isa, dtype, N, d):
     q, k, v = packed(2, 2, N, 2, d, dtype, kv_heads=1)
     bias, mask = torch.randn(2, N, N), torch.randn(2, N, N)
     for added in ((None, None), (bias, mask)):
-        out, lse = OPS.block_attention_cpp_fwd(q, k, v, *added, 0.3)
+        out, lse = forward(q, k, v, *added, 0.3)
         banded = [x if x is None else guarded(x) for x in added]
-        assert torch.equal(OPS.block_attention_cpp_fwd(q, k, v, *banded, 0.3)[0], out)
+        assert torch.equal(forward(q, k, v, *banded, 0.3)[0], out)
         alone, rest = (torch.randn_like(q), q, k, v, out), (0.3, added[0] is not None)
         ours = OPS.block_attention_cpp_bwd(*map(amid_nan, alone), guarded(lse), *banded, *rest)
         for got, wanted in zip(ours, OPS.block_attention_cpp_bwd(*alone, lse, *added, *rest), strict=True):
@@ -296,13 +301,13 @@ def test_only_one_of_k_and_v_is_shared(isa):
 @pytest.mark.parametrize("shape", [(0, 4, 16, 2, 8), (2, 0, 16, 2, 8), (2, 4, 0, 2, 8), (2, 4, 16, 0, 8)])
 def test_of_nothing(isa, shape):
     q = torch.empty(shape)
-    out, lse = OPS.block_attention_cpp_fwd(q, q, q, None, None, 1.0)
+    out, lse = forward(q, q, q, None, None, 1.0)
     assert out.shape == shape
     assert lse.shape == (shape[0], shape[1], shape[3], shape[2])
     *grads, _ = OPS.block_attention_cpp_bwd(q, q, q, q, out, lse, None, None, 1.0, False)
     assert all(x.shape == shape for x in grads)
     bias = torch.ones(shape[3], shape[2], shape[2])
-    out, lse = OPS.block_attention_cpp_fwd(q, q, q, bias, None, 1.0)
+    out, lse = forward(q, q, q, bias, None, 1.0)
     *_, dbias = OPS.block_attention_cpp_bwd(q, q, q, q, out, lse, bias, None, 1.0, True)
     assert dbias.shape == bias.shape
     assert not dbias.any()
@@ -335,12 +340,33 @@ GOOD = (1, 2, 5, 3, 8)
         ({"bias": torch.zeros(2, 5, 5)}, "bias: expected 3 heads, got 2"),
         ({"mask": torch.zeros(2, 5, 5).mT}, "mask: expected 3 dimensions, the last two 5, contiguous"),
         ({"mask": torch.zeros(4, 5, 5)}, "mask: expected a divisor of 2 blocks, got 4 groups"),
+        ({"rel_h": torch.zeros(1, 2, 5, 3, 5)}, "rel_w: expected as rel_h, None or not"),
+        (
+            {x: torch.zeros(1, 2, 5, 3, 2) for x in ("rel_h", "rel_w")},
+            "rel_w: expected 5 keys in 2 rows, got 2 in each",
+        ),
+        ({x: torch.zeros(1, 2, 5, 1, 2) for x in ("rel_h", "rel_w")}, "rel_h: expected 3 heads as q has, got 1"),
+        (
+            {"rel_h": torch.zeros(GOOD)[..., :5], "rel_w": torch.zeros(GOOD)[..., :1], "bias": torch.zeros(3, 5, 5)},
+            "rel_h: expected None beside a bias or mask",
+        ),
+        ({"windows": [5, 1, 3, 1, 0, 0, 0, 0]}, "q: expected one block, an image, beside windows, got 2"),
+        (
+            {x: torch.zeros(1, 1, 9, 3, 8) for x in "qkv"} | {"windows": [5, 2, 3, 1, 0, 0, 0, 0]},
+            "windows: expected an image of 9 tokens as q has, got 10",
+        ),
+        (
+            {x: torch.zeros(1, 1, 10, 3, 8) for x in "qkv"}
+            | {"windows": [5, 2, 3, 1, 0, 0, 0, 0], "pad_k": torch.zeros(2, 3, 8)},
+            r"pad_k: expected \(1, 3, 8\), contiguous",
+        ),
     ],
 )
 def test_refuses_bad_arguments(change, message):
-    arguments = {x: torch.zeros(GOOD) for x in "qkv"} | {"bias": None, "mask": None} | change
+    names = *"qkv", "rel_h", "rel_w", "bias", "mask", "pad_k", "pad_v"
+    arguments = dict.fromkeys(names) | {x: torch.zeros(GOOD) for x in "qkv"} | {"scale": 1.0, "windows": []} | change
     with pytest.raises(RuntimeError, match=message):
-        OPS.block_attention_cpp_fwd(*arguments.values(), 1.0)
+        OPS.block_attention_cpp_fwd(*arguments.values())
 
 
 @pytest.mark.parametrize(

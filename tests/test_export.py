@@ -107,14 +107,19 @@ def decomposition_cases():
     yield OPS.unblockify, (r(2, 8, 12, 5), (2, 4), (4, 3), r(1, 8, 12, 5))
     yield OPS.patchify, (r(2, 3, 16, 24), (4, 2), (2, 4))
     yield OPS.unpatchify, (r(2, 6, 8, 24), (4, 2), (2, 3), (2, 4))
-    yield OPS.block_attention_cpp_fwd, (r(2, 3, 5, 4, 8), r(2, 3, 5, 1, 8), r(2, 3, 5, 1, 8), None, None, 0.3)
+    alone = None, None, None, None, None, None, 0.3, []
+    yield OPS.block_attention_cpp_fwd, (r(2, 3, 5, 4, 8), r(2, 3, 5, 1, 8), r(2, 3, 5, 1, 8), *alone)
     for mask in (r(3, 5, 5), r(3, 5, 5) > 0, None):
         mask = mask if mask is None or mask.dtype != torch.bool else mask | torch.eye(5, dtype=torch.bool)
         bias = None if mask is None else r(2, 5, 5)
         if mask is None or mask.dtype != torch.bool:
-            yield OPS.block_attention_cpp_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3)
+            yield OPS.block_attention_cpp_fwd, (*r(3, 2, 3, 5, 2, 16), None, None, bias, mask, None, None, 0.3, [])
         yield OPS.block_attention_triton_fwd, (*r(3, 2, 3, 5, 2, 16), bias, mask, 0.3, None, None, None, [])
     windows = [5, 6, 3, 2, 1, 1, 0, 0]
+    positions = r(2, 1, 30, 2, 3), r(2, 1, 30, 2, 2)
+    for added, cut in (((*positions, None), [5, 6, 3, 2, 0, 0, 0, 0]), ((None, None, r(2, 6, 6)), windows)):
+        pads = r(2, 1, 2, 16)
+        yield OPS.block_attention_cpp_fwd, (*r(3, 2, 1, 30, 2, 16), *added, None, *pads, 0.3, cut)
     for bias, pads in ((r(2, 6, 6), r(2, 6, 2, 16)), (None, (None, None))):
         yield OPS.block_attention_triton_fwd, (*r(3, 2, 1, 30, 2, 16), bias, None, 0.3, *pads, None, windows)
         yield OPS.block_attention_triton_fwd, (*r(3, 2, 1, 30, 2, 16), bias, None, 1.0, *pads, r(2).abs(), windows)

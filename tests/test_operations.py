@@ -53,6 +53,11 @@ TABLE = {
         (*((1, 2, 5, HEADS, 8),) * 3, (HEADS, 5, 5)),
         ("sdpa", "cpp", "triton"),
     ),
+    "block_attention, positions": (
+        lambda q, k, v, rel_h, rel_w, **kwargs: nest_fast.block_attention(q, k, v, rel_h=rel_h, rel_w=rel_w, **kwargs),
+        (*((1, 2, 6, HEADS, 8),) * 3, (1, 2, 6, HEADS, 3), (1, 2, 6, HEADS, 2)),
+        ("sdpa", "cpp", "triton"),
+    ),
     "block_attention, cosines": (
         lambda q, k, v, scale, **kwargs: nest_fast.block_attention(q, k, v, scale=scale, cosine=True, **kwargs),
         (*((1, 2, 5, HEADS, 8),) * 3, (HEADS,)),
@@ -188,7 +193,15 @@ def test_a_sums_gradient(name, impl):
 ALONE = (
     *("attention_layer, windows", "projection_mlp"),
     *("block_attention", "block_attention, one key head", "block_attention, bias", "block_attention, mask"),
-    *("block_attention, cosines", "linear", "linear, residual", "bias_gelu", "add_layer_norm", "layer_norm_mean"),
+    *(
+        "block_attention, positions",
+        "block_attention, cosines",
+        "linear",
+        "linear, residual",
+        "bias_gelu",
+        "add_layer_norm",
+        "layer_norm_mean",
+    ),
     *("blockify", "unblockify", "patchify"),
 )
 
@@ -449,7 +462,8 @@ def test_autocast_of_devices_it_does_not_know():
         assert _modes.under_autocast(torch.empty(1))
 
 
-@each_way
+# Positions that become dimensions of q and k are multiplied.
+@of(TABLE.keys() - {"block_attention, positions"})
 def test_counts_the_flops_of_plain_pytorch(name, impl):
     """Forward, and forward with backward."""
 

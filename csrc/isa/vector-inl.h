@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "target.h"
 
@@ -29,6 +30,8 @@ NEST_FAST_BEGIN_ISA
 template <class T>
 inline Vec load_part(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
+  if constexpr (std::is_same_v<T, float>)
+    if (count >= 0) return load_first(p, count);
   T copy[kLanes] = {};
   if (count > 0) std::memcpy(copy, p, count * sizeof(T));
   return load(copy);

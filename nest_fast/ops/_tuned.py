@@ -37,7 +37,7 @@ __all__ = [
 
 Key = tuple  # the operation, its dtype, whether gradients are wanted, then what each of its arguments is
 # Arguments with the batch first.
-BATCHED = frozenset(("x", "attended", "q", "k", "v", "residual", "branch", "branch_scale"))
+BATCHED = frozenset(("x", "attended", "q", "k", "v", "rel_h", "rel_w", "residual", "branch", "branch_scale"))
 
 
 class Choices(NamedTuple):

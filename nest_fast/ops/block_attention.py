@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _layout, _modes, _tuned, _vmap
+from nest_fast.ops import _backends, _checks, _layout, _modes, _positions, _tuned, _vmap
 from nest_fast.ops import _flops as flops
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import nothing_like, operation
@@ -34,6 +34,8 @@ def block_attention(
     windows: Windows | None = None,
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
@@ -53,13 +55,18 @@ def block_attention(
         mask: ``(groups, N, N)`` with ``groups`` dividing T: block ``t`` takes ``mask[t % groups]``, added where it is
             floating point, kept where true if bool (a shifted-window mask). A row whose keys are all masked, by false
             or by -inf, gives zeros and no gradient.
-        windows: :func:`nest_fast.windows` of ``(H, W)``: the blocks are T windows of N tokens, which "triton" reads and
-            writes where they are in the image; the others take them from it and put them back. Where windows are
-            shifted and there is no ``mask``, it is Swin's: -100 between tokens from beyond an edge of the image and
-            those at it.
+        windows: :func:`nest_fast.windows` of ``(H, W)``: the blocks are T windows of N tokens. "triton", and "cpp"
+            without gradients and where all padding is alike, read and write them where they are in the image; the
+            others take them from it and put them back. Where windows are shifted and there is no ``mask``, it is
+            Swin's: -100 between tokens from beyond an edge of the image and those at it.
         pad_k, pad_v: ``(1, k's heads, head_dim)``, k and v of all tokens where windows reach beyond the image, or
             ``(pads, k's heads, head_dim)``, of each of them, row by row of the image with padding below and on the
             right; both, or None for zeros. They are attended.
+        rel_h, rel_w: ``(B, T, N, heads, h)`` and ``(B, T, N, heads, w)`` with h * w = N, or with ``windows``
+            ``(B, H * W, heads, ...)`` and their height and width, in q's dtype; both, or None. The score of a query
+            and the key ``(y, x)`` of its block has ``rel_h[..., y] + rel_w[..., x]`` added (decomposed relative
+            positions). "cpp" adds them where no gradients are wanted and nothing else is added; elsewhere they become
+            dimensions of q and k.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         impl: "auto" takes the best this machine has for these tensors; that is "reference", which has all derivatives,
             under ``torch.func``, and on a CPU where "cpp" cannot run and gradients are wanted. "reference" is plain
@@ -76,45 +83,77 @@ def block_attention(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or name.
         RuntimeError: ``impl`` names one that cannot run here; the message says why.
 
-    Source: the authors' ``libml/self_attention.py`` (MultiHeadAttention, MultiQueryAttention).
+    Source: the authors' ``libml/self_attention.py`` (MultiHeadAttention, MultiQueryAttention); for the positions Li et
+    al., "MViTv2", CVPR 2022 (arXiv 2112.01526).
     """
-    _check(q, k, v, bias, mask, windows, pad_k, pad_v, scale, cosine, dropout_p, impl)
+    _check(q, k, v, bias, mask, windows, pad_k, pad_v, rel_h, rel_w, scale, cosine, dropout_p, impl)
     factors = scale if isinstance(scale, Tensor) else None
     tokens = q.shape[2] if windows is None else windows.tokens
-    given = Given(q, k, v, bias, mask, dropout_p, tokens, windows, pad_k, pad_v, factors)
+    given = Given(q, k, v, bias, mask, dropout_p, tokens, windows, pad_k, pad_v, factors, rel_h, rel_w)
+    if rel_h is not None and rel_w is not None and impl != "reference":
+        if impl == "auto" and q.is_cpu:  # on a GPU it hangs on the dimensions that q and k get
+            impl = choose(given)
+        if impl != "reference" and not (impl == "cpp" and _adds_positions(given)):
+            if isinstance(scale, Tensor):
+                q, k, pad_k = _of_length(q, k, pad_k, scale)
+            else:
+                q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+            one_dim = q.is_cuda or impl == "triton"  # whose kernel has one head_dim for all
+            q, k, v, pad_k, pad_v = _positions.joined((q, k, v, pad_k, pad_v), rel_h, rel_w, windows, one_dim)
+            options: dict[str, Any] = {"bias": bias, "mask": mask, "windows": windows, "pad_k": pad_k, "pad_v": pad_v}
+            out = block_attention(q, k, v, scale=1.0, **options, dropout_p=dropout_p, impl=impl)
+            return out[..., : given.v.shape[-1]].contiguous()
     if impl == "auto":
         impl = choose(given)
     elif impl in BACKENDS:
         BACKENDS[impl].require("block_attention", given)
     if isinstance(scale, Tensor):
         if impl != "triton" or (k.shape[-2] != q.shape[-2] and _modes.wants_gradients(given)):
-            q, k = reference.with_length(q, scale.unsqueeze(-1)), reference.with_length(k)
-            pad_k, factors = None if pad_k is None else reference.with_length(pad_k), None
+            (q, k, pad_k), factors = _of_length(q, k, pad_k, scale), None
         scale = 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if windows is not None and impl != "triton":
+    if windows is not None and not (impl == "triton" or (impl == "cpp" and _gathers(given))):
         q, k, v = into_windows(q, windows), into_windows(k, windows, pad_k), into_windows(v, windows, pad_v)
+        rel_h, rel_w = (None if x is None else into_windows(x, windows) for x in (rel_h, rel_w))
         if any(windows.shift) and mask is None:
             mask = window_mask(windows, q)
-        out = block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p, impl=impl)
-        return from_windows(out, windows)
+        added: dict[str, Any] = {"bias": bias, "mask": mask, "rel_h": rel_h, "rel_w": rel_w}
+        return from_windows(block_attention(q, k, v, scale=scale, **added, dropout_p=dropout_p, impl=impl), windows)
     if impl == "reference":
-        out = reference.block_attention(q, k, v, scale=scale, bias=bias, mask=mask, dropout_p=dropout_p)
-        return out.contiguous()
+        added = {"bias": bias, "mask": mask, "rel_h": rel_h, "rel_w": rel_w}
+        return reference.block_attention(q, k, v, scale=scale, **added, dropout_p=dropout_p).contiguous()
     if impl == "sdpa":
         return _sdpa(q, k, v, scale, bias, mask, dropout_p)
     q, k, v = (_layout.dense_rows(_modes.autocast(x)) for x in (q, k, v))
+    positions = [None if x is None else _layout.dense_rows(_modes.autocast(x)) for x in (rel_h, rel_w)]
+    pads = [None if x is None else x.to(q.dtype).contiguous() for x in (pad_k, pad_v)]
+    if windows is not None:  # as one block
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        positions = [None if x is None else x.unsqueeze(1) for x in positions]
+    numbers = Windows.to_numbers(windows)
     if impl == "cpp":
-        return _CPP(q, k, v, as_scores(bias), as_scores(mask), scale)[0]
-    bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
-    if windows is None:
-        return _TRITON(q, k, v, bias, mask, scale, None, None, factors, _BLOCKS)[0]
-    q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-    pads = (None if x is None else x.to(q.dtype) for x in (pad_k, pad_v))
-    return _TRITON(q, k, v, bias, mask, scale, *pads, factors, Windows.to_numbers(windows))[0].squeeze(1)
+        out = _CPP(q, k, v, *positions, as_scores(bias), as_scores(mask), *pads, scale, numbers)[0]
+    else:
+        bias, mask = (x if x is None or x.dtype == torch.bool else _in_range(x, torch.float32) for x in (bias, mask))
+        out = _TRITON(q, k, v, bias, mask, scale, *pads, factors, numbers)[0]
+    return out if windows is None else out.squeeze(1)
 
 
-_BLOCKS = Windows.to_numbers(None)
+def _of_length(q: Tensor, k: Tensor, pad_k: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q as long as its head's ``scale``, k and its padding of length 1."""
+    pad_k = None if pad_k is None else reference.with_length(pad_k)
+    return reference.with_length(q, scale.unsqueeze(-1)), reference.with_length(k), pad_k
+
+
+def _gathers(given: Given) -> bool:
+    """Whether "cpp" takes windows from where they are."""
+    return not _modes.wants_gradients(given) and (given.pad_k is None or given.pad_k.shape[0] == 1)
+
+
+def _adds_positions(given: Given) -> bool:
+    """Whether "cpp" adds them to the scores."""
+    added = given.bias is not None or given.mask is not None or (given.windows is not None and any(given.windows.shift))
+    return not added and not _modes.wants_gradients(given)
 
 
 def _check(
@@ -126,6 +165,8 @@ def _check(
     windows: Windows | None,
     pad_k: Tensor | None,
     pad_v: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     scale: float | Tensor | None,
     cosine: bool,
     dropout_p: float,
@@ -151,6 +192,8 @@ def _check(
     else:
         T, N = _checks.cut("q", windows, outer[1])
         _check_pads(k, v, windows, pad_k, pad_v)
+    if rel_h is not None or rel_w is not None:
+        _check_positions(q, dims, rel_h, rel_w, windows, N)
     _checks.added_to_scores(bias, mask, (T, heads, N), "q", q)
     _checks.scale(scale, cosine, heads, "q", q)
     if not 0.0 <= dropout_p <= 1.0:
@@ -172,6 +215,23 @@ def _check_pads(k: Tensor, v: Tensor, windows: Windows, pad_k: Tensor | None, pa
     _checks.shape("pad_v", pad_v, (pads, *v.shape[2:]), "as pad_k has")  # type: ignore[arg-type]
 
 
+def _check_positions(
+    q: Tensor, dims: str, rel_h: Tensor | None, rel_w: Tensor | None, windows: Windows | None, N: int
+) -> None:
+    given = {"rel_h": rel_h, "rel_w": rel_w}
+    for name, x in given.items():
+        if x is None:
+            raise ValueError(f"{name}: expected a tensor beside {'rel_w' if name == 'rel_h' else 'rel_h'}, got None")
+        edge = _checks.tensor(name, x, dims.replace("head_dim", name[-1])).shape[-1]
+        if windows is not None:
+            edge = windows.window[name == "rel_w"]
+        _checks.shape(name, x, (*q.shape[:-1], edge), "as q and the windows have" if windows else "as q has")
+        _checks.alike(name, x, "q", q)
+    if rel_h.shape[-1] * rel_w.shape[-1] != N:  # type: ignore[union-attr]
+        expected = f"{N} keys of {rel_h.shape[-1]} rows"  # type: ignore[union-attr]
+        raise ValueError(f"rel_w: expected {expected}, got {rel_w.shape[-1]} columns")  # type: ignore[union-attr]
+
+
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +247,8 @@ class Given(NamedTuple):
     pad_k: Tensor | None = None
     pad_v: Tensor | None = None
     scale: Tensor | None = None
+    rel_h: Tensor | None = None
+    rel_w: Tensor | None = None
 
 
 def _may_stream(given: Given) -> bool:
@@ -309,6 +371,10 @@ def _in_blocks(shape, windows=()):
     return (B, T, N, heads, head_dim) if cut is None else (B, cut.blocks, cut.tokens, heads, head_dim)
 
 
+def _cpp_fake(q, k, v, rel_h, rel_w, bias, mask, pad_k, pad_v, scale, windows):
+    return _fwd_fake(q, k, v, rel_h if bias is None else bias, mask, scale, windows=windows)
+
+
 def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, windows=()):
     B, T, N, heads, _ = _in_blocks(q.shape, windows)
     adds = bias is not None or mask is not None or any(windows[4:6])
@@ -320,6 +386,10 @@ def _fwd_fake(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, w
 def _flops(q, k, v, bias, mask, scale, pad_k=None, pad_v=None, scales=None, windows=(), out_shape=None):
     *outer, _ = q = _in_blocks(q, windows)
     return flops.attention(q, 1) + flops.attention((*outer, v[-1]), 1)
+
+
+def _cpp_flops(q, k, v, rel_h, rel_w, bias, mask, pad_k, pad_v, scale, windows, out_shape=None):
+    return _flops(q, k, v, bias, mask, scale, windows=windows)
 
 
 def _flops_bwd(dout, q, k, v, out, lse, bias, mask, scale, need, pad_k=None, pad_v=None, windows=(), *_, **unused):
@@ -340,6 +410,8 @@ def _gradients(kept, dout, backward, *more):
 
 def _cpp_gradients(kept, dout):
     """Where v's head_dim is less than k's, v, out and dout get zeros beside them; where it is more, q and k do."""
+    if kept.rel_h is not None or any(kept.windows):
+        raise RuntimeError("rel_h, windows: expected none in the forward whose gradient is asked for, got some")
     q_dim, v_dim, dout = kept.q.shape[-1], kept.v.shape[-1], _layout.dense_rows(dout)
     if q_dim == v_dim:
         return _gradients(kept, dout, _CPP_BWD)[0]
@@ -361,13 +433,13 @@ def _cpp_bwd_vmap(info, in_dims, *args):
 
 
 _CPP = operation(
-    "block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, float scale)"
-    " -> (Tensor out, Tensor lse)",
-    fake=_fwd_fake,
-    saved=("q", "k", "v", "bias", "mask", "out", "lse"),
+    "block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w, Tensor? bias, Tensor? mask,"
+    " Tensor? pad_k, Tensor? pad_v, float scale, SymInt[] windows) -> (Tensor out, Tensor lse)",
+    fake=_cpp_fake,
+    saved=("q", "k", "v", "rel_h", "bias", "mask", "out", "lse"),
     gradients=_cpp_gradients,
-    vmap=(3, 5),
-    flops=_flops,
+    vmap=(5, 9),
+    flops=_cpp_flops,
 )
 _CPP_BWD = operation(
     "block_attention_cpp_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias,"

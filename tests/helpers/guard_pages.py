@@ -143,6 +143,30 @@ def _block_attention(random, dtype):
     return Call(function, _cast(tensors | added, dtype, random), {}, constant=("mask",))
 
 
+def _attention_in_windows(random, dtype):
+    """Often without gradients, where the kernel reads an image, and with scores by row and by column."""
+    B, heads, d, windows = random.choice((0, 1, 2)), random.randint(1, 3), _size(random, 40), _windows(random)
+    kv_heads = random.choice((1, heads))
+    added = _scores(random, heads, windows.blocks, windows.tokens) if random.random() < 0.5 else {}
+    tensors = {name: _normal(B, windows.rows, heads if name == "q" else kv_heads, d) for name in "qkv"}
+    if not added:
+        edges = zip(("rel_h", "rel_w"), windows.window, strict=True)
+        tensors |= {name: _normal(B, windows.rows, heads, edge) for name, edge in edges}
+    if random.random() < 0.7:
+        count = random.choice((1, max(windows.pads, 1)))
+        tensors |= {name: _normal(count, kv_heads, d) for name in ("pad_k", "pad_v")}
+    constant = ("mask", "pad_k", "pad_v") if windows.pads == 0 else ("mask",)
+    if random.random() < 0.6:
+        constant = tuple(tensors | added)
+    return Call(block_attention, _cast(tensors | added, dtype, random), {"windows": windows}, constant=constant)
+
+
+def _windows(random):
+    size, window = [tuple(random.randint(1, most) for _ in range(2)) for most in (14, 7)]
+    shift = random.choice(((0, 0), tuple(random.randrange(side) for side in window)))
+    return nest_fast.windows(size, window, shift=shift, pad_first=random.random() < 0.5)
+
+
 def _sizes(random):
     """Tokens and channels, of which either may be many."""
     return random.choice(((_size(random, 40), _size(random, 40)), (_size(random, 220), 7), (5, _size(random, 150))))
@@ -161,11 +185,9 @@ def _attention_layer(random, dtype):
         "branch_scale": random.choice((1.0, 1.25)),
     }
     if random.random() < 0.5:
-        size, window = [tuple(random.randint(1, most) for _ in range(2)) for most in (14, 7)]
-        shift = random.choice(((0, 0), tuple(random.randrange(side) for side in window)))
-        windows = nest_fast.windows(size, window, shift=shift, pad_first=random.random() < 0.5)
+        windows = _windows(random)
         options["windows"], T, N = windows, windows.blocks, windows.tokens
-        x = _normal(B, size[0] * size[1], C)
+        x = _normal(B, windows.rows, C)
     else:
         T = random.randint(1, 3)
         x = _normal(B, T, N, C)
@@ -267,6 +289,7 @@ def _beyond(random, dtype):
 
 OPERATIONS = {
     "block_attention": _block_attention,
+    "block_attention in windows": _attention_in_windows,
     "attention_layer": _attention_layer,
     "mlp_layer": _mlp_layer,
     "block_aggregate": _block_aggregate,
