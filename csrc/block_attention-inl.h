@@ -124,8 +124,8 @@ inline void exponentials(float* s, int64_t vecs, float factor, const float* row_
 
 inline int64_t row_blocks_per_head(int64_t tokens) { return ceil_div(tokens, kMR); }
 
-// One block's q, k, v, out and scores by position of one head; index counts through all blocks and heads. Token i is row
-// row(i) of each.
+// One block's q, k, v, out and scores by position of one head; index counts through all blocks and heads. Token i is
+// row row(i) of each.
 template <class T>
 struct Head {
   const T *q, *k, *v, *row_scores = nullptr, *column_scores = nullptr, *pad_k = nullptr, *pad_v = nullptr;

@@ -82,8 +82,7 @@ Input pad_of(const char* name, const std::optional<Tensor>& pad, const Tensor& x
 }
 
 // row_scores (B, T, N, heads, rows) and column_scores (B, T, N, heads, columns) of rows * columns = N keys.
-RelativePositions positions_of(const Tensor& row_scores, const Tensor& column_scores, const Tensor& q,
-                               int64_t tokens) {
+RelativePositions positions_of(const Tensor& row_scores, const Tensor& column_scores, const Tensor& q, int64_t tokens) {
   const int64_t rows = row_scores.size(4), columns = column_scores.size(4);
   const RelativePositions positions{whole_input("rel_h", row_scores, q, true),
                                     whole_input("rel_w", column_scores, q, true), rows, columns};
@@ -93,11 +92,11 @@ RelativePositions positions_of(const Tensor& row_scores, const Tensor& column_sc
 }
 
 // q (B, T, N, heads, head_dim), k and v the same or with one head, v with any head_dim, which out has, too; fp32, fp16
-// or bf16. rel_h and rel_w, both or none and then with no bias and no mask, are added to the scores by the row and the
-// column of a key. With windows all of these are images (B, 1, H * W, heads, ...), the blocks are its windows, and pad_k
-// and pad_v (1, their heads, dim) are padding's. bias (heads, N, N) and mask (groups, N, N) are added to the scores, fp32. Returns out like q, contiguous, and
-// lse, fp32: (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), or with bias or mask as
-// AddedScores has it (B, T, heads, N, 2).
+// or bf16. Added to the scores, fp32, are bias (heads, N, N) and mask (groups, N, N), or with neither of them rel_h and
+// rel_w, both or none, by the row and the column of a key. With windows all but bias and mask are images (B, 1, H * W,
+// heads, ...), the blocks are its windows, and pad_k and pad_v (1, their heads, dim) are padding's. Returns out like q,
+// contiguous, and lse, fp32: (B, T, heads, N), the natural logarithm of the sum of exp(scale * q @ k^T), or with
+// anything added as AddedScores has it (B, T, heads, N, 2).
 std::tuple<Tensor, Tensor> block_attention_cpp_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> rel_h,
                                                    std::optional<Tensor> rel_w, std::optional<Tensor> bias,
                                                    std::optional<Tensor> mask, std::optional<Tensor> pad_k,

@@ -50,15 +50,15 @@ struct AddedScores {
   }
 };
 
-// Decomposed relative positions: key (y, x) of `rows` by `columns` keys gets row_scores[y] + column_scores[x] of a query.
-// Both are as q, of these last dimensions. None where `rows` is 0.
+// Decomposed relative positions: key (y, x) of `rows` by `columns` keys gets row_scores[y] + column_scores[x] of a
+// query. Both are as q, of these last dimensions. None where `rows` is 0.
 struct RelativePositions {
   Input row_scores, column_scores;
   int64_t rows = 0, columns = 0;
 };
 
-// Where the tokens of each block are in q, k, v, out and the positions' scores, which are images: rows (blocks, tokens),
-// negative for padding, whose k and v are those of a row each, zeros where they are null.
+// Where the tokens of each block are in q, k, v, out and the positions' scores, which are images: rows (blocks,
+// tokens), negative for padding, whose k and v are those of a row each, zeros where they are null.
 struct Gathered {
   const int64_t* rows = nullptr;
   Input pad_k{}, pad_v{};

@@ -23,7 +23,7 @@ NEST_FAST_BEGIN_ISA
 
 constexpr int64_t kCache = 1 << 20;         // bytes of a core's second-level cache, or less
 constexpr int64_t kLinearKC = 256;          // K steps summed in a register before a sum is stored
-constexpr int64_t kLinearGradientKC = 512;  // the same, over rows
+constexpr int64_t kLinearGradientKC = 128;  // the same, over rows
 
 template <class Op>
 inline int64_t k_steps_of(int64_t features) {
@@ -260,18 +260,24 @@ void weight_gradient(const WeightGradient& p, const Chunk& chunk, int64_t begin,
   constexpr int rows = kLanes / 2;
   const int64_t k_steps = k_steps_of<Op>(chunk), row_squares = p.sums ? ceil_div(p.x.features, kNR) : 1;
   const int64_t columns = row_squares * kNR;
-  for (int64_t done = 0; done < k_steps; done += kLinearGradientKC) {
-    const int64_t steps = std::min(kLinearGradientKC, k_steps - done);
-    const Shares next_b(row_squares > 1 ? steps * kNR : 0, steps, kNR / rows);
-    const bool add_sums = chunk.first > 0 || done > 0;
-    for (int64_t square = begin; square < end; ++square) {
-      const int64_t out = square / row_squares, in = square % row_squares;
-      const float* a = p.dout.data + (out * k_steps + done) * kNR;
-      const float* next = p.x.data + ((in + 1) % row_squares * k_steps + done) * kNR;
+  for (int64_t square = begin; square < end; ++square) {
+    const int64_t out = square / row_squares, in = square % row_squares;
+    const float* const dout = p.dout.data + out * k_steps * kNR;
+    const float* const x = p.x.data + in * k_steps * kNR;
+    float* const sums = p.sums + out * kNR * columns + in * kNR;
+    // Some steps of both operands stay in the first-level cache for all rows of the square.
+    for (int64_t done = 0; done < k_steps; done += kLinearGradientKC) {
+      const int64_t steps = std::min(kLinearGradientKC, k_steps - done);
+      const bool add_sums = chunk.first > 0 || done > 0;
+      const float* a = dout + done * kNR;
+      const float* b = x + done * kNR;
+      // The next steps, or those of the next square.
+      const bool last = done + steps == k_steps;
+      const float* next = last ? p.x.data + (in + 1) % row_squares * k_steps * kNR : b + steps * kNR;
+      const Shares next_b(last && row_squares == 1 ? 0 : std::min(kLinearGradientKC, k_steps) * kNR, steps, kNR / rows);
       for (int64_t r = 0; p.sums && r < kNR; r += rows) {
-        const float* b = p.x.data + (in * k_steps + done) * kNR;
-        float* c = p.sums + (out * kNR + r) * columns + in * kNR;
-        prefetch<1>(c, columns, rows, kNR);
+        float* const c = sums + r * columns;
+        if (done == 0) prefetch<1>(c, columns, rows, kNR);
         multiply_transposed_tile<Op, rows, 2>(a + r, kNR, b, kNR, steps, add_sums, {c, columns, kLanes},
                                               next_b.of(next, r / rows));
       }

@@ -21,7 +21,10 @@ OPERATIONS = {
     "attention_layer": ("test_attention_layer", "test_attention_layer_kernel"),
     "bias_gelu": ("test_bias_gelu",),
     "block_aggregate": ("test_block_aggregate",),
-    "block_attention": ("test_block_attention", "test_block_attention_cpu", "test_block_attention_kernel"),
+    "block_attention": (
+        *("test_block_attention", "test_block_attention_cpu", "test_block_attention_kernel"),
+        "test_positions",
+    ),
     "blockify": ("test_blockify",),  # and unblockify, patchify
     "layer_norm_mean": ("test_layer_norm_mean",),
     "linear": ("test_linear", "test_linear_kernel"),
