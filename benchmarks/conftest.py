@@ -13,14 +13,17 @@ import pytest
 import torch
 from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory, runs_our_operators
 from limits import Burst, done, has_loop
+from runtimes import installed
 
 from nest_fast.ops._extension import cpp_isa
 
 os.environ.setdefault("NEST_FAST_TUNED", "off")  # what there is without tuning; a path measures what tune found
 
 START = time.monotonic()
-# Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends.
-CANNOT = ("impl: ", "No available kernel")
+RUNTIMES = installed()
+# Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends, its ONNX
+# exporter.
+CANNOT = ("impl: ", "No available kernel", "Failed to convert the exported program")
 # Marks of what is measured only where an option of that name asks for it.
 ON_DEMAND = {"sweep": "a scaling curve", "families": "one more family of models"}
 
@@ -93,8 +96,7 @@ def measure(benchmark, problems, record_property):
         if peer == own.yardstick:
             mine, errors = own.yardstick_run, own.yardstick_errors
         else:
-            mine = own.peers[peer]()
-            results = _attempt(mine, problem)
+            mine, results = _attempt(own.peers[peer], problem)
             errors = [] if peer in problem.limits else _check(own, peer, results)
             del results
         if peer == "nest_fast" and not runs_our_operators(mine, problem.inputs):
@@ -140,10 +142,11 @@ def measure(benchmark, problems, record_property):
     return run
 
 
-def _attempt(run, problem):
-    """The results of a first call, which also warms up; a skip where it says that it cannot run here."""
+def _attempt(make, problem):
+    """What ``make`` makes and its first results, which also warm up; a skip where it says that it cannot run here."""
     try:
-        return run(*problem.inputs)
+        run = make()
+        return run, run(*problem.inputs)
     except RuntimeError as error:
         if any(text in str(error) for text in CANNOT):
             pytest.skip(str(error).splitlines()[0])
@@ -151,11 +154,11 @@ def _attempt(run, problem):
 
 
 def _check(problem, peer, results):
-    """The errors of ``results``; what a compiler made of another library's model may be too far off to be compared."""
+    """The errors of ``results``; what a compiler or another runtime makes of a model may be too far off."""
     try:
         return check(problem, results)
     except AssertionError as error:
-        if peer.startswith("nest_fast") or " compiled" not in peer:
+        if peer.startswith("nest_fast") or not (" compiled" in peer or peer in RUNTIMES):
             raise
         pytest.skip(f"{peer}: {error}")
 

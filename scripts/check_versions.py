@@ -32,7 +32,7 @@ PLACE = re.compile(r"(?<=<!-- versions: begin -->\n\n).*?(?=\n\n<!-- versions: e
 # Not the values of C++, compiled once, nor what is looked for in many shapes or numbers.
 FILES = (
     *("attention_layer", "mlp_layer", "linear", "add_layer_norm", "bias_gelu", "layer_norm_mean", "blockify"),
-    *("block_attention", "block_attention_kernel", "block_aggregate", "norm_pool"),
+    *("block_attention", "block_attention_kernel", "positions", "block_aggregate", "norm_pool"),
     *("operations", "modules", "fusion", "freeze", "nest", "timm", "export"),
 )
 WITHOUT = "not any_shape and not special_values and not buffers and not repeats and not every and not gradcheck"

@@ -24,7 +24,7 @@ CASES = "3000"  # of the fuzzer
 TESTS = [
     *("test_attention_layer", "test_block_aggregate", "test_block_attention", "test_block_attention_cpu"),
     *("test_blockify", "test_freeze", "test_guard_pages", "test_mlp_layer", "test_norm_pool", "test_operations"),
-    "test_windows",
+    *("test_positions", "test_windows"),
 ]
 NOT = "not triton and not compile and not export and not opcheck and not interpret"
 
