@@ -1,5 +1,6 @@
 """linear with its epilogues."""
 
+import importlib
 import random
 
 import pytest
@@ -11,6 +12,8 @@ from nest_fast import linear, reference
 from nest_fast.ops import _extension
 from nest_fast.testing import assert_as_accurate
 
+_LINEAR = importlib.import_module("nest_fast.ops.linear")
+by_onednn = _LINEAR._by_onednn
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
@@ -19,22 +22,48 @@ def tensors(*lead, dtype=torch.float32):
     return x, torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype), residual
 
 
+WAYS = [
+    *(("onednn", dtype) for dtype in _extension.onednn_dtypes),
+    *(("float32", dtype) for dtype in (torch.float16, torch.bfloat16)),
+]
+
+
 @onednn
-@pytest.mark.parametrize("dtype", _extension.onednn_dtypes)
+@pytest.mark.parametrize(("impl", "dtype"), WAYS)
 @pytest.mark.parametrize("case", ["none", "gelu", "gelu_tanh", "residual"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_is_as_accurate_as_pytorch(dtype, case, with_bias):
+def test_is_as_accurate_as_pytorch(impl, dtype, case, with_bias):
     x, weight, bias, residual = tensors(2, 3, 50, dtype=dtype)
     bias = bias if with_bias else None
     options = {"residual": residual} if case == "residual" else {"activation": case}
     kept = residual.clone()
-    ours = linear(x, weight, bias, **options, impl="onednn")
+    ours = linear(x, weight, bias, **options, impl=impl)
     plain = reference.linear(x, weight, bias, **options)
     double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     golden = reference.linear(x.double(), weight.double(), bias if bias is None else bias.double(), **double)
     assert_as_accurate(ours, plain, golden, 2)
     assert torch.equal(residual, kept)
     assert ours.shape == plain.shape
+    assert ours.dtype == dtype
+
+
+@onednn
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_auto_multiplies_in_float32_where_the_processor_has_no_other(dtype, monkeypatch):
+    """But for a few rows, for which converting the weight takes longer, and for gradients."""
+    taken = []
+    monkeypatch.setattr(_LINEAR, "_by_onednn", lambda *given: taken.append(given[0].dtype) or by_onednn(*given))
+    given, few = tensors(50, dtype=dtype)[:3], tensors(15, dtype=dtype)[:3]
+    for unmultiplied in ((torch.float16, torch.bfloat16), ()):
+        monkeypatch.setattr(_extension, "unmultiplied", unmultiplied)
+        taken.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(linear(*given), linear(*given, impl="reference"), rtol=0.02, atol=0.1)
+            assert (taken == [torch.float32]) == bool(unmultiplied)
+            taken.clear()
+            linear(*few)
+        linear(given[0], given[1].clone().requires_grad_(), given[2])
+        assert torch.float32 not in taken
 
 
 @onednn
@@ -73,6 +102,10 @@ def test_an_explicit_choice_never_falls_back():
     ):
         with pytest.raises(RuntimeError, match=f"impl: 'onednn' cannot run linear here: .*{reason}"):
             linear(**{"x": x, "weight": weight, "bias": bias, "impl": "onednn", **change})
+    with pytest.raises(
+        RuntimeError, match=r"impl: 'float32' cannot run linear here: torch\.float32 is no half precision"
+    ):
+        linear(x, weight, bias, impl="float32")
 
 
 def test_an_explicit_choice_of_a_gpus_epilogue_never_falls_back():
@@ -109,7 +142,10 @@ def test_a_gpus_epilogue_is_as_accurate_as_pytorch(dtype):
         ({"residual": torch.zeros(3, 24)}, r"residual: expected shape \(3, 40\) \(…, out\), got \(3, 24\)"),
         ({"activation": "relu"}, r"activation: expected one of 'none', 'gelu', 'gelu_tanh', got 'relu'"),
         ({"weight": torch.zeros(40, 24).double()}, r"weight: expected dtype torch.float32 as x has, got torch.float64"),
-        ({"impl": "mkl"}, r"impl: expected one of 'auto', 'reference', 'onednn', 'cublaslt', 'triton', got 'mkl'"),
+        (
+            {"impl": "mkl"},
+            r"impl: expected one of 'auto', 'reference', 'onednn', 'float32', 'cublaslt', 'triton', got 'mkl'",
+        ),
     ],
 )
 def test_refuses_bad_arguments(change, message):

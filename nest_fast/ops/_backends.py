@@ -141,7 +141,7 @@ TRITON_LAYER: Rules = TRITON_MATMUL + _INSIDE
 TRITON: Rules = _for_triton((7, 5)) + _DTYPE + PLAIN
 TRITON_PASS: Rules = _for_triton((7, 5)) + _DTYPES + PLAIN
 PLAIN_MATMUL: Rules = _DTYPE + PLAIN + _INSIDE  # a library's, with more than PyTorch's function for it does
-ONEDNN: Rules = (
+_ONEDNN: Rules = (
     *_ON_CPU,
     (
         "this torch has no oneDNN, or it is switched off",
@@ -150,12 +150,19 @@ ONEDNN: Rules = (
             and not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
         ),
     ),
+    *PLAIN,
+    *_INSIDE,
+)
+ONEDNN: Rules = (
+    *_ONEDNN,
     (
         "oneDNN has no {given[0].dtype} on this processor",
         lambda given: given[0].dtype not in _extension.onednn_dtypes,
     ),
-    *PLAIN,
-    *_INSIDE,
+)
+ONEDNN_FLOAT32: Rules = (
+    *_ONEDNN,
+    ("{given[0].dtype} is no half precision", lambda given: given[0].dtype not in (torch.float16, torch.bfloat16)),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "has_triton",
     "onednn_dtypes",
     "triton_interpreted",
+    "unmultiplied",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -129,3 +131,8 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 onednn_dtypes = (torch.float32,) * _ONEDNN
 if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     onednn_dtypes += (torch.bfloat16,)
+# Half precision that this processor has no instructions to multiply in: PyTorch's matmuls are slower than in float32.
+unmultiplied: tuple[torch.dtype, ...] = ()
+if _ONEDNN and platform.machine().lower() in ("x86_64", "amd64"):
+    unmultiplied += () if has_amx or torch.cpu._is_avx512_bf16_supported() else (torch.bfloat16,)
+    unmultiplied += () if torch.ops.mkldnn._is_mkldnn_fp16_supported() else (torch.float16,)

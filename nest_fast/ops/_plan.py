@@ -50,7 +50,7 @@ def linear(x: Tensor, weights: Iterable[Tensor | None]) -> str:
     """For the linear layers of ``weights``, one by one."""
     learned = next((weight for weight in weights if weight is not None and weight.requires_grad), None)
     impl = choose_linear(LinearGiven(x, x, learned, None))
-    return "linear by oneDNN" if impl == "onednn" else "linear by plain PyTorch"
+    return {"onednn": "linear by oneDNN", "float32": "linear by oneDNN in float32"}.get(impl, "linear by plain PyTorch")
 
 
 def attention(x: Tensor, num_heads: int, extra_dim: int = 0, windowed: bool = False) -> Plan:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nest_fast import reference
-from nest_fast.ops import _backends, _checks, _flops, _layer, _layout, _modes, _tuned
+from nest_fast.ops import _backends, _checks, _extension, _flops, _layer, _layout, _modes, _tuned
 from nest_fast.ops._backends import Backend
 from nest_fast.ops._register import operation
 from nest_fast.ops.bias_gelu import approximation, bias_gelu
 
 __all__ = ["add_linear", "linear", "linear_gelu"]
 
-IMPLS = ("auto", "reference", "onednn", "cublaslt", "triton")
+IMPLS = ("auto", "reference", "onednn", "float32", "cublaslt", "triton")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 
 # oneDNN's names for the activation and its algorithm.
@@ -45,10 +45,11 @@ def linear(
         impl: "auto" takes the best this machine has for these tensors; while ``torch.compile`` traces, that is to leave
             fusing to the compiler. "reference" is plain PyTorch, with one pass over memory each for the bias (on a
             CPU), the activation and the sum. "onednn" does all of them in the matmul's epilogue, on a CPU and without
-            gradients. "cublaslt" has bias and GELU in the epilogue of the matmul, on a GPU, for "gelu_tanh", which is
-            its form of GELU, and without gradients; for shapes without such an epilogue PyTorch adds a pass. "triton"
-            has bias and either GELU in the epilogue of its own matmul, in half precision on a GPU (on CPU tensors under
-            ``TRITON_INTERPRET=1``), without gradients and without a residual.
+            gradients; "float32" is the same, of half precision converted to float32: on a processor that has no
+            instructions to multiply in it, that is faster. "cublaslt" has bias and GELU in the epilogue of the matmul,
+            on a GPU, for "gelu_tanh", which is its form of GELU, and without gradients; for shapes without such an
+            epilogue PyTorch adds a pass. "triton" has bias and either GELU in the epilogue of its own matmul, in half
+            precision on a GPU (on CPU tensors under ``TRITON_INTERPRET=1``), without gradients and without a residual.
 
     Returns:
         ``(…, out)``.
@@ -70,6 +71,13 @@ def linear(
         rows = x.reshape(-1, x.shape[-1])
         out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # type: ignore[arg-type]
         return out.view(*x.shape[:-1], weight.shape[0])
+    if impl == "float32":
+        bias, residual = (None if t is None else t.float() for t in (bias, residual))
+        return _by_onednn(x.float(), weight.float(), bias, residual, activation).to(x.dtype)
+    return _by_onednn(x, weight, bias, residual, activation)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
     bias = _layout.dense(bias)  # oneDNN reads its memory, whatever the strides
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
@@ -108,20 +116,18 @@ class Given(NamedTuple):
     activation: str = "none"
 
 
-BACKENDS = {
-    "onednn": Backend(
-        "onednn",
-        (
-            *_backends.ONEDNN,
-            (
-                "residual is {given.residual.dtype}",
-                lambda given: given.residual is not None and given.residual.dtype != given.x.dtype,
-            ),
-            ("PyTorch has no fake of it", lambda given: isinstance(given.x, FakeTensor)),
-            ("x is empty", lambda given: given.x.numel() == 0),
-            ("gradients are wanted", _modes.wants_gradients),
-        ),
+_BY_ONEDNN: _backends.Rules = (
+    (
+        "residual is {given.residual.dtype}",
+        lambda given: given.residual is not None and given.residual.dtype != given.x.dtype,
     ),
+    ("PyTorch has no fake of it", lambda given: isinstance(given.x, FakeTensor)),
+    ("x is empty", lambda given: given.x.numel() == 0),
+    ("gradients are wanted", _modes.wants_gradients),
+)
+BACKENDS = {
+    "onednn": Backend("onednn", (*_backends.ONEDNN, *_BY_ONEDNN)),
+    "float32": Backend("float32", (*_backends.ONEDNN_FLOAT32, *_BY_ONEDNN)),
     "cublaslt": Backend(
         "cublaslt",
         (
@@ -148,9 +154,17 @@ BACKENDS = {
 
 
 # What may be measured; on an eager GPU with an activation, "parts" is the library's matmul and bias_gelu.
-_ABLE = (BACKENDS["onednn"], Backend("reference", ()))
+_ABLE = (BACKENDS["onednn"], BACKENDS["float32"], Backend("reference", ()))
 _ABLE_ON_GPU = (BACKENDS["cublaslt"], BACKENDS["triton"], _layer.PARTS)
 # Where nothing was measured, "auto" keeps these rules, or is "reference", or "parts".
+_AUTO_FLOAT32 = Backend(
+    "float32",
+    (
+        *BACKENDS["float32"].rules,
+        ("this processor multiplies in {given.x.dtype}", lambda given: given.x.dtype not in _extension.unmultiplied),
+        ("converting the weight takes longer", lambda given: given.x.numel() < 16 * given.x.shape[-1]),
+    ),
+)
 _AUTO_ON_GPU = Backend(
     "cublaslt",
     (
@@ -167,7 +181,10 @@ def choose(given: Given) -> str:
         return _tuned.implementation("linear", _ABLE_ON_GPU, given, _rule, _AUTO_ON_GPU, "parts")
     if not given.x.is_cpu:
         return "reference"
-    return _tuned.implementation("linear", _ABLE, given, _rule, BACKENDS["onednn"], "reference")
+    best = (
+        _AUTO_FLOAT32 if given.x.dtype in _extension.unmultiplied and _AUTO_FLOAT32.can(given) else BACKENDS["onednn"]
+    )
+    return _tuned.implementation("linear", _ABLE, given, _rule, best, "reference")
 
 
 def _rule(given: Given, best: Backend, otherwise: str) -> str:
