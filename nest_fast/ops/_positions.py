@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nest_fast import reference
+from nest_fast.ops._windows import computed
 from nest_fast.reference import Windows
 
 __all__ = ["joined"]
@@ -32,11 +33,8 @@ def joined(
     q, k, v, pad_k, pad_v = tensors
     h, w = rel_h.shape[-1], rel_w.shape[-1]
     cut = Windows((h, w), (h, w)) if windows is None else windows
-    place = reference.window_rows(cut, k.device).flatten().argsort() % cut.tokens  # of the image's tokens, then padding
-    ones = (torch.eye(edge, dtype=k.dtype, device=k.device) for edge in (h, w))
-    rows, columns = (one[at] for one, at in zip(ones, (place // w, place % w), strict=True))
     more = -(q.shape[-1] + h + w) % 16
-    places = F.pad(torch.cat((rows, columns), -1), (0, more))
+    places = computed(_places, cut, more, k.device, k.dtype)
     q, k = F.pad(torch.cat((q, rel_h, rel_w), -1), (0, more)), _cat(k, places[: cut.rows])
     if one_dim:
         v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
@@ -45,6 +43,14 @@ def joined(
         pad_k, pad_v = (pad.expand(windows.pads, -1, -1) for pad in pads)
         pad_k, pad_v = _cat(pad_k, places[windows.rows :]), F.pad(pad_v, (0, v.shape[-1] - pad_v.shape[-1]))
     return q, k, v, pad_k, pad_v
+
+
+def _places(windows: Windows, more: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A 1 at the row and at the column that a token has in its window, of those of the image and then of padding."""
+    place = reference.window_rows(windows, device).flatten().argsort() % windows.tokens
+    (h, w), (y, x) = windows.window, (place // windows.window[1], place % windows.window[1])
+    rows, columns = torch.eye(h, dtype=dtype, device=device)[y], torch.eye(w, dtype=dtype, device=device)[x]
+    return F.pad(torch.cat((rows, columns), -1), (0, more))
 
 
 def _cat(x: Tensor, places: Tensor) -> Tensor:

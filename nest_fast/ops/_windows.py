@@ -12,7 +12,7 @@ from nest_fast import reference
 from nest_fast.ops import _checks, _modes
 from nest_fast.reference import Windows
 
-__all__ = ["windows"]
+__all__ = ["computed", "from_windows", "into_windows", "window_mask", "windows"]
 
 
 def windows(
@@ -60,7 +60,7 @@ def windows(
 
 def into_windows(x: Tensor, windows: Windows, pad: Tensor | None = None) -> Tensor:
     """As :func:`nest_fast.reference.into_windows`."""
-    rows = _computed(reference.window_rows, windows, x.device)
+    rows = computed(reference.window_rows, windows, x.device)
     if _may_pad(windows):
         pad = x.new_zeros(1, *x.shape[2:]) if pad is None else pad
         x = torch.cat((x, pad.expand(x.shape[0], *pad.shape)), 1)
@@ -77,15 +77,16 @@ def _may_pad(windows: Windows) -> bool:
 
 def from_windows(x: Tensor, windows: Windows) -> Tensor:
     """As :func:`nest_fast.reference.from_windows`."""
-    return x.flatten(1, 2).index_select(1, _computed(reference.window_tokens, windows, x.device))
+    return x.flatten(1, 2).index_select(1, computed(reference.window_tokens, windows, x.device))
 
 
 def window_mask(windows: Windows, like: Tensor) -> Tensor:
     """As :func:`nest_fast.reference.window_mask`, on the device and of the dtype of ``like``."""
-    return _computed(reference.window_mask, windows, like.device, like.dtype)
+    return computed(reference.window_mask, windows, like.device, like.dtype)
 
 
-def _computed(function: Callable[..., Tensor], *args: object) -> Tensor:
+def computed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """``function(*args)``, in eager mode remembered: of the last arguments it is computed once."""
     return (_remembered if _modes.is_eager() else _call)(function, *args)
 
 
