@@ -50,11 +50,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"{what}, measured with --{name}"))
 
 
-def _turn(item) -> tuple[bool, int]:
-    """What matters most comes first, in case of a time limit; what waits minutes for a compiler comes last."""
+def _turn(item) -> tuple[int, int]:
+    """What matters most comes first, in case of a time limit; what waits minutes for a compiler comes last, and before
+    it other families in training and in other runtimes."""
     files = ("bench_ceilings.py", "bench_model.py", "bench_families.py")
-    peer = item.callspec.params.get("peer", "") if hasattr(item, "callspec") else ""
-    return "compile" in str(peer), files.index(item.path.name) if item.path.name in files else len(files)
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    peer = str(params.get("peer", ""))
+    extra = item.path.name == "bench_families.py" and (peer in RUNTIMES or params["case"].backward)
+    turn = 2 if "compile" in peer else int(extra)
+    return turn, files.index(item.path.name) if item.path.name in files else len(files)
 
 
 def pytest_runtest_setup(item):
