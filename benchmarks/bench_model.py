@@ -17,17 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import runtimes
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, DTYPES, Case, Peers, Problem, Run, compiled, forward, parametrize, with_parameter_gradients
 from runs import ACCELERATED, FROZEN
+from runtimes import RUNTIMES, dtypes_of
 from torch import Tensor, nn
 
 import nest_fast
 from nest_fast.testing import import_timm
-
-RUNTIMES = runtimes.installed()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class ModelCase(Case):
     def runtimes(self) -> list[str]:
         """The exported models that are measured beside the model."""
         installed = [name for name in self.deployed if DEVICE == "cpu" and name in RUNTIMES]
-        return [name for name in installed if self.dtype in runtimes.dtypes_of(name)]
+        return [name for name in installed if self.dtype in dtypes_of(name)]
 
     @property
     def frozen(self) -> bool:

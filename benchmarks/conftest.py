@@ -13,14 +13,13 @@ import pytest
 import torch
 from harness import CLOCK, DEVICE, SHORT, Case, Problem, Timed, check, peak_memory, runs_our_operators
 from limits import Burst, done, has_loop
-from runtimes import installed
+from runtimes import RUNTIMES
 
 from nest_fast.ops._extension import cpp_isa
 
 os.environ.setdefault("NEST_FAST_TUNED", "off")  # what there is without tuning; a path measures what tune found
 
 START = time.monotonic()
-RUNTIMES = installed()
 # Messages of errors that mean "this one cannot run here": nest_fast's impl=, PyTorch's attention backends, its ONNX
 # exporter.
 CANNOT = ("impl: ", "No available kernel", "Failed to convert the exported program")

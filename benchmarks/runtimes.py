@@ -17,7 +17,7 @@ from nest_fast.ops import _extension
 Function = Callable[[Tensor], Tensor]
 
 
-def installed() -> dict[str, Callable[[nn.Module, Tensor], Function]]:
+def _installed() -> dict[str, Callable[[nn.Module, Tensor], Function]]:
     """The runtimes that are there: each makes a function of images of a model and such images."""
     onnx = all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript"))
     found: dict[str, Callable[[nn.Module, Tensor], Function]] = {}
@@ -78,3 +78,6 @@ def _inductor(model: nn.Module, images: Tensor) -> Function:
         program = torch.export.export(model, (images,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / "model.pt2"))
         return torch._inductor.aoti_load_package(package)
+
+
+RUNTIMES = _installed()

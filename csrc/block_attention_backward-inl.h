@@ -143,10 +143,11 @@ class HeadBackward {
   // index counts through all blocks and heads. Those that share k or v come in order, from the first to the last. The
   // head with number `next` is brought on the way.
   void operator()(int64_t index, int64_t next) {
-    const int64_t head = index % p_.heads;
-    const T *k = of(p_.k, index), *v = of(p_.v, index);
-    T *dk = of(p_.dk, index), *dv = of(p_.dv, index);
-    prepare(of(p_.q, index), k, of(p_.out, index), of(p_.dout, index), index);
+    const int64_t head = index % p_.heads, block = index / p_.heads % p_.blocks, batch = index / p_.heads / p_.blocks;
+    const auto output = [&](const Output& x) { return x.at<T>(batch, block, head); };
+    T *dk = output(p_.dk), *dv = output(p_.dv);
+    const Rows own = rows_of(index), ahead = rows_of(next);
+    prepare(own, index);
     scale_ = p_.scale_of(p_.added.scales, head);
     added_ = {{}, nullptr, p_.added.columns};
     const int tables = p_.added.any() ? p_.added.tables_of(index / p_.heads, head, added_.tables) : -1;
@@ -156,7 +157,7 @@ class HeadBackward {
       const int64_t end = std::min(begin + kept_rows_, p_.tokens);
       for (int64_t first = begin; first < end; first += row_block_rows_) {
         const int64_t rows = std::min(row_block_rows_, end - first);
-        multiply_row_block(k, v, next, first, rows);
+        multiply_row_block(own, ahead, first, rows);
         float* const kept = kept_ + (first - begin) / kVnni * token_columns_;
         if (tables < 0) score_row_block<-1>(first, rows, kept);
         with_tables(tables, [&](auto count) { score_row_block<decltype(count)::value>(first, rows, kept); });
@@ -173,19 +174,23 @@ class HeadBackward {
                                 begin > 0, {dq_ + first * dim_columns_, dim_columns_, kLanes});
     }
     const float factor = p_.added.scales ? 1 : scale_;
-    store_rows(dq_, dim_columns_, factor, p_.tokens, of(p_.dq, index), p_.dq.token_stride, p_.dim);
+    store_rows(dq_, dim_columns_, factor, p_.tokens, output(p_.dq), p_.dq.token_stride, p_.dim);
   }
 
  private:
-  const T* of(const Input& x, int64_t index) const {
-    return x.at<const T>(index / p_.heads / p_.blocks, index / p_.heads % p_.blocks, index % p_.heads);
-  }
-  T* of(const Output& x, int64_t index) const {
-    return x.at<T>(index / p_.heads / p_.blocks, index / p_.heads % p_.blocks, index % p_.heads);
+  // One head's.
+  struct Rows {
+    const T *q, *k, *v, *out, *dout;
+  };
+  Rows rows_of(int64_t index) const {
+    const int64_t head = index % p_.heads, block = index / p_.heads % p_.blocks, batch = index / p_.heads / p_.blocks;
+    const auto input = [&](const Input& x) { return x.at<const T>(batch, block, head); };
+    return {input(p_.q), input(p_.k), input(p_.v), input(p_.out), input(p_.dout)};
   }
 
   // Everything that the row blocks of a head share.
-  void prepare(const T* q, const T* k, const T* out, const T* dout, int64_t index) {
+  void prepare(const Rows& own, int64_t index) {
+    const auto& [q, k, v, out, dout] = own;
     const int numbers = p_.added.any() ? 2 : 1;
     const float* lse = p_.lse + index * p_.tokens * numbers;
     for (int64_t i = 0; i < p_.tokens; ++i) {
@@ -201,16 +206,23 @@ class HeadBackward {
   }
 
   // The products of a row block of keys with all queries; meanwhile the same rows of the next head are brought.
-  void multiply_row_block(const T* k, const T* v, int64_t next, int64_t first, int64_t rows) {
-    const auto rows_of = [&](const Input& x, const T* data) { return data + first * x.token_stride; };
-    const auto multiply_with = [&](const Input& x, const T* data, const float* b, float* c, auto... brought) {
-      pack_a<Op>(rows_of(x, data), x.token_stride, rows, p_.dim, 0, packed_rows_);
-      RowsAhead ahead(times_of(token_columns_, dim_steps_));
-      (ahead.add(rows_of(brought, of(brought, next)), brought.token_stride, rows, p_.dim), ...);
+  void multiply_row_block(const Rows& own, const Rows& next, int64_t first, int64_t rows) {
+    const auto multiply_with = [&](const T* x, int64_t stride, const float* b, float* c, const RowsAhead& ahead) {
+      pack_a<Op>(x + first * stride, stride, rows, p_.dim, 0, packed_rows_);
       multiply<Op>(rows, packed_rows_, b, token_columns_, dim_steps_, kAttentionKC, {c, kLanes, kPanelA}, ahead);
     };
-    multiply_with(p_.k, k, queries_transposed_, scores_, p_.q, p_.k);
-    multiply_with(p_.v, v, douts_transposed_, dscores_, p_.v, p_.out, p_.dout);
+    const auto bring = [&](RowsAhead& ahead, const T* x, int64_t stride) {
+      ahead.add(x + first * stride, stride, rows, p_.dim);
+    };
+    const int64_t times = times_of(token_columns_, dim_steps_);
+    RowsAhead with_keys(times), with_values(times);
+    bring(with_keys, next.q, p_.q.token_stride);
+    bring(with_keys, next.k, p_.k.token_stride);
+    multiply_with(own.k, p_.k.token_stride, queries_transposed_, scores_, with_keys);
+    bring(with_values, next.v, p_.v.token_stride);
+    bring(with_values, next.out, p_.out.token_stride);
+    bring(with_values, next.dout, p_.dout.token_stride);
+    multiply_with(own.v, p_.v.token_stride, douts_transposed_, dscores_, with_values);
   }
 
   // p and ds, transposed, of these, which are from number `first` on.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.attention import golden_softmax, sums_of_terms
+from helpers.attention import amid_nan, golden_softmax, sums_of_terms
 from helpers.common import CPP_ISA, DTYPES, ISAS, guarded, in_double, instructions, with_threads
 from nest_fast import reference
 from nest_fast.ops import _extension, block_attention
@@ -177,11 +177,6 @@ def test_of_any_shape_and_strides(isa, dtype, B, T, N, heads, d, multi_query, la
         assert our.shape == like.shape
         error, others = ((x.double() - wanted).norm().item() for x in (our, their))
         assert error <= factor * others + eps * terms.norm().item()
-
-
-def amid_nan(x):
-    """x with NaN on every side in every dimension."""
-    return x.new_full([size + 2 for size in x.shape], math.nan)[(slice(1, -1),) * x.dim()].copy_(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

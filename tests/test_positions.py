@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nest_fast
+from helpers.attention import amid_nan
 from helpers.common import CPP_ISA, DTYPES, ISAS, in_double, instructions, with_threads
 from nest_fast import reference
 from nest_fast.ops import _extension, block_attention, windows
@@ -61,9 +62,6 @@ def test_kernel_is_as_accurate_as_sdpa(isa, dtype, h, w, d, kv_heads):
 
 @needs_cpp
 def test_kernel_stays_inside_its_buffers_and_repeats_bit_by_bit(isa):
-    def amid_nan(x):
-        return x.new_full([size + 2 for size in x.shape], math.nan)[(slice(1, -1),) * x.dim()].copy_(x)
-
     for h, w in ((3, 5), (14, 14), (2, 15), (17, 16)):
         given = blocks(h, w, 6)
         wanted = attend(*given, "cpp")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nest_fast.ops import _extension, _gpu, _modes, _tuned
+from nest_fast.ops import _checks, _extension, _gpu, _modes, _tuned
 
 __all__ = ["Backend", "Rules", "choose_pass", "missing", "reasons", "say_missing", "say_once", "where"]
 
@@ -162,7 +162,7 @@ ONEDNN: Rules = (
 )
 ONEDNN_FLOAT32: Rules = (
     *_ONEDNN,
-    ("{given[0].dtype} is no half precision", lambda given: given[0].dtype not in (torch.float16, torch.bfloat16)),
+    ("{given[0].dtype} is no half precision", lambda given: given[0].dtype not in _checks.HALVES),
 )
 
 

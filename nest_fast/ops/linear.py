@@ -160,8 +160,8 @@ _ABLE_ON_GPU = (BACKENDS["cublaslt"], BACKENDS["triton"], _layer.PARTS)
 _AUTO_FLOAT32 = Backend(
     "float32",
     (
-        *BACKENDS["float32"].rules,
         ("this processor multiplies in {given.x.dtype}", lambda given: given.x.dtype not in _extension.unmultiplied),
+        *BACKENDS["float32"].rules,
         ("converting the weight takes longer", lambda given: given.x.numel() < 16 * given.x.shape[-1]),
     ),
 )
@@ -181,9 +181,7 @@ def choose(given: Given) -> str:
         return _tuned.implementation("linear", _ABLE_ON_GPU, given, _rule, _AUTO_ON_GPU, "parts")
     if not given.x.is_cpu:
         return "reference"
-    best = (
-        _AUTO_FLOAT32 if given.x.dtype in _extension.unmultiplied and _AUTO_FLOAT32.can(given) else BACKENDS["onednn"]
-    )
+    best = _AUTO_FLOAT32 if _AUTO_FLOAT32.can(given) else BACKENDS["onednn"]
     return _tuned.implementation("linear", _ABLE, given, _rule, best, "reference")
 
 

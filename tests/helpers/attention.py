@@ -1,4 +1,6 @@
-"""What the tests of attention's kernels share: its softmax, and how large the terms of its sums are."""
+"""What the tests of attention's kernels share: its softmax, how large the terms of its sums are, NaN around tensors."""
+
+import math
 
 import torch
 
@@ -25,3 +27,8 @@ def sums_of_terms(dout, q, k, v, weights, scale):
     dk, dv = abs(scale) * ds.mT @ q, weights.mT @ d
     dk, dv = (x.sum(2) if heads == 1 else x for x, heads in zip((dk, dv), kv_heads, strict=True))
     return out, abs(scale) * ds @ k, dk, dv, ds.sum((0, 1))
+
+
+def amid_nan(x):
+    """x with NaN on every side in every dimension."""
+    return x.new_full([size + 2 for size in x.shape], math.nan)[(slice(1, -1),) * x.dim()].copy_(x)
